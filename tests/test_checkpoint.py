@@ -1,0 +1,413 @@
+"""Weight files: wrapping, recognition, refusals, the one-file layout, conversion, description."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tim_core import checkpoint
+from tim_core.autoencoder import Autoencoder
+from tim_core.checkpoint import (
+    BUNDLED, Parts, convert, describe, load_autoencoder, load_checkpoint, load_text_encoder, load_transformer, open_state_dict, pack,
+    read_parts, resolve,
+)
+from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
+from tim_core.errors import TimError
+from tim_core.text_encoder import TextEncoder, Tokenizer
+from tim_core.training.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
+from tim_core.transformer import TransitionTransformer
+
+GEMMA = {
+    "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 512, "sliding_window_pattern": 2,
+}
+TIM = dict(in_channels=16, hidden_size=32, depth=2, num_heads=2, text_dim=32, lora_hidden_size=8)
+
+
+@pytest.fixture(scope="module")
+def modules():
+    torch.manual_seed(0)
+    transformer = TransitionTransformer(TransformerConfig(**TIM, encoder_depth=1, projector_dim=8, z_dim=4))
+    text_encoder = TextEncoder(GEMMA, Tokenizer.from_json(small_world_tokenizer()), escape=False)
+    stages = (StageConfig(8, 1), StageConfig(8, 1), StageConfig(16, 1), StageConfig(16, 1, "EfficientViTBlock", (5,)))
+    autoencoder = Autoencoder(AutoencoderConfig(stages, stages, latent_channels=16, head_dim=8, scaling_factor=0.7))
+    return {"transformer": transformer, "text_encoder": text_encoder, "autoencoder": autoencoder}
+
+
+@pytest.fixture(scope="module")
+def one_file(modules, tmp_path_factory):
+    return pack(modules, tmp_path_factory.mktemp("one") / "model.safetensors", metadata={"training": {"steps": 7}})
+
+
+@pytest.fixture
+def weights(modules):
+    return {key: tensor.clone() for key, tensor in modules["transformer"].state_dict().items()}
+
+
+def refused(function, *arguments, **keywords) -> str:
+    with pytest.raises(TimError) as error:
+        function(*arguments, **keywords)
+    message = str(error.value)
+    assert "\n" not in message and "expected" in message, message
+    return message
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return all(torch.equal(a[key], b[key]) for key in a.keys() & b.keys()) and bool(a.keys() & b.keys())
+
+
+# Opening and wrapping
+
+WRAPPINGS = {
+    "plain": lambda w: w,
+    "model": lambda w: {"model": w, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "step": 5},
+    "state_dict": lambda w: {"state_dict": w},
+    "module": lambda w: {"module": w},
+    "module.": lambda w: {f"module.{k}": v for k, v in w.items()},
+    "_orig_mod.": lambda w: {f"_orig_mod.{k}": v for k, v in w.items()},
+    "compiled blocks": lambda w: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in w.items()},
+    "comfy": lambda w: {f"model.diffusion_model.{k}": v for k, v in w.items()},
+    "diffusion_model.": lambda w: {f"diffusion_model.{k}": v for k, v in w.items()},
+    "nested": lambda w: {"model": {"state_dict": {f"module._orig_mod.{k}": v for k, v in w.items()}}},
+    "both": lambda w: {"state_dict": {f"module.model.diffusion_model._orig_mod.{k}": v for k, v in w.items()}},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
+@pytest.mark.parametrize("ending", [".bin", ".safetensors", ""])
+def test_wrapped_state_dicts(wrap, ending, weights, modules, tmp_path):
+    wrapped, path = wrap(weights), tmp_path / f"weights{ending}"
+    if not ending:
+        source = wrapped
+    elif ending == ".bin":
+        torch.save(wrapped, source := path)
+    else:
+        save_file({k: v.clone() for k, v in checkpoint._flatten(wrapped, "").items()}, source := path)
+    model = load_transformer(source)
+    assert same(model, modules["transformer"]) and model.projector is None and not model.training
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("average", ["ema", "model_ema", "ema_model"])
+def test_the_moving_average_is_preferred(average, weights, tmp_path):
+    ema = {key: tensor + 1 for key, tensor in weights.items()}
+    torch.save({"model": weights, average: {"module": ema}, "step": 3}, tmp_path / "training.pt")
+    state = load_transformer(tmp_path / "training.pt").state_dict()
+    assert torch.equal(state["x_embedder.proj.weight"], ema["x_embedder.proj.weight"])
+
+
+def test_an_unfinished_average_is_not_taken(weights, tmp_path):
+    torch.save({"model": weights, "ema": {"x_embedder.proj.weight": torch.zeros(1)}}, tmp_path / "training.pt")
+    assert torch.equal(load_transformer(tmp_path / "training.pt").x_embedder.proj.weight, weights["x_embedder.proj.weight"])
+
+
+def test_old_torch_format_and_false_endings(weights, modules, tmp_path):
+    torch.save(weights, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    torch.save(weights, tmp_path / "torch.safetensors")
+    save_file(weights, tmp_path / "safetensors.bin")
+    for name in ("old.bin", "torch.safetensors", "safetensors.bin"):
+        assert same(load_transformer(tmp_path / name), modules["transformer"])
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["TIM_TEST_TRAP"],)
+
+
+@pytest.mark.parametrize("write", ["zip", "old", "pickle", "module"])
+def test_code_is_never_run(write, weights, modules, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIM_TEST_TRAP", str(tmp_path / "sprung"))
+    path = tmp_path / "evil.bin"
+    if write == "pickle":
+        path.write_bytes(pickle.dumps({"model": Trap()}))
+    elif write == "module":
+        torch.save(modules["transformer"], path)
+    else:
+        torch.save({**weights, "trap": Trap()}, path, _use_new_zipfile_serialization=write == "zip")
+    for function in (load_transformer, describe, open_state_dict):
+        assert "evil.bin: found code or objects" in refused(function, path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_files_that_cannot_be_opened(weights, tmp_path):
+    save_file(weights, tmp_path / "cut.safetensors")
+    torch.save(weights, tmp_path / "cut.bin")
+    torch.save(weights, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    for name in ("cut.safetensors", "cut.bin", "old.bin"):
+        data = (tmp_path / name).read_bytes()
+        for share in (0.001, 0.3, 0.99):
+            (tmp_path / name).write_bytes(data[: max(9, int(len(data) * share))])
+            assert name in refused(load_transformer, tmp_path / name)
+    contents = {
+        "empty.bin": b"", "short.safetensors": b"\x01", "page.bin": b"<!DOCTYPE html>", "list.json": b"[]", "zip.bin": b"PK\x03\x04",
+        "pointer.safetensors": b"version https://git-lfs.github", "noise.bin": bytes(range(100, 200)),
+        "header.safetensors": (2**40).to_bytes(8, "little") + b"{}",
+    }
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+        assert name in refused(load_transformer, tmp_path / name)
+        refused(describe, tmp_path / name)
+    assert "folder" in refused(open_state_dict, tmp_path)
+    assert "missing.bin" in refused(open_state_dict, tmp_path / "missing.bin")
+    torch.save([torch.zeros(1)], tmp_path / "list.bin")
+    assert "found a list" in refused(open_state_dict, tmp_path / "list.bin")
+
+
+# Recognising
+
+STRANGERS = {
+    "SDXL": ["input_blocks.0.0.weight", "label_emb.0.0.weight", "model.diffusion_model.out.0.weight"],
+    "Flux": ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"],
+    "DiT": ["blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight", "x_embedder.proj.weight"],
+    "KL autoencoder": ["encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight", "encoder.conv_out.weight"],
+    "T5": ["encoder.block.0.layer.0.SelfAttention.q.weight"],
+    "CLIP": ["text_model.encoder.layers.0.self_attn.q_proj.weight"],
+    "other than Gemma 3": ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"],
+    "LoRA": ["diffusion_model.blocks.0.attn.qkv.lora_A.weight"],
+    "unknown": ["foo.weight"],
+}
+
+
+@pytest.mark.parametrize("title", STRANGERS)
+def test_other_models_are_named(title, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in STRANGERS[title]}, path)
+    for function in (load_transformer, load_checkpoint, load_autoencoder, load_text_encoder):
+        message = refused(function, path)
+        assert str(path) in message and title in message and "tensors, first keys" in message
+    assert title in str(describe(path))
+    assert title in refused(load_transformer, load_file(path))
+
+
+def test_the_wrong_part_is_named(modules, tmp_path):
+    save_file(modules["autoencoder"].state_dict(), tmp_path / "vae.safetensors")
+    assert refused(load_transformer, tmp_path / "vae.safetensors").endswith("found a DC-AE, expected a TiM transformer too")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "block"])
+def test_every_key_must_fit(change, weights, tmp_path):
+    if change == "missing":
+        del weights["blocks.1.mlp.fc2.bias"]
+    elif change == "unknown":
+        weights["blocks.0.extra"] = torch.zeros(1)
+    elif change == "shape":
+        weights["blocks.1.mlp.fc2.bias"] = torch.zeros(3)
+    else:
+        weights["blocks.3.mlp.fc2.bias"] = torch.zeros(3)
+    save_file(weights, tmp_path / "odd.safetensors")
+    assert "odd.safetensors" in refused(load_transformer, tmp_path / "odd.safetensors")
+
+
+def test_projector_and_metadata(weights, modules, tmp_path):
+    assert load_transformer(weights, keep_projector=True).projector is not None
+    save_file(weights, tmp_path / "a.safetensors", metadata={"tim": json.dumps({"format": 1, "new_condition": "t,r"})})
+    assert load_transformer(tmp_path / "a.safetensors").config.new_condition == "t,r"
+    assert load_transformer(tmp_path / "a.safetensors", metadata={"new_condition": "r"}).config.new_condition == "r"
+    save_file(weights, tmp_path / "b.safetensors", metadata={"tim": json.dumps({"format": 99})})
+    assert "format 99" in refused(load_transformer, tmp_path / "b.safetensors")
+    save_file(weights, tmp_path / "c.safetensors", metadata={"tim": "{"})
+    assert "metadata" in refused(load_transformer, tmp_path / "c.safetensors")
+
+
+def test_dtypes(weights, one_file):
+    assert load_transformer(one_file, dtype=torch.bfloat16).dtype == torch.bfloat16
+    half = {key: tensor.bfloat16() for key, tensor in weights.items()}
+    half["final_layer.linear.bias"] = weights["final_layer.linear.bias"]  # one tensor in another precision
+    model = load_transformer(half)
+    assert model.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert next(load_autoencoder(one_file, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+    assert "float16" in refused(load_autoencoder, one_file, dtype=torch.float16)
+
+
+# The one-file layout
+
+
+def check_whole(path, modules):
+    loaded = load_checkpoint(path)
+    assert same(loaded.transformer, modules["transformer"]) and same(loaded.autoencoder, modules["autoencoder"])
+    assert loaded.latent_factor == 8 and loaded.autoencoder.config == modules["autoencoder"].config
+    assert loaded.text_encoder.escape is False
+    prompts = ["a red circle", ""]
+    assert torch.equal(loaded.text_encoder.encode(prompts).rows, modules["text_encoder"].encode(prompts).rows)
+    x, time = torch.randn(1, 16, 4, 4), torch.ones(1)
+    y = loaded.text_encoder.encode(prompts[:1]).rows
+    with torch.no_grad():
+        assert torch.equal(loaded.transformer(x, time, time, y), modules["transformer"](x, time, time, y))
+    return loaded
+
+
+def test_one_file(one_file, modules):
+    assert check_whole(one_file, modules).metadata["training"] == {"steps": 7}
+    with safe_open(one_file, "pt") as file:
+        keys, record = set(file.keys()), json.loads(file.metadata()["tim"])
+    assert {"format": 1, "latent_factor": 8, "scaling_factor": 0.7, "escape_prompts": False, "num_heads": 2}.items() <= record.items()
+    assert not any("projector" in key for key in keys)
+    assert {"text_encoders.tokenizer_json", "text_encoders.config_json", "vae.decoder.conv_in.weight"} <= keys
+    assert {"model.diffusion_model.x_embedder.proj.weight", "text_encoders.transformer.layers.0.mlp.down_proj.weight"} <= keys
+
+
+def test_everything_survives_the_loss_of_metadata(one_file, modules, tmp_path):
+    save_file(load_file(one_file), tmp_path / "saved.safetensors")
+    check_whole(tmp_path / "saved.safetensors", modules)
+
+
+def test_other_names_of_comfyui(one_file, modules, tmp_path):
+    """Core's default prefix for an autoencoder, and no records but the text model's."""
+    tensors = {k.replace("vae.", "first_stage_model."): v for k, v in load_file(one_file).items()}
+    tensors.pop("model.diffusion_model.config_json")
+    save_file(tensors, tmp_path / "saved.safetensors")
+    check_whole(tmp_path / "saved.safetensors", modules)
+
+
+def test_casting_leaves_bytes_alone(one_file, tmp_path):
+    half = load_file(pack(one_file, tmp_path / "half.safetensors", torch.bfloat16))
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16, torch.uint8}
+    assert half["text_encoders.tokenizer_json"].numpy().tobytes() == small_world_tokenizer()
+    assert load_checkpoint(tmp_path / "half.safetensors").transformer.dtype == torch.bfloat16
+
+
+def test_pack_from_files_and_folders(modules, tmp_path):
+    folder, vae = tmp_path / "gemma", tmp_path / "vae"
+    folder.mkdir(), vae.mkdir()
+    torch.save({"model": modules["transformer"].state_dict()}, tmp_path / "t2i_model.bin")
+    state = {f"model.{k}": v for k, v in modules["text_encoder"].transformer.state_dict().items()}
+    state["lm_head.weight"] = torch.zeros(2, 2)
+    shards = {"model-1.safetensors": dict(list(state.items())[:9]), "model-2.safetensors": dict(list(state.items())[9:])}
+    for name, shard in shards.items():
+        save_file(shard, folder / name)
+    index = {key: name for name, shard in shards.items() for key in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(GEMMA | {"model_type": "gemma3_text"}))
+    (folder / "tokenizer.json").write_bytes(small_world_tokenizer())
+    save_file(modules["autoencoder"].state_dict(), vae / "diffusion_pytorch_model.safetensors")
+
+    sources = {"model": tmp_path / "t2i_model.bin", "text-encoder": folder, "vae": vae}
+    loaded = load_checkpoint(pack(sources, tmp_path / "one.safetensors"))
+    assert same(loaded.transformer, modules["transformer"]) and loaded.latent_factor == 8
+    assert loaded.text_encoder.escape is True  # nothing says otherwise: as the released weights
+    assert same(load_checkpoint(sources).text_encoder, modules["text_encoder"])
+    assert "'lora'" in refused(read_parts, {"lora": "x"})
+    assert "expected a DC-AE" in refused(read_parts, {"vae": folder})
+
+
+def test_folder_errors(modules, tmp_path):
+    assert "without weights" in refused(load_text_encoder, tmp_path)
+    save_file(modules["text_encoder"].transformer.state_dict(), tmp_path / "model.safetensors")
+    assert "tokenizer" in refused(load_text_encoder, tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(small_world_tokenizer())
+    assert "config.json" in refused(load_text_encoder, tmp_path)
+    assert describe(tmp_path).parts[0].architecture is None
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA | {"model_type": "gemma3_text"}))
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        assert same(load_text_encoder(place), modules["text_encoder"])
+    assert load_text_encoder(tmp_path, escape=False).escape is False
+    (tmp_path / "config.json").write_text("[]")
+    assert "config.json" in refused(load_text_encoder, tmp_path)
+
+
+def test_pack_wrapped_modules(modules, tmp_path):
+    wrapped = {"transformer": torch.compile(modules["transformer"], backend="eager"), "vae": torch.nn.DataParallel(modules["autoencoder"])}
+    loaded = load_checkpoint(pack(wrapped, tmp_path / "one.safetensors"))
+    assert same(loaded.transformer, modules["transformer"]) and loaded.autoencoder.config.scaling_factor == 0.7
+    assert "expected a TiM transformer" in refused(pack, {"model": torch.nn.Linear(2, 2)}, tmp_path / "x.safetensors")
+
+
+def test_parts_that_do_not_fit(modules, tmp_path):
+    narrow = TransitionTransformer(TransformerConfig(**{**TIM, "text_dim": 48}))
+    assert "text model of width 32" in refused(pack, {**modules, "transformer": narrow}, tmp_path / "x.safetensors")
+    channels = TransitionTransformer(TransformerConfig(**{**TIM, "in_channels": 32}))
+    assert "16 latent channels" in refused(load_checkpoint, {**modules, "transformer": channels})
+
+
+@pytest.mark.parametrize("channels, factor", [(32, 32), (4, 8), (16, 8)])
+def test_latent_factor_of_a_lone_transformer(channels, factor, tmp_path):
+    model = TransitionTransformer(TransformerConfig(**{**TIM, "in_channels": channels}))
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    assert read_parts(tmp_path / "a.safetensors").latent_factor == factor
+    assert read_parts(pack(tmp_path / "a.safetensors", tmp_path / "b.safetensors", metadata={"latent_factor": 16})).latent_factor == 16
+
+
+def test_class_conditional(tmp_path):
+    config = TransformerConfig(
+        4, 32, 1, 2, patch_size=2, num_classes=10, qk_norm=False, new_condition="t,r", lora_hidden_size=8, encoder_depth=1
+    )
+    model = TransitionTransformer(config)
+    path = pack({"transformer": model}, tmp_path / "c2i.safetensors")
+    save_file(load_file(path), tmp_path / "lost.safetensors")
+    for name in ("c2i.safetensors", "lost.safetensors"):
+        loaded = load_checkpoint(tmp_path / name)
+        assert loaded.transformer.config == config and loaded.text_encoder is None and loaded.latent_factor == 8
+    assert "class-conditional" in describe(path).kind
+
+
+# Writing
+
+
+def test_convert(weights, modules, one_file, tmp_path):
+    torch.save({"model": weights}, tmp_path / "t2i_model.bin")
+    out = convert(tmp_path / "t2i_model.bin", tmp_path / "t2i.safetensors", torch.bfloat16)
+    converted = load_file(out)
+    assert converted.keys() == weights.keys() and {tensor.dtype for tensor in converted.values()} == {torch.bfloat16}
+    check_whole(convert(one_file, tmp_path / "copy.safetensors"), modules)
+    own = tmp_path / "own.safetensors"
+    shutil.copy(one_file, own)
+    check_whole(convert(own, own), modules)
+
+
+def test_a_failed_write_leaves_nothing(one_file, tmp_path, monkeypatch):
+    good = tmp_path / "good.safetensors"
+    good.write_bytes(b"kept")
+
+    def fail(*arguments, **keywords):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    assert "No space left" in refused(pack, one_file, good)
+    assert good.read_bytes() == b"kept" and [file.name for file in tmp_path.iterdir()] == ["good.safetensors"]
+
+
+def test_destinations(one_file, tmp_path):
+    assert "folder" in refused(pack, one_file, tmp_path)
+    assert ".safetensors" in refused(pack, one_file, tmp_path / "x.bin")
+    assert "no folder" in refused(pack, one_file, tmp_path / "nowhere" / "x.safetensors")
+
+
+# Describing
+
+
+def test_describe(one_file, modules):
+    description = describe(one_file)
+    assert description.kind == "TiM checkpoint, text-to-image" and description.latent_factor == 8 and description.tokenizer
+    transformer = description.parts[0]
+    count = sum(p.numel() for name, p in modules["transformer"].named_parameters() if not name.startswith("projector."))
+    assert transformer.parameters == count and transformer.dtypes == {"float32": count} and transformer.architecture.num_heads == 2
+    text = str(description)
+    assert f"{count:,} parameters" in text and "factor 8" in text and "as they are" in text
+
+
+def test_describe_reads_the_header_only(one_file):
+    parts = read_parts(one_file, header=True)
+    assert all(tensor.is_meta for part in checkpoint.TITLES for tensor in parts.tensors(part).values())
+    assert parts.tokenizer == small_world_tokenizer()
+
+
+def test_describe_counts_the_projector_apart(weights, tmp_path):
+    save_file(weights, tmp_path / "a.safetensors")
+    part = describe(tmp_path / "a.safetensors").parts[0]
+    assert part.projector_parameters == sum(v.numel() for k, v in weights.items() if k.startswith("projector."))
+    assert part.parameters + part.projector_parameters == sum(v.numel() for v in weights.values())
+
+
+def test_bundled_names(tmp_path, monkeypatch):
+    assert "tim-shapes" in refused(resolve, "tim-shape")
+    monkeypatch.setitem(BUNDLED, "tim-shapes", tmp_path / "absent.safetensors")
+    assert "bundled" in refused(resolve, "tim-shapes")
+    (tmp_path / "absent.safetensors").write_bytes(b"x")
+    assert resolve("tim-shapes") == tmp_path / "absent.safetensors"
+    assert isinstance(read_parts(Parts("x")), Parts)

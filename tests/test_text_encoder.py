@@ -1,0 +1,270 @@
+"""The text encoder and its tokenizers: padding, trimming, escaping, config spellings, training, odd input."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tim_core.errors import TimError
+from tim_core.text_encoder import MAX_LENGTH, TextEncoder, Tokenizer, normalise_config
+from tim_core.training.tokenizer import VOCABULARY_SIZE, WORDS, small_world_tokenizer, vocabulary
+
+ROOT = Path(__file__).parent.parent
+OLD_CONFIG = {
+    "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 512, "max_position_embeddings": 512,
+    "rope_theta": 500000.0, "rope_local_base_freq": 5000.0, "sliding_window_pattern": 3, "rope_scaling": None,
+}
+NEW_CONFIG = {key: value for key, value in OLD_CONFIG.items() if not key.startswith(("rope", "sliding_window_pattern"))} | {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_json(small_world_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    torch.manual_seed(0)
+    encoder = TextEncoder(OLD_CONFIG, tokenizer)
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # norms and the pad embedding too
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return encoder
+
+
+def tokens_of(tokenizer, prompt):
+    ids, mask = tokenizer([prompt])
+    names = {i: token for token, i in vocabulary().items()}
+    return [names[i] for i in ids[0][mask[0]].tolist()]
+
+
+def test_import_needs_no_transformers():
+    code = "import sys, tim_core.text_encoder, tim_core.checkpoint; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# The small world's tokenizer
+
+
+def test_each_word_is_one_token_everywhere(tokenizer):
+    for word in WORDS:
+        for prompt in (word, f"a {word}", f"{word} a", f"  {word.upper()}\n", f"({word})", f'"{word}".'):
+            assert f"\u2581{word}" in tokens_of(tokenizer, prompt), prompt
+        assert tokens_of(tokenizer, word) == ["<bos>", f"\u2581{word}"]
+
+
+def test_case_space_and_punctuation_do_not_matter(tokenizer):
+    plain = tokens_of(tokenizer, "a red circle left of a blue square")
+    assert len(plain) == 9
+    same = ("A Red CIRCLE left of a blue square.", " a red\tcircle, left-of\n\na blue  square!", "a red circle left of (a blue square)")
+    for prompt in same:
+        assert tokens_of(tokenizer, prompt) == plain
+
+
+ODD = ["cat", "caf\u00e9", "\U0001f916 robot", "\u4e00\u53ea\u732b", "\x00\x07", "<unused1>", "circlesque", "\ud800", "1 < 2"]
+
+
+@pytest.mark.parametrize("prompt", ODD, ids=ascii)
+def test_other_words_are_bytes_never_unk(tokenizer, prompt):
+    tokens = tokens_of(tokenizer, prompt)
+    assert "<unk>" not in tokens and "<pad>" not in tokens
+    known = {f"\u2581{word}" for word in WORDS}
+    assert all(token == "<bos>" or token == "\u2581" or token.startswith("<0x") or token in known for token in tokens)
+
+
+def test_new_words_differ(tokenizer):
+    assert tokens_of(tokenizer, "a cat") != tokens_of(tokenizer, "a dog")
+    assert tokens_of(tokenizer, "cat dog") != tokens_of(tokenizer, "catdog")
+    assert tokens_of(tokenizer, "a") == ["<bos>", "\u2581a"] and "\u2581a" not in tokens_of(tokenizer, "banana")
+
+
+def test_vocabulary_is_final():
+    ids = vocabulary()
+    assert [ids[token] for token in ("<pad>", "<eos>", "<bos>", "<unk>", "<0x00>", "<0xFF>")] == [0, 1, 2, 3, 4, 259]
+    assert len(ids) == VOCABULARY_SIZE and sum(token.startswith("<unused") for token in ids) >= 32
+    assert (ids["\u2581"], ids["\u2581a"], ids["\u2581circle"], ids["\u2581below"]) == (260, 261, 265, 282)
+
+
+def test_empty_and_endless_prompts(tokenizer):
+    ids, mask = tokenizer(["", "   \n", "...", "x" * 10_000, "circle " * 10_000])
+    assert mask.sum(1).tolist() == [1, 1, 1, MAX_LENGTH, MAX_LENGTH]
+    assert ids.shape == (5, MAX_LENGTH) and ids[0].tolist() == [2] + [0] * (MAX_LENGTH - 1)
+    assert torch.equal(ids[4, 1:], torch.full((MAX_LENGTH - 1,), 265))
+
+
+def test_padding_is_on_the_right_whatever_the_file_says():
+    import tokenizers
+
+    file = tokenizers.Tokenizer.from_str(small_world_tokenizer().decode())
+    file.enable_padding(direction="left", length=12)
+    file.enable_truncation(4)
+    ids, mask = Tokenizer.from_json(file.to_str().encode())(["a red circle and a blue square"])
+    assert mask[0].tolist() == [True] * 8 + [False] * (MAX_LENGTH - 8) and ids[0, 0] == 2
+
+
+def test_a_prompt_must_be_text(tokenizer):
+    with pytest.raises(TimError, match="NoneType"):
+        tokenizer([None])
+
+
+def test_damaged_tokenizers_are_one_line():
+    for data in (b"{", b"{}", b"not a tokenizer", b""):
+        with pytest.raises(TimError) as error:
+            Tokenizer.from_bytes(data, "some/file")
+        assert "some/file" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tokenizer_from_folder(tmp_path, tokenizer):
+    with pytest.raises(TimError, match="tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(small_world_tokenizer())
+    assert torch.equal(Tokenizer.from_folder(tmp_path)(["a red circle"])[0], tokenizer(["a red circle"])[0])
+
+
+def test_sentencepiece_folder(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentences = ["a red circle", "a blue square left of a circle", "two green triangles and a square"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320, model_type="bpe", byte_fallback=True,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2,
+    )
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids, mask = tokenizer(["a red circle", ""])
+    direct = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert ids[0][mask[0]].tolist() == [2] + direct.encode("a red circle")
+    assert mask[1].sum() == 1 and ids[1, 1] == 0 and not tokenizer.is_json
+
+
+# The features
+
+
+def test_text_rows_equal_the_unpadded_model(encoder):
+    prompts = ["a red circle", "", "two green triangles and a zebra", "circle " * 400]
+    features = encoder.encode(prompts)
+    assert features.rows.shape == (4, MAX_LENGTH, 32) and features.lengths[3] == MAX_LENGTH
+    ids, _ = encoder.tokenize(prompts)
+    with torch.no_grad():
+        for row, length, tokens in zip(features.rows, features.lengths, ids):
+            alone = encoder.encode_ids(tokens[None, :length], torch.ones(1, length, dtype=torch.bool))
+            assert torch.allclose(row[:length], alone[0], atol=2e-5)
+
+
+def test_pad_rows_see_no_attention(encoder):
+    """Every pad row is the pad token's embedding taken through the blocks with their attention left out."""
+    rows = encoder.encode(["a red circle", ""]).rows
+    model = encoder.transformer
+    with torch.no_grad():
+        x = model.embed_tokens(torch.tensor([[0]]))
+        for layer in model.layers:
+            x = x + layer.post_attention_layernorm(torch.zeros_like(x))
+            x = x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
+        expected = model.norm(x)[0, 0]
+    assert torch.allclose(rows[0, 4:], expected.expand(MAX_LENGTH - 4, -1), atol=2e-5)
+    assert torch.allclose(rows[1, 1:], expected.expand(MAX_LENGTH - 1, -1), atol=2e-5)
+
+
+def test_short_run_equals_the_whole_256(encoder):
+    prompts = ["a red circle", "", "a purple square above a white triangle"]
+    with torch.no_grad():
+        whole = encoder.encode_ids(*encoder.tokenize(prompts))
+    assert torch.allclose(encoder.encode(prompts).rows, whole, atol=2e-5)
+
+
+def test_trimming(encoder):
+    prompts = ["a circle", "a red circle and a blue square"]
+    cond, null = encoder.conditioning(prompts)
+    rows, empty = encoder.encode(prompts).rows, encoder.encode([""]).rows
+    assert cond.shape == null.shape == (2, 8, 32)
+    assert torch.allclose(cond, rows[:, :8], atol=1e-6) and torch.allclose(null, empty[:, :8].expand(2, -1, -1), atol=1e-6)
+
+    cond, null = encoder.conditioning(["a circle"], ["a red circle and a blue square"])  # a longer negative pads the positive
+    assert cond.shape == (1, 8, 32) and torch.allclose(cond, rows[:1, :8], atol=1e-6) and torch.allclose(null, rows[1:, :8], atol=1e-6)
+    with pytest.raises(TimError, match="found 2 for 3"):
+        encoder.conditioning(["a"] * 3, ["b"] * 2)
+
+
+def test_escaping(tokenizer):
+    escaping = TextEncoder(OLD_CONFIG, tokenizer, escape=True)
+    ids, _ = escaping.tokenize(["caf\u00e9\n\\"])
+    assert torch.equal(ids, tokenizer(["caf\\xe9\\n\\\\"])[0])
+    assert not torch.equal(ids, tokenizer(["caf\u00e9\n\\"])[0])
+
+
+def test_both_config_spellings_are_one_model(encoder, tokenizer):
+    assert normalise_config(OLD_CONFIG) == normalise_config(normalise_config(OLD_CONFIG))
+    assert normalise_config(OLD_CONFIG)["rope_parameters"] == normalise_config(NEW_CONFIG)["rope_parameters"]
+    state = encoder.transformer.state_dict()
+    rows = encoder.encode(["a red circle and a blue square"]).rows
+    for config in (NEW_CONFIG, {"text_config": NEW_CONFIG}, normalise_config(OLD_CONFIG)):
+        for device in ("cpu", "meta"):
+            other = TextEncoder(config, tokenizer, device=device).load(state)
+            assert torch.equal(other.encode(["a red circle and a blue square"]).rows, rows)
+    other = TextEncoder(OLD_CONFIG | {"rope_theta": 10.0}, tokenizer).load(state)
+    assert not torch.allclose(other.encode(["a red circle and a blue square"]).rows, rows, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"hidden_size": 8}])
+def test_other_configs_are_refused(config, tokenizer):
+    with pytest.raises(TimError, match="text encoder config"):
+        TextEncoder(config, tokenizer)
+
+
+def test_wrong_weights_are_refused(encoder, tokenizer):
+    state = dict(encoder.transformer.state_dict())
+    state["extra"] = state.pop("norm.weight")
+    with pytest.raises(TimError, match="no norm.weight; unknown extra"):
+        TextEncoder(OLD_CONFIG, tokenizer, device="meta").load(state)
+
+
+def test_old_transformers_is_one_line(monkeypatch, tokenizer):
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "4.49.0")
+    with pytest.raises(TimError, match=r"found transformers 4\.49\.0, .*pip install") as error:
+        TextEncoder(OLD_CONFIG, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_bfloat16_keeps_its_tables_exact(encoder):
+    half = copy.deepcopy(encoder).bfloat16()
+    assert half.dtype == torch.bfloat16
+    tables = [buffer for name, buffer in half.transformer.named_buffers() if "inv_freq" in name]
+    assert tables and all(table.dtype == torch.float32 for table in tables)
+    prompt = ["a red circle left of a blue square"]
+    assert (half.encode(prompt).rows.float() - encoder.encode(prompt).rows).abs().max() < 0.15
+    assert torch.equal(half.float().encode(["a"]).rows.isfinite(), encoder.encode(["a"]).rows.isfinite())
+
+
+def test_it_trains(encoder):
+    model = copy.deepcopy(encoder)
+    ids, mask = model.tokenize(["a red circle", "two squares and a circle", ""])
+    length = int(mask.sum(1).max())
+    rows = model.encode_ids(ids[:, :length], mask[:, :length])
+    rows.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_copies_do_not_share_their_masks(encoder):
+    one, two = encoder, copy.deepcopy(encoder)
+    expected = one.encode(["a red circle", ""]).rows
+    two.encode(["a"])
+    assert torch.equal(two.encode(["a red circle", ""]).rows, expected)
+    assert two._text_rows is not one._text_rows
+
+
+def test_torch_compile(encoder):
+    ids, mask = encoder.tokenize(["a red circle", "a"])
+    with torch.no_grad():
+        compiled = torch.compile(encoder.encode_ids, backend="eager", fullgraph=True)(ids[:, :6], mask[:, :6])
+        assert torch.equal(compiled, encoder.encode_ids(ids[:, :6], mask[:, :6]))

@@ -1,0 +1,43 @@
+"""Attention backends behind one signature: (q, k, v), each (B, heads, N, head_dim), to (B, N, heads * head_dim)."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import TimError
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's scaled dot-product attention; torch picks the kernel."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The flash-attn package. TimError if it is missing or the tensors are not half precision on a GPU."""
+    if flash_attn_func is None:
+        raise TimError("attention 'flash': the flash-attn package is not installed, expected it from: pip install flash-attn")
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        raise TimError(f"attention 'flash': found {q.dtype} on {q.device.type}, expected torch.float16 or torch.bfloat16 on cuda")
+    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).flatten(2)
+
+
+def get_attention(name: str) -> Attention:
+    """"auto" and "sdpa" are torch's own, "flash" the flash-attn package. TimError for another name, or flash without its package."""
+    if name in ("auto", "sdpa"):
+        return sdpa
+    if name == "flash":
+        if flash_attn_func is None:
+            raise TimError("attention 'flash': the flash-attn package is not installed, expected it from: pip install flash-attn")
+        return flash
+    raise TimError(f"attention: found '{name}', expected 'auto', 'sdpa' or 'flash'")

@@ -1,0 +1,304 @@
+"""DC-AE: the deep-compression autoencoder (arXiv 2410.10733), encoder, decoder and blended tiles.
+
+Parameter names are those of diffusers' AutoencoderDC, so its checkpoints load as they are.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import AutoencoderConfig, StageConfig
+from .errors import TimError
+
+
+class ChannelRMSNorm(nn.Module):
+    """RMS norm over the channels of (B, C, H, W), with gain and bias; statistics in float32."""
+
+    def __init__(self, channels: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(1, keepdim=True) + 1e-5)
+        weight, bias = self.weight.to(x)[:, None, None], self.bias.to(x)[:, None, None]
+        return (x * scale).to(x.dtype) * weight + bias
+
+
+def _norm(kind: str, channels: int, device, dtype) -> nn.Module:
+    if kind == "batch_norm":
+        return nn.BatchNorm2d(channels, device=device, dtype=dtype)
+    return ChannelRMSNorm(channels, device, dtype)
+
+
+class ResBlock(nn.Module):
+    """conv - activation - conv - norm, plus the input."""
+
+    def __init__(self, channels: int, norm: str, activation: str, operations, device=None, dtype=None):
+        super().__init__()
+        self.activation = getattr(F, activation)
+        self.conv1 = operations.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
+        self.conv2 = operations.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype)
+        self.norm = _norm(norm, channels, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(self.activation(self.conv1(x))))
+
+
+class MultiscaleProjection(nn.Module):
+    """Gathers q, k and v from a k x k neighbourhood: a depthwise, then a head-wise convolution."""
+
+    def __init__(self, channels: int, heads: int, kernel: int, operations, device=None, dtype=None):
+        super().__init__()
+        factory = {"bias": False, "device": device, "dtype": dtype}
+        self.proj_in = operations.Conv2d(3 * channels, 3 * channels, kernel, padding=kernel // 2, groups=3 * channels, **factory)
+        self.proj_out = operations.Conv2d(3 * channels, 3 * channels, 1, groups=3 * heads, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(self.proj_in(x))
+
+
+class LinearAttention(nn.Module):
+    """Multi-scale ReLU attention (EfficientViT): linear in the number of pixels, quadratic on the smallest maps."""
+
+    def __init__(self, channels: int, head_dim: int, kernels: tuple[int, ...], norm: str, operations, device=None, dtype=None):
+        super().__init__()
+        heads = channels // head_dim
+        inner = heads * head_dim
+        factory = {"bias": False, "device": device, "dtype": dtype}
+        self.head_dim = head_dim
+        self.to_q = operations.Linear(channels, inner, **factory)
+        self.to_k = operations.Linear(channels, inner, **factory)
+        self.to_v = operations.Linear(channels, inner, **factory)
+        self.to_qkv_multiscale = nn.ModuleList(MultiscaleProjection(inner, heads, k, operations, device, dtype) for k in kernels)
+        self.to_out = operations.Linear(inner * (1 + len(kernels)), channels, **factory)
+        self.norm_out = _norm(norm, channels, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        rows = x.movedim(1, -1)                                                                     # (B, H, W, C)
+        qkv = torch.cat([self.to_q(rows), self.to_k(rows), self.to_v(rows)], -1).movedim(-1, 1)     # (B, 3C, H, W)
+        qkv = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], 1)                # (B, 3C * scales, H, W)
+        linear = height * width > self.head_dim
+        if linear:
+            qkv = qkv.float()
+        # every run of 3 * head_dim channels is one head's q, k, v, across the q | k | v border too: the trained layout
+        q, k, v = qkv.reshape(batch, -1, 3 * self.head_dim, height * width).chunk(3, 2)             # (B, heads, head_dim, HW)
+        q, k = F.relu(q), F.relu(k)
+        if linear:
+            v = F.pad(v, (0, 0, 0, 1), value=1.0)                                                   # a row of ones sums the weights
+            out = (v @ k.transpose(-1, -2)) @ q
+            out = (out[:, :, :-1] / (out[:, :, -1:] + 1e-15)).to(x.dtype)
+        else:
+            scores = (k.transpose(-1, -2) @ q).float()
+            scores = scores / (scores.sum(2, keepdim=True) + 1e-15)
+            out = v @ scores.to(v.dtype)
+        out = out.reshape(batch, -1, height, width).movedim(1, -1)
+        return x + self.norm_out(self.to_out(out).movedim(-1, 1))
+
+
+class GatedConv(nn.Module):
+    """GLU with a depthwise convolution inside (GLUMBConv), plus the input."""
+
+    def __init__(self, channels: int, operations, device=None, dtype=None):
+        super().__init__()
+        hidden, factory = 4 * channels, {"device": device, "dtype": dtype}
+        self.conv_inverted = operations.Conv2d(channels, 2 * hidden, 1, **factory)
+        self.conv_depth = operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **factory)
+        self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **factory)
+        self.norm = ChannelRMSNorm(channels, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, 1)
+        return x + self.norm(self.conv_point(h * F.silu(gate)))
+
+
+class EfficientViTBlock(nn.Module):
+    def __init__(self, channels: int, head_dim: int, kernels: tuple[int, ...], norm: str, operations, device=None, dtype=None):
+        super().__init__()
+        self.attn = LinearAttention(channels, head_dim, kernels, norm, operations, device, dtype)
+        self.conv_out = GatedConv(channels, operations, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.attn(x))
+
+
+class Downsample(nn.Module):
+    """Halves the sides; the shortcut is the channel mean of the unshuffled input (DC-AE 3.2)."""
+
+    def __init__(self, channels: int, out_channels: int, kind: str, shortcut: bool, operations, device=None, dtype=None):
+        super().__init__()
+        self.unshuffle, self.shortcut, self.out_channels = kind == "pixel_unshuffle", shortcut, out_channels
+        self.conv = operations.Conv2d(
+            channels, out_channels // 4 if self.unshuffle else out_channels, 3, stride=1 if self.unshuffle else 2, padding=1,
+            device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        if self.unshuffle:
+            out = F.pixel_unshuffle(out, 2)
+        if self.shortcut:
+            out = out + F.pixel_unshuffle(x, 2).unflatten(1, (self.out_channels, -1)).mean(2)
+        return out
+
+
+class Upsample(nn.Module):
+    """Doubles the sides; the shortcut is the shuffled, repeated input (DC-AE 3.2)."""
+
+    def __init__(self, channels: int, out_channels: int, kind: str, shortcut: bool, operations, device=None, dtype=None):
+        super().__init__()
+        self.interpolate, self.repeats = kind == "interpolate", 4 * out_channels // channels if shortcut else 0
+        self.conv = operations.Conv2d(
+            channels, out_channels if self.interpolate else 4 * out_channels, 3, padding=1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.interpolate:
+            out = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        else:
+            out = F.pixel_shuffle(self.conv(x), 2)
+        if self.repeats:
+            out = out + F.pixel_shuffle(x.repeat_interleave(self.repeats, 1), 2)
+        return out
+
+
+def _blocks(stage: StageConfig, head_dim: int, operations, device, dtype) -> list[nn.Module]:
+    if stage.block == "ResBlock":
+        return [ResBlock(stage.width, stage.norm, stage.activation, operations, device, dtype) for _ in range(stage.layers)]
+    return [EfficientViTBlock(stage.width, head_dim, stage.kernels, stage.norm, operations, device, dtype) for _ in range(stage.layers)]
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, C, H / factor, W / factor)."""
+
+    def __init__(self, config: AutoencoderConfig, operations, device=None, dtype=None):
+        super().__init__()
+        stages, factory = config.encoder, {"device": device, "dtype": dtype}
+        if stages[0].layers:
+            self.conv_in = operations.Conv2d(config.in_channels, stages[0].width, 3, padding=1, **factory)
+        else:
+            self.conv_in = Downsample(config.in_channels, stages[1].width, config.downsample, False, operations, **factory)
+        self.down_blocks = nn.ModuleList()
+        for i, stage in enumerate(stages):
+            blocks = _blocks(stage, config.head_dim, operations, device, dtype)
+            if blocks and i + 1 < len(stages):
+                blocks.append(Downsample(stage.width, stages[i + 1].width, config.downsample, True, operations, **factory))
+            self.down_blocks.append(nn.Sequential(*blocks))
+        self.conv_out = operations.Conv2d(stages[-1].width, config.latent_channels, 3, padding=1, **factory)
+        self.latent_channels, self.shortcut = config.latent_channels, config.out_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            x = stage(x)
+        out = self.conv_out(x)
+        return out + x.unflatten(1, (self.latent_channels, -1)).mean(2) if self.shortcut else out
+
+
+class Decoder(nn.Module):
+    """(B, C, h, w) -> (B, 3, h * factor, w * factor)."""
+
+    def __init__(self, config: AutoencoderConfig, operations, device=None, dtype=None):
+        super().__init__()
+        stages, factory = config.decoder, {"device": device, "dtype": dtype}
+        self.conv_in = operations.Conv2d(config.latent_channels, stages[-1].width, 3, padding=1, **factory)
+        self.repeats = stages[-1].width // config.latent_channels if config.in_shortcut else 0
+        self.up_blocks = nn.ModuleList()
+        for i, stage in enumerate(stages):
+            blocks = _blocks(stage, config.head_dim, operations, device, dtype)
+            if blocks and i + 1 < len(stages):
+                blocks.insert(0, Upsample(stages[i + 1].width, stage.width, config.upsample, True, operations, **factory))
+            self.up_blocks.append(nn.Sequential(*blocks))
+        width = stages[0].width if stages[0].layers else stages[1].width
+        self.norm_out = ChannelRMSNorm(width, **factory)
+        self.activation = getattr(F, config.out_activation)
+        if stages[0].layers:
+            self.conv_out = operations.Conv2d(width, config.in_channels, 3, padding=1, **factory)
+        else:
+            self.conv_out = Upsample(width, config.in_channels, config.upsample, False, operations, **factory)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        if self.repeats:
+            x = x + z.repeat_interleave(self.repeats, 1)
+        for stage in reversed(self.up_blocks):
+            x = stage(x)
+        return self.conv_out(self.activation(self.norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """DC-AE with its latent scale: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / factor, W / factor) of unit variance.
+
+    Float32 or bfloat16, never float16 (the deep stages overflow).
+    """
+
+    def __init__(self, config: AutoencoderConfig, operations=nn, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, operations, device, dtype)
+        self.decoder = Decoder(config, operations, device, dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        self._check(x)
+        return self.encoder(x) * self.config.scaling_factor
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z / self.config.scaling_factor)
+
+    def tiled_encode(self, x: Tensor, tile: int = 1024, stride: int = 896) -> Tensor:
+        """Encodes in tiles of `tile` pixels, one every `stride`; neighbours are blended linearly where they overlap."""
+        self._check(x)
+        tile, stride = self._tiles(tile, stride)
+        return _tiled(self.encode, x, tile, stride, tile // self.config.factor, stride // self.config.factor)
+
+    def tiled_decode(self, z: Tensor, tile: int = 1024, stride: int = 896) -> Tensor:
+        """Decodes in tiles of `tile` pixels, one every `stride`; neighbours are blended linearly where they overlap."""
+        tile, stride = self._tiles(tile, stride)
+        return _tiled(self.decode, z, tile // self.config.factor, stride // self.config.factor, tile, stride)
+
+    def _check(self, x: Tensor) -> None:
+        factor = self.config.factor
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise TimError(f"picture to encode: found {x.shape[-1]}x{x.shape[-2]} pixels, expected multiples of {factor}")
+
+    def _tiles(self, tile: int, stride: int) -> tuple[int, int]:
+        factor = self.config.factor
+        if tile % factor or stride % factor or not 0 < stride <= tile:
+            raise TimError(f"tiles: found tile {tile} and stride {stride}, expected multiples of {factor} with 0 < stride <= tile")
+        return tile, stride
+
+
+def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, stride: int, out_tile: int, out_stride: int) -> Tensor:
+    """Runs `function` on overlapping tiles and blends each into its upper and left neighbour over out_tile - out_stride."""
+    height, width = x.shape[-2:]
+    if height <= tile and width <= tile:
+        return function(x)
+    blend = out_tile - out_stride
+    above: list[Tensor] = []
+    rows = []
+    for top in range(0, height, stride):
+        row: list[Tensor] = []
+        for j, left in enumerate(range(0, width, stride)):
+            out = function(x[..., top:top + tile, left:left + tile])
+            if above:
+                out = _blend(above[j], out, blend, -2)
+            if row:
+                out = _blend(row[-1], out, blend, -1)
+            row.append(out)
+        rows.append(torch.cat([out[..., :out_stride, :out_stride] for out in row], -1))
+        above = row
+    out = torch.cat(rows, -2)
+    return out[..., :height * out_tile // tile, :width * out_tile // tile]
+
+
+def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
+    """`after`, its first `extent` lines along `dim` faded in from the last lines of `before`."""
+    extent = min(before.shape[dim], after.shape[dim], extent)
+    if not extent:
+        return after
+    fade = torch.arange(extent, device=after.device, dtype=after.dtype) / extent
+    fade = fade.view(-1, 1) if dim == -2 else fade
+    tail = before.narrow(dim, before.shape[dim] - extent, extent)
+    head = after.narrow(dim, 0, extent)
+    return torch.cat([torch.lerp(tail, head, fade.expand_as(head)), after.narrow(dim, extent, after.shape[dim] - extent)], dim)

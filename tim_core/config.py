@@ -1,0 +1,267 @@
+"""Typed, frozen descriptions of the architectures, read from official configurations or from the weights themselves."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Mapping
+
+from torch import Tensor
+
+from .errors import TimError
+
+# How the interval is embedded: a sum of embeddings, the last of them through the interval's own embedder.
+CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of one transition transformer. TimError if the numbers do not fit together."""
+
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    patch_size: int = 1
+    text_dim: int | None = None  # width of the text features; None for a class-conditional model
+    num_classes: int | None = None  # without the null class; None for a text-to-image model
+    null_class: bool = True  # one more row in the class table, for guidance
+    qk_norm: bool = True
+    new_condition: str = "t-r"
+    use_new_embed: bool = True  # the interval has an embedder of its own
+    distance_aware: bool = True  # interval-aware attention (paper Eq. 15)
+    lora_hidden_size: int | None = None  # rank of the modulation; None is the official default
+    encoder_depth: int = 8  # the block, counted from 1, whose output the projector reads
+    projector_dim: int = 2048
+    z_dim: int | None = None  # width of the projected features (REPA); None for no projector
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "hidden_size", "depth", "num_heads", "patch_size"):
+            if getattr(self, name) < 1:
+                raise TimError(f"TiM configuration: {name} is {getattr(self, name)}, expected at least 1")
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
+            raise TimError(
+                f"TiM configuration: hidden size {self.hidden_size} with {self.num_heads} heads, expected a head width that is a multiple of 4"
+            )
+        if (self.text_dim is None) == (self.num_classes is None):
+            raise TimError(
+                f"TiM configuration: text_dim is {self.text_dim} and num_classes is {self.num_classes}, expected exactly one of them"
+            )
+        if self.new_condition not in CONDITIONS:
+            raise TimError(f"TiM configuration: new_condition is '{self.new_condition}', expected one of {', '.join(map(repr, CONDITIONS))}")
+        if self.z_dim is not None and not 1 <= self.encoder_depth <= self.depth:
+            raise TimError(f"TiM configuration: encoder_depth is {self.encoder_depth}, expected 1 to the depth, {self.depth}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def modulation_rank(self) -> int:
+        return self.lora_hidden_size or self.hidden_size // 4 * 3
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of the null class, None where there is none."""
+        return self.num_classes if self.null_class else None
+
+    @classmethod
+    def from_official(cls, network: Mapping[str, Any]) -> TransformerConfig:
+        """From the network section of an official yaml; what is left out takes the official default."""
+        is_class = "num_classes" in network
+        return cls(
+            in_channels=network.get("in_channels", 4),
+            hidden_size=network.get("hidden_size", 1152),
+            depth=network.get("depth", 28),
+            num_heads=network.get("num_heads", 16),
+            patch_size=network.get("patch_size", 2),
+            text_dim=None if is_class else network.get("cap_feat_dim", 2048),
+            num_classes=network["num_classes"] if is_class else None,
+            null_class=network.get("class_dropout_prob", 0.1) > 0,
+            qk_norm=network.get("qk_norm", False),
+            new_condition=network.get("new_condition", "t-r"),
+            use_new_embed=network.get("use_new_embed", False),
+            distance_aware=network.get("distance_aware", False),
+            lora_hidden_size=network.get("lora_hidden_size"),
+            encoder_depth=network.get("encoder_depth", 8),
+            projector_dim=network.get("projector_dim", 2048),
+            z_dim=network.get("z_dim", 768),
+        )
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> TransformerConfig:
+        """Read shapes and key names. metadata may say what they cannot: num_heads (where there is no qk-norm), new_condition, null_class,
+        encoder_depth. TimError, naming what was found and what was expected, if this is not a TiM transformer.
+        """
+        metadata = metadata or {}
+
+        def shape(name: str, *expected: int | None) -> tuple[int, ...]:
+            """The shape of a tensor that must be there; None in `expected` stands for any length."""
+            if name not in state_dict:
+                raise TimError(f"not a TiM transformer: no tensor '{name}' among {len(state_dict)} tensors, expected {list(expected)}")
+            found = tuple(getattr(state_dict[name], "shape", ()))
+            if len(found) != len(expected) or any(b is not None and a != b for a, b in zip(found, expected)):
+                wanted = ["any" if length is None else length for length in expected]
+                raise TimError(f"not a TiM transformer: tensor '{name}' has shape {list(found)}, expected {wanted}")
+            return found
+
+        hidden, channels, patch, _ = shape("x_embedder.proj.weight", None, None, None, None)
+        shape("x_embedder.proj.weight", hidden, channels, patch, patch)
+        shape("final_layer.linear.weight", patch * patch * channels, hidden)
+        shape("t_embedder.mlp.0.weight", hidden, 256)
+        shape("blocks.0.attn.qkv.weight", 3 * hidden, hidden)
+        shape("blocks.0.mlp.fc1_g.weight", hidden * 4 * 2 // 3, hidden)
+
+        numbers = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in state_dict) if match}
+        depth = max(numbers) + 1
+        if len(numbers) != depth:
+            raise TimError(f"not a whole TiM transformer: {len(numbers)} blocks of {depth}, expected every block from 0 to {depth - 1}")
+
+        is_class = "y_embedder.embedding_table.weight" in state_dict
+        null_class = bool(metadata.get("null_class", True))
+        if is_class:
+            rows, _ = shape("y_embedder.embedding_table.weight", None, hidden)
+            text_dim, num_classes = None, rows - null_class
+        else:
+            (text_dim,) = shape("y_embedder.norm.weight", None)
+            shape("y_embedder.mlp.fc1_g.weight", 4 * hidden, text_dim)
+            num_classes = None
+        rank, _ = shape("blocks.0.adaLN_modulation.fc1_g.weight", None, hidden)
+        shape("blocks.0.adaLN_modulation.fc2.weight", (6 if is_class else 9) * hidden, rank)
+
+        qk_norm = "blocks.0.attn.q_norm.weight" in state_dict
+        if qk_norm:
+            (head_dim,) = shape("blocks.0.attn.q_norm.weight", None)
+            num_heads = hidden // max(head_dim, 1)
+            if head_dim < 1 or hidden % head_dim:
+                raise TimError(f"not a TiM transformer: heads of width {head_dim} in a hidden size of {hidden}, expected a divisor of it")
+        else:
+            num_heads = int(metadata.get("num_heads", 16))
+
+        has_projector = "projector.0.weight" in state_dict
+        projector_dim, _ = shape("projector.0.weight", None, hidden) if has_projector else (2048, hidden)
+        return cls(
+            in_channels=channels,
+            hidden_size=hidden,
+            depth=depth,
+            num_heads=num_heads,
+            patch_size=patch,
+            text_dim=text_dim,
+            num_classes=num_classes,
+            null_class=null_class,
+            qk_norm=qk_norm,
+            new_condition=metadata.get("new_condition", "t-r"),
+            use_new_embed="delta_embedder.mlp.0.weight" in state_dict,
+            distance_aware="blocks.0.attn.qkv_d.weight" in state_dict,
+            lora_hidden_size=rank,
+            encoder_depth=int(metadata.get("encoder_depth", min(8, depth))),
+            projector_dim=projector_dim,
+            z_dim=shape("projector.4.weight", None, projector_dim)[0] if has_projector else None,
+        )
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One resolution of the DC-AE; `kernels` are the multi-scale attention's."""
+
+    width: int
+    layers: int
+    block: str = "ResBlock"                 # or "EfficientViTBlock"
+    kernels: tuple[int, ...] = ()
+    norm: str = "rms_norm"                  # or "batch_norm"
+    activation: str = "silu"                # or "relu"
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Architecture of a DC-AE (arXiv 2410.10733); stage 0 is the finest."""
+
+    encoder: tuple[StageConfig, ...]
+    decoder: tuple[StageConfig, ...]
+    in_channels: int = 3
+    latent_channels: int = 32
+    head_dim: int = 32
+    downsample: str = "conv"                # or "pixel_unshuffle"
+    upsample: str = "interpolate"           # or "pixel_shuffle"
+    out_shortcut: bool = True
+    in_shortcut: bool = True
+    out_activation: str = "relu"
+    scaling_factor: float = 1.0
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return 2 ** (len(self.encoder) - 1)
+
+    @classmethod
+    def from_diffusers(cls, config: dict) -> "AutoencoderConfig":
+        """Reads the config.json of a diffusers AutoencoderDC; keys it lacks take that class's defaults."""
+        multiscales = ((), (), (), (5,), (5,), (5,))
+
+        def stages(side, layers, norms="rms_norm", activations="silu"):
+            widths = config.get(f"{side}_block_out_channels", (128, 256, 512, 512, 1024, 1024))
+            columns = [config.get(f"{side}_block_types", "ResBlock"), norms, activations]
+            blocks, norms, activations = ([c] * len(widths) if isinstance(c, str) else c for c in columns)
+            layers = config.get(f"{side}_layers_per_block", layers)
+            kernels = map(tuple, config.get(f"{side}_qkv_multiscales", multiscales))
+            return tuple(map(StageConfig, widths, layers, blocks, kernels, norms, activations))
+
+        return cls(
+            stages("encoder", (2, 2, 2, 3, 3, 3)),
+            stages("decoder", (3, 3, 3, 3, 3, 3), config.get("decoder_norm_types", "rms_norm"), config.get("decoder_act_fns", "silu")),
+            config.get("in_channels", 3), config.get("latent_channels", 32), config.get("attention_head_dim", 32),
+            "pixel_unshuffle" if config.get("downsample_block_type", "pixel_unshuffle") == "pixel_unshuffle" else "conv",
+            "interpolate" if config.get("upsample_block_type", "pixel_shuffle") == "interpolate" else "pixel_shuffle",
+            config.get("encoder_out_shortcut", True), config.get("decoder_in_shortcut", True),
+            config.get("decoder_conv_act_fn", "relu"), config.get("scaling_factor", 1.0),
+        )
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], metadata: dict | None = None) -> "AutoencoderConfig":
+        """Reads the architecture from key names and shapes; `metadata` may give scaling_factor and head_dim.
+
+        Without metadata the scale is 0.41407 for 32 channels (dc-ae-f32c32-sana) and 1 for any other; batch-norm stages use relu, as
+        every released DC-AE does. Raises TimError for what is no DC-AE.
+        """
+        shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+        for key in ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight"):
+            if key not in shapes:
+                raise TimError(f"DC-AE: found no key {key} among {len(shapes)}, expected the keys of diffusers' AutoencoderDC")
+
+        def stages(side: str) -> tuple[StageConfig, ...]:
+            found, n = [], 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith(side))
+            for i in range(n):
+                prefix = f"{side}.{i}."
+                depth = {int(key.split(".")[3]) for key in shapes if key.startswith(prefix)}
+                layers = [j for j in sorted(depth) if f"{prefix}{j}.conv.weight" not in shapes]
+                first = f"{prefix}{layers[0]}." if layers else None
+                if first is None:
+                    found.append(StageConfig(0, 0))
+                elif f"{first}conv1.weight" in shapes:
+                    batch_norm = f"{first}norm.running_mean" in shapes
+                    found.append(StageConfig(shapes[f"{first}conv1.weight"][0], len(layers), "ResBlock", (),
+                                             *(("batch_norm", "relu") if batch_norm else ("rms_norm", "silu"))))
+                elif f"{first}attn.to_q.weight" in shapes:
+                    kernels = []
+                    while (key := f"{first}attn.to_qkv_multiscale.{len(kernels)}.proj_in.weight") in shapes:
+                        kernels.append(shapes[key][-1])
+                    norm = "batch_norm" if f"{first}attn.norm_out.running_mean" in shapes else "rms_norm"
+                    found.append(StageConfig(shapes[f"{first}attn.to_q.weight"][1], len(layers), "EfficientViTBlock", tuple(kernels), norm))
+                else:
+                    raise TimError(f"DC-AE: found an unknown block under {first}, expected a ResBlock or an EfficientViTBlock")
+            return tuple(found)
+
+        metadata, channels = metadata or {}, shapes["encoder.conv_out.weight"][0]
+        encoder, decoder = stages("encoder.down_blocks"), stages("decoder.up_blocks")
+        heads = [shape[1] for key, shape in shapes.items() if key.endswith("to_qkv_multiscale.0.proj_out.weight")]
+        down = [shapes.get(f"encoder.down_blocks.{i}.{stage.layers}.conv.weight", (0,))[0] == encoder[i + 1].width
+                for i, stage in enumerate(encoder[:-1]) if stage.layers]
+        up = [shapes.get(f"decoder.up_blocks.{i}.0.conv.weight", (0,))[0] == stage.width
+              for i, stage in enumerate(decoder[:-1]) if stage.layers]
+        first = "encoder.conv_in.weight" if encoder[0].layers else "encoder.conv_in.conv.weight"
+        if first not in shapes:
+            raise TimError(f"DC-AE: found no key {first} among {len(shapes)}, expected the keys of diffusers' AutoencoderDC")
+        return cls(
+            encoder, decoder, shapes[first][1], channels, metadata.get("head_dim", heads[0] if heads else 32),
+            "conv" if all(down) else "pixel_unshuffle", "interpolate" if all(up) else "pixel_shuffle",
+            scaling_factor=metadata.get("scaling_factor", 0.41407 if channels == 32 else 1.0),
+        )

@@ -1,0 +1,248 @@
+"""The training objective of Transition Models (arXiv 2509.04394): Eq. 8-13, Alg. 1, Tab. 8; model guidance, Eq. 51."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .errors import TimError
+from .transport import Transport
+
+Model = Callable[..., Any]
+
+TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "constant": lambda delta, sigma_d: torch.ones_like(delta),
+    "reciprocal": lambda delta, sigma_d: 1 / (delta + sigma_d),
+    "sqrt": lambda delta, sigma_d: 1 / (delta + sigma_d).sqrt(),
+    "square": lambda delta, sigma_d: 1 / (delta + sigma_d) ** 2,
+    "Soft-Min-SNR": lambda delta, sigma_d: 1 / (delta**2 + sigma_d**2),
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The settings of the loss; the distribution of times lives on the transport. Defaults: the official text-to-image training."""
+
+    diffusion_ratio: float = 0.5  # share of the batch, from its start, with r = t
+    consistency_ratio: float = 0.1  # share of the batch, from its end, with r = T_min
+    derivative: str = "dde"  # "dde", the central difference of Eq. 10, or "jvp", forward-mode differentiation
+    epsilon: float = 0.005  # half the width of the central difference
+    weight_time_type: str = "sqrt"
+    weight_time_tangent: bool = True  # weigh tan t - tan r (wins over the sigmoid)
+    weight_time_sigmoid: bool = False  # weigh t / (1 - t) - r / (1 - r)
+    weight_t_and_r: bool = True  # weigh the interval; else t alone
+    use_dir_loss: bool = True  # add 1 - cosine over channels
+    proj_coeff: float = 1.0  # of the REPA term, used when h_target is given
+    enhance_target: bool = False  # model guidance, for w_start <= t <= w_end
+    w_gt: float = 1.0
+    w_cond: float = 0.0
+    w_start: float = 0.0
+    w_end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.derivative not in ("dde", "jvp"):
+            raise TimError(f"objective: derivative is '{self.derivative}', expected 'dde' or 'jvp'")
+        if self.weight_time_type not in TIME_WEIGHTS:
+            expected = ", ".join(repr(name) for name in TIME_WEIGHTS)
+            raise TimError(f"objective: weight_time_type is '{self.weight_time_type}', expected one of {expected}")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`total` is what to backpropagate; the rest is for logs and tests. t and r are (B, 1, 1, 1), weights and losses (B,)."""
+
+    total: Tensor
+    weighted_loss: Tensor
+    proj_loss: Tensor | None
+    denoising_loss: Tensor
+    time_weight: Tensor
+    adaptive_weight: Tensor
+    t: Tensor
+    r: Tensor
+    n_diffusion: int
+    x_t: Tensor
+    v_t: Tensor
+    F_pred: Tensor
+    projection: Tensor | None
+    dF_dt: Tensor
+    F_target: Tensor
+    F_cond: Tensor | None
+    F_null: Tensor | None
+
+
+def draw_times(batch: int, transport: Transport, generator: torch.Generator | None = None, device: Any = None) -> tuple[Tensor, Tensor]:
+    """The two raw draws (B,) float32 of `sample_times`, on the generator's device and then moved to `device`."""
+    draw = torch.randn if transport.raw_draw == "normal" else torch.rand
+    where = generator.device if generator is not None else device
+    first = draw(batch, generator=generator, device=where)
+    second = draw(batch, generator=generator, device=where)
+    return first.to(device), second.to(device)
+
+
+def sample_times(draws: tuple[Tensor, Tensor], transport: Transport, config: ObjectiveConfig) -> tuple[Tensor, Tensor, int]:
+    """t, r (B,) and how many items, from the first on, have r = t. Ratios round half to even; the two groups may overlap."""
+    first, second = transport.times(draws[0]), transport.times(draws[1])
+    t, r = torch.maximum(first, second), torch.minimum(first, second)
+    n_diffusion = round(config.diffusion_ratio * len(t))
+    n_consistency = round(config.consistency_ratio * len(t))
+    item = torch.arange(len(t), device=t.device)
+    r = torch.where(item < n_diffusion, t, r)
+    r = torch.where(item >= len(t) - n_consistency, torch.full_like(r, transport.T_min), r)
+    return t, r, n_diffusion
+
+
+def time_weight(t: Tensor, r: Tensor, n_diffusion: int, sigma_d: float, config: ObjectiveConfig) -> Tensor:
+    """w(t, r) (B,) of Eq. 12 and its relatives; 1 where r = t by construction, 0 where the formula has no value (tan beyond pi/2)."""
+    t, r = t.flatten(), r.flatten()
+    if config.weight_time_tangent:
+        t, r = t.tan(), r.tan()
+    elif config.weight_time_sigmoid:
+        t, r = t / (1 - t), r / (1 - r)
+    delta = t - r if config.weight_t_and_r else t
+    weight = TIME_WEIGHTS[config.weight_time_type](delta, sigma_d).nan_to_num(nan=0.0)
+    return torch.where(torch.arange(len(weight), device=weight.device) < n_diffusion, torch.ones_like(weight), weight)
+
+
+def transition_loss(
+    model: Model,
+    x: Tensor,
+    noise: Tensor,
+    y: Tensor,
+    *,
+    transport: Transport,
+    config: ObjectiveConfig,
+    draws: tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    y_null: Tensor | None = None,
+    ema_model: Model | None = None,
+    h_target: Tensor | None = None,
+    plain_model: Model | None = None,
+) -> Losses:
+    """One batch of clean latents x (B, C, H, W) with noise of the same shape and conditions y (B, ...).
+
+    draws: the two raw draws (B,), else made with `generator`. ema_model and y_null (B, ...): only for config.enhance_target.
+    h_target (B, N, z_dim): asks for the REPA term. plain_model: the same weights without a training wrapper (DDP), for the derivative.
+    """
+    if draws is None:
+        draws = draw_times(len(x), transport, generator, x.device)
+    flat_t, flat_r, n_diffusion = sample_times(draws, transport, config)
+    t, r = flat_t.view(-1, 1, 1, 1), flat_r.view(-1, 1, 1, 1)
+    x_t, v_t = transport.interpolate(x, noise, t), transport.velocity(x, noise, t)
+
+    projection = None
+    F_pred = model(x_t, transport.c_noise(flat_t), transport.c_noise(flat_r), y, **({} if h_target is None else {"return_projection": True}))
+    if h_target is not None:
+        F_pred, projection = F_pred
+    F_pred = _wide(F_pred)
+
+    with torch.no_grad():
+        dF_dt = torch.zeros_like(F_pred)
+        if n_diffusion < len(x):
+            rest = slice(n_diffusion, None)
+            derive = _difference if config.derivative == "dde" else _forward_mode
+            dF_dt[rest] = derive(plain_model or model, x[rest], noise[rest], t[rest], r[rest], y[rest], transport, config).to(dF_dt.dtype)
+
+        diffusion = F_cond = F_null = None
+        if config.enhance_target:
+            F_cond, F_null = _ema_predictions(ema_model, x_t, t, y, y_null, transport, config)
+            diffusion = guided_target(transport.diffusion_target(x, noise, t), F_cond, F_null, t, config)
+        F_target = transport.target(x, noise, t, r, dF_dt, diffusion)
+
+    # Where a transport has no finite target the item counts as learned: its loss and its gradient are 0, not NaN.
+    goal = torch.where(F_target.isfinite(), F_target, F_pred.detach())
+    denoising_loss = _finite(((F_pred - goal) ** 2).flatten(1).mean(1))
+    if config.use_dir_loss:
+        denoising_loss = denoising_loss + _finite((1 - F.cosine_similarity(F_pred, goal, dim=1)).flatten(1).mean(1))
+    weight = time_weight(t, r, n_diffusion, transport.sigma_d, config)
+    adaptive = 1 / (denoising_loss.detach() + 1e-5)
+    weighted_loss = (weight * adaptive * denoising_loss).mean()
+
+    total, proj_loss = weighted_loss, None
+    if h_target is not None:
+        proj_loss = _finite((1 - F.cosine_similarity(_wide(projection), h_target, dim=-1)).flatten(1).mean(1)).mean()
+        total = total + config.proj_coeff * proj_loss
+    return Losses(
+        total=total,
+        weighted_loss=weighted_loss,
+        proj_loss=proj_loss,
+        denoising_loss=denoising_loss,
+        time_weight=weight,
+        adaptive_weight=adaptive,
+        t=t,
+        r=r,
+        n_diffusion=n_diffusion,
+        x_t=x_t,
+        v_t=v_t,
+        F_pred=F_pred,
+        projection=projection,
+        dF_dt=dF_dt,
+        F_target=F_target,
+        F_cond=F_cond,
+        F_null=F_null,
+    )
+
+
+def _difference(
+    model: Model, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, y: Tensor, transport: Transport, config: ObjectiveConfig
+) -> Tensor:
+    """dF/dt along the path by the central difference (Eq. 10), r fixed."""
+    epsilon = torch.full_like(t, config.epsilon)
+    if transport.positive_times:
+        # A step below t = 0 has no value, so the difference is narrower there.
+        epsilon = torch.where(t > epsilon, epsilon, t / 2)
+    r_input = transport.c_noise(r.flatten())
+
+    def along(time: Tensor) -> Tensor:
+        return _wide(model(transport.interpolate(x, noise, time), transport.c_noise(time.flatten()), r_input, y))
+
+    return (along(t + epsilon) - along(t - epsilon)) / (2 * epsilon)
+
+
+def _forward_mode(
+    model: Model, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, y: Tensor, transport: Transport, config: ObjectiveConfig
+) -> Tensor:
+    """dF/dt along the path by forward-mode differentiation, r fixed."""
+    r_input = transport.c_noise(r.flatten())
+
+    def along(x_t: Tensor, time: Tensor) -> Tensor:
+        return _wide(model(x_t, transport.c_noise(time.flatten()), r_input, y))
+
+    # Of torch's attention kernels only the plain one has forward-mode derivatives.
+    with sdpa_kernel(SDPBackend.MATH):
+        _, dF_dt = torch.func.jvp(
+            along, (transport.interpolate(x, noise, t), t), (transport.velocity(x, noise, t), torch.ones_like(t))
+        )
+    return dF_dt
+
+
+def guided_target(plain: Tensor, F_cond: Tensor, F_null: Tensor, t: Tensor, config: ObjectiveConfig) -> Tensor:
+    """The diffusion target `plain` with model guidance (Eq. 51) where w_start <= t <= w_end."""
+    guided = config.w_gt * plain + config.w_cond * F_cond + (1 - config.w_gt - config.w_cond) * F_null
+    return torch.where((t >= config.w_start) & (t <= config.w_end), guided, plain)
+
+
+def _ema_predictions(
+    ema_model: Model | None, x_t: Tensor, t: Tensor, y: Tensor, y_null: Tensor | None, transport: Transport, config: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
+    """The EMA network at r = t, with and without the condition. What w_cond = 0 makes useless is not computed."""
+    if ema_model is None or y_null is None:
+        missing = "ema_model" if ema_model is None else "y_null"
+        raise TimError(f"objective: enhance_target is on and {missing} is missing, expected the EMA network and the null condition")
+    time = transport.c_noise(t.flatten())
+    F_null = _wide(ema_model(x_t, time, time, y_null))
+    F_cond = _wide(ema_model(x_t, time, time, y)) if config.w_cond > 0 else torch.zeros_like(F_null)
+    return F_cond, F_null
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _finite(loss: Tensor) -> Tensor:
+    return loss.nan_to_num(nan=0.0, posinf=1e5, neginf=-1e5)

@@ -1,0 +1,205 @@
+"""The small world TiM-Shapes: scenes, captions, a renderer, and an exact detector that scores pictures as GenEval does."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BACKGROUND = (25, 25, 30)
+COLORS = {
+    "red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220),
+    "yellow": (235, 210, 50), "purple": (150, 60, 190), "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle")
+COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+TASKS = ("single", "two", "counting", "colors", "position", "attribution")
+# what training sees: the six scored forms and the two full ones
+TRAINING_FORMS = {
+    "single": 0.08, "two": 0.12, "counting": 0.18, "colors": 0.12, "position": 0.14, "attribution": 0.14,
+    "full position": 0.14, "full counting": 0.08,
+}
+
+MIN_RADIUS, MAX_RADIUS = 0.12, {1: 0.30, 2: 0.24, 3: 0.20, 4: 0.17}  # of the shorter side, by number of objects
+GAP = 0.03                                                           # between bounding boxes, of the shorter side
+SPECK = 8 / (64 * 64)                                                # components below this share of the picture are ignored
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object that a prompt asks for; `color` is None when the prompt leaves it free."""
+    shape: str
+    color: str | None = None
+
+    @property
+    def words(self) -> str:
+        return f"{self.color} {self.shape}" if self.color else self.shape
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption of the small world, taken apart."""
+    task: str
+    things: tuple[Thing, ...]
+    relation: str | None = None
+
+    @property
+    def text(self) -> str:
+        first = self.things[0]
+        if "counting" in self.task:
+            return f"{COUNTS[len(self.things)]} {first.words}s"
+        if len(self.things) == 1:
+            return f"a {first.words}"
+        return f"a {first.words} {self.relation or 'and'} a {self.things[1].words}"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One object in a picture: centre and radius (half the bounding box) in pixels; shape or color None where it is no clean object."""
+    shape: str | None
+    color: str | None
+    x: float
+    y: float
+    radius: float
+
+
+def sample_prompt(rng: np.random.Generator, task: str) -> Prompt:
+    """Draws a prompt of one task (of TASKS, or one of the full forms of TRAINING_FORMS)."""
+    shapes = [str(s) for s in rng.permutation(SHAPES)]
+    colors = [str(c) for c in rng.permutation(list(COLORS))]
+    if "counting" in task:
+        color = colors[0] if task.startswith("full") else None
+        return Prompt(task, (Thing(shapes[0], color),) * int(rng.integers(2, 5)))
+    if task in ("single", "colors"):
+        return Prompt(task, (Thing(shapes[0], colors[0] if task == "colors" else None),))
+    named = task in ("attribution", "full position")
+    things = tuple(Thing(s, c if named else None) for s, c in zip(shapes[:2], colors))
+    return Prompt(task, things, str(rng.choice(RELATIONS)) if "position" in task else None)
+
+
+def sample_training_prompt(rng: np.random.Generator) -> Prompt:
+    """Draws a caption as training sees them: the six tasks and the full forms, by the shares of TRAINING_FORMS."""
+    return sample_prompt(rng, str(rng.choice(list(TRAINING_FORMS), p=list(TRAINING_FORMS.values()))))
+
+
+def place(rng: np.random.Generator, prompt: Prompt, width: int = 64, height: int = 64) -> list[Placed]:
+    """Draws a scene that the prompt describes; the whole scene is redrawn until it fits the canvas."""
+    side, n = min(width, height), len(prompt.things)
+    while True:
+        free = [str(rng.choice(list(COLORS))) for _ in prompt.things]
+        if "counting" in prompt.task:
+            free = free[:1] * n
+        r = side * rng.uniform(MIN_RADIUS, MAX_RADIUS[n], n)
+        x, y = rng.uniform(r, width - r), rng.uniform(r, height - r)
+        if _apart(x, y, r, side * GAP) and (prompt.relation is None or _related(prompt.relation, x, y, r.max())):
+            return [Placed(t.shape, t.color or c, *map(float, p)) for t, c, *p in zip(prompt.things, free, x, y, r)]
+
+
+def _apart(x, y, r, gap: float) -> bool:
+    i, j = np.triu_indices(len(r), 1)
+    return bool(np.all(np.maximum(abs(x[i] - x[j]), abs(y[i] - y[j])) - (r[i] + r[j]) >= gap))
+
+
+def _related(relation: str, x, y, margin: float) -> bool:
+    dx, dy = x[1] - x[0], y[1] - y[0]
+    return {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation] >= margin
+
+
+def coverage(shape: str, x: float, y: float, radius: float, width: int, height: int) -> np.ndarray:
+    """Anti-aliased share (height, width) of each pixel that the shape covers; the edge falls off over one pixel."""
+    dx, dy = np.arange(width) + 0.5 - x, (np.arange(height) + 0.5 - y)[:, None]
+    if shape == "square":
+        return np.clip(radius + 0.5 - abs(dx), 0, 1) * np.clip(radius + 0.5 - abs(dy), 0, 1)
+    if shape == "circle":
+        distance = np.hypot(dx, dy) - radius
+    else:  # apex (0, -radius), base from (-radius, radius) to (radius, radius)
+        distance = np.maximum((2 * abs(dx) - dy - radius) / 5 ** 0.5, dy - radius)
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def render(scene: list[Placed], width: int = 64, height: int = 64) -> np.ndarray:
+    """Paints a scene: (height, width, 3) float32 in [0, 1], sRGB."""
+    image = np.full((height, width, 3), BACKGROUND, np.float32)
+    for thing in scene:
+        alpha = coverage(thing.shape, thing.x, thing.y, thing.radius, width, height)[..., None].astype(np.float32)
+        image += alpha * (np.float32(COLORS[thing.color]) - image)
+    return image / 255
+
+
+def detect(image: np.ndarray) -> list[Placed]:
+    """Finds every component of a picture (height, width, 3; float in [0, 1] or uint8) larger than a speck.
+
+    A component that is no clean object of the world (a foreign or mixed colour, no shape that fits) has shape or color None.
+    """
+    from scipy import ndimage
+
+    pixels = np.asarray(image, np.float32) * (1.0 if image.dtype == np.uint8 else 255.0) - np.float32(BACKGROUND)
+    palette = np.float32(list(COLORS.values())) - np.float32(BACKGROUND)
+    alpha = np.clip(pixels @ palette.T / (palette ** 2).sum(1), 0, 1)                        # (H, W, colours)
+    residual = np.linalg.norm(pixels[..., None, :] - alpha[..., None] * palette, axis=-1)    # (H, W, colours)
+    nearest = residual.argmin(-1)
+    share = np.take_along_axis(alpha, nearest[..., None], -1)[..., 0]
+    solid = (share >= 0.5) | (np.linalg.norm(pixels, axis=-1) > 100)
+    labels, n = ndimage.label(solid, np.ones((3, 3)))
+    found = []
+    for i, box in enumerate(ndimage.find_objects(labels), 1):
+        part = labels == i
+        if part.sum() < SPECK * part.size:
+            continue
+        (y0, y1), (x0, x1) = [(s.start, s.stop) for s in box]
+        x, y, radius = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0 + y1 - y0) / 4
+        color = _color(pixels, nearest, part, palette)
+        shape = None
+        if color is not None and abs((x1 - x0) - (y1 - y0)) <= max(2.0, 0.2 * radius):
+            near = ndimage.binary_dilation(part, np.ones((3, 3)), 2)
+            shape = _shape(alpha[..., list(COLORS).index(color)] * near, x, y, radius)
+        found.append(Placed(shape, color, x, y, radius))
+    return found
+
+
+def _color(pixels, nearest, part, palette) -> str | None:
+    from scipy import ndimage
+    core = ndimage.binary_erosion(part, np.ones((3, 3)))
+    core = core if core.sum() >= 4 else part
+    index = np.bincount(nearest[core], minlength=len(palette)).argmax()
+    clean = np.linalg.norm(pixels[core] - palette[index], axis=-1) < 60
+    return list(COLORS)[index] if clean.mean() >= 0.9 else None
+
+
+def _shape(alpha, x, y, radius) -> str | None:
+    height, width = alpha.shape
+
+    def overlap(shape):  # soft intersection over union, best of a small search round the bounding box
+        best = 0.0
+        for r in (radius - 0.5, radius, radius + 0.5):
+            for dy in (-0.5, 0.0, 0.5):
+                truth = coverage(shape, x, y + dy, r, width, height)
+                best = max(best, float(np.minimum(alpha, truth).sum() / np.maximum(alpha, truth).sum()))
+        return best
+
+    score, shape = max((overlap(s), s) for s in SHAPES)
+    return shape if score >= 0.86 else None
+
+
+def judge(prompt: Prompt, image: np.ndarray) -> bool:
+    """True when the picture holds exactly what the prompt asks for and nothing more (shapes-task: The score)."""
+    found = detect(image)
+    if len(found) != len(prompt.things) or any(f.shape is None or f.color is None for f in found):
+        return False
+    if "counting" in prompt.task:
+        same = {(f.shape, f.color) for f in found}
+        return len(same) == 1 and all(_fits(t, f) for t, f in zip(prompt.things, found))
+    for order in (found, found[::-1]):
+        if all(_fits(t, f) for t, f in zip(prompt.things, order)):
+            x, y = np.array([f.x for f in order]), np.array([f.y for f in order])
+            return prompt.relation is None or _related(prompt.relation, x, y, 1e-6)
+    return False
+
+
+def _fits(thing: Thing, found: Placed) -> bool:
+    return found.shape == thing.shape and thing.color in (None, found.color)
+
+
+def scoring_prompts(task: str, n: int, seed: int) -> list[Prompt]:
+    """The fixed prompts of a score: n draws of a task with replacement, the same for the same seed."""
+    rng = np.random.default_rng([seed, TASKS.index(task)])
+    return [sample_prompt(rng, task) for _ in range(n)]

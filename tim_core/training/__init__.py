@@ -1,0 +1,1 @@
+"""Training: nothing in inference imports it."""

@@ -1,0 +1,63 @@
+"""Trains a DC-AE whose latent is close to unit normal and whose decoder forgives small errors of the latent."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..autoencoder import Autoencoder
+from ..config import AutoencoderConfig, StageConfig
+from .config import AutoencoderTraining
+from .data import ShapesBatches
+from .loop import train, write_then_rename
+
+
+def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
+    """The AutoencoderConfig of a training configuration: the deepest `attention_stages` are EfficientViT blocks, the others residual."""
+    def stages(widths, layers):
+        kinds = ["ResBlock"] * (len(widths) - config.attention_stages) + ["EfficientViTBlock"] * config.attention_stages
+        return tuple(StageConfig(w if n else 0, n, k if n else "ResBlock", (5,) if n and k == "EfficientViTBlock" else ())
+                     for w, n, k in zip(widths, layers, kinds))
+
+    return AutoencoderConfig(
+        stages(config.encoder_widths, config.encoder_layers), stages(config.decoder_widths, config.decoder_layers),
+        latent_channels=config.latent_channels, head_dim=config.head_dim, downsample="pixel_unshuffle", upsample="pixel_shuffle")
+
+
+def losses(model: nn.Module, pictures: Tensor, config: AutoencoderTraining, step: int) -> dict[str, Tensor]:
+    """L1 of the decoded, noised latent, plus the distance of each latent channel from mean 0 and variance 1."""
+    latent = model.encode(pictures).float()
+    noise = torch.rand(len(latent), 1, 1, 1) * config.latent_noise
+    decoded = model.decode(latent + noise.to(latent) * torch.randn_like(latent)).float()
+    error = (decoded - pictures).abs().mean()
+    mean, var = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
+    prior = (mean.square() + (var - 1).square()).mean()
+    return {"loss": error + config.latent_weight * prior, "l1": error, "prior": prior}
+
+
+def train_autoencoder(config: AutoencoderTraining) -> Path:
+    """Runs a `kind: autoencoder` configuration; returns the safetensors file with the averaged weights."""
+    loop, folder = config.loop, Path(config.output).expanduser()
+    torch.manual_seed(loop.seed)
+    model = Autoencoder(architecture(config)).to(memory_format=torch.channels_last)
+    run = torch.compile(model, dynamic=False) if False else model
+
+    def loss_of(batch, step):
+        pictures = batch[0].contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=loop.autocast):
+            return losses(run, pictures, config, step)
+
+    def sample(model, step):
+        held_out = ShapesBatches(config.data, 8, loop.seed + 1)[0][0]
+        with torch.no_grad():
+            shown = model.decode(model.encode(held_out))
+        grid = torch.cat([torch.cat(list(held_out), -1), torch.cat(list(shown), -1)], -2).add(1).mul(127.5).clamp(0, 255).byte()
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(folder / "sample.png")
+
+    average = train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, sample)
+    path = folder / "autoencoder.safetensors"
+    write_then_rename(path, lambda to: save_file({k: v.contiguous() for k, v in average.items()}, to))
+    return path

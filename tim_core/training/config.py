@@ -1,0 +1,149 @@
+"""Typed training configurations, read from YAML; unknown keys, wrong types and impossible values name the key."""
+
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+from ..errors import TimError
+
+
+def _check(ok: bool, key: str, found, expected: str) -> None:
+    if not ok:
+        raise TimError(f"training config: {key}: found {found!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, how fast, and what is kept. Rates are per step; `seconds` stops a run early (0: never), to be resumed."""
+
+    steps: int = 10_000
+    batch: int = 64
+    optimizer: str = "adamw"                     # or "muon": Muon for the matrices inside blocks, AdamW for the rest
+    lr: float = 1e-3
+    muon_lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup: int = 200
+    schedule: str = "cosine"                     # or "constant"
+    final_lr: float = 0.02                       # of lr, at the end of a cosine
+    ema: float = 0.999
+    seed: int = 0
+    autocast: bool = True                        # bfloat16
+    compile: bool = False
+    workers: int = 1
+    log_every: int = 50
+    save_every: int = 500
+    keep: int = 2
+    seconds: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "log_every", "save_every", "keep"):
+            _check(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), "1 or more")
+        for name in ("lr", "muon_lr", "clip"):
+            _check(getattr(self, name) > 0, f"loop.{name}", getattr(self, name), "more than 0")
+        for name in ("warmup", "workers", "seconds", "weight_decay"):
+            _check(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "0 or more")
+        _check(0 <= self.ema < 1, "loop.ema", self.ema, "0 to below 1")
+        _check(self.optimizer in ("adamw", "muon"), "loop.optimizer", self.optimizer, "adamw or muon")
+        _check(self.schedule in ("cosine", "constant"), "loop.schedule", self.schedule, "cosine or constant")
+
+
+@dataclass(frozen=True)
+class SizesConfig:
+    """Picture sizes of a step, drawn by weight: `sizes` are "WIDTHxHEIGHT"."""
+
+    sizes: dict[str, float] = field(default_factory=lambda: {"64x64": 1.0})
+
+    def __post_init__(self):
+        _check(bool(self.sizes), "data.sizes", "none", "at least one size")
+        for size, weight in self.sizes.items():
+            _check(all(n.isdigit() and int(n) > 0 for n in size.split("x")) and size.count("x") == 1,
+                   "data.sizes", size, "sizes such as 64x64")
+            _check(weight > 0, f"data.sizes.{size}", weight, "more than 0")
+
+    def table(self) -> tuple[list[tuple[int, int]], list[float]]:
+        """The (width, height) pairs and their probabilities."""
+        total = sum(self.sizes.values())
+        return [tuple(map(int, s.split("x"))) for s in self.sizes], [w / total for w in self.sizes.values()]
+
+
+@dataclass(frozen=True)
+class AutoencoderTraining:
+    """`kind: autoencoder`: a DC-AE on pictures of the small world."""
+
+    output: str
+    encoder_widths: tuple[int, ...] = (32, 32, 64, 128)
+    encoder_layers: tuple[int, ...] = (0, 1, 1, 1)
+    decoder_widths: tuple[int, ...] = (32, 32, 64, 128)
+    decoder_layers: tuple[int, ...] = (0, 2, 2, 2)
+    attention_stages: int = 1                    # the deepest ones are EfficientViT blocks
+    head_dim: int = 16
+    latent_channels: int = 16
+    latent_noise: float = 0.3                    # largest standard deviation added to the latent before decoding
+    latent_weight: float = 0.05                  # pull of the latent towards mean 0, variance 1 per channel
+    loop: LoopConfig = LoopConfig()
+    data: SizesConfig = SizesConfig()
+
+    def __post_init__(self):
+        n = {len(getattr(self, f"{side}_{what}")) for side in ("encoder", "decoder") for what in ("widths", "layers")}
+        _check(len(n) == 1, "encoder_widths", n, "widths and layers of equal number")
+        _check(0 <= self.attention_stages <= len(self.encoder_widths), "attention_stages", self.attention_stages, "at most one a stage")
+        _check(self.latent_noise >= 0, "latent_noise", self.latent_noise, "0 or more")
+
+
+def read(path: str | Path, kinds: dict[str, type]):
+    """Reads one YAML file: its `kind` picks the dataclass of `kinds`, every other key must be a field of it."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise TimError('training needs PyYAML: found none, expected `pip install "transition-models[train]"`') from error
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise TimError(f"training config {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise TimError(f"training config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise TimError(f"training config {path}: found {type(values).__name__}, expected keys and values")
+    kind = values.pop("kind", None)
+    _check(kind in kinds, "kind", kind, " or ".join(kinds))
+    return build(kinds[kind], values)
+
+
+def build(cls: type, values: dict, where: str = ""):
+    """Makes a (nested) dataclass of plain values; raises TimError naming the key that is unknown, missing or of the wrong type."""
+    _check(isinstance(values, dict), where.rstrip("."), values, "keys and values")
+    hints, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}
+    for key in values:
+        _check(key in known, where + str(key), "an unknown key", "one of " + ", ".join(known))
+    for name, f in known.items():
+        _check(name in values or f.default is not MISSING or f.default_factory is not MISSING, where + name, "nothing", "a value")
+    return cls(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def _convert(hint, value, key: str):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint):
+        return build(hint, value, key + ".")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, key)
+    if origin is tuple:
+        _check(isinstance(value, list) and (args[-1] is Ellipsis or len(value) == len(args)), key, value, "a list"
+               + ("" if args[-1] is Ellipsis else f" of {len(args)}"))
+        return tuple(_convert(args[0] if args[-1] is Ellipsis else args[i], v, f"{key}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        _check(isinstance(value, dict), key, value, "keys and values")
+        return {str(k): _convert(args[1], v, f"{key}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    _check(type(value) is hint, key, value, {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint)))
+    return value

@@ -1,0 +1,148 @@
+"""The training loop: optimiser, averaged weights, checkpoints that resume exactly, progress.
+
+Everything random in step k comes from (seed, k), so a run that is killed and started again goes on as if nothing had happened.
+"""
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .config import LoopConfig
+
+AVERAGED = "ema"
+
+
+def learning_rate(config: LoopConfig, step: int) -> float:
+    """The factor on lr at a step: linear warm-up, then constant or a cosine down to `final_lr`."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return 1.0
+    part = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+
+
+def optimizers(config: LoopConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside `blocks` or `layers` and AdamW for the rest."""
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and (".blocks." in f".{name}" or ".layers." in f".{name}")
+        (matrices if config.optimizer == "muon" and inner else rest).append(parameter)
+    found = [torch.optim.AdamW(rest, config.lr, config.betas, 1e-8, config.weight_decay, fused=True)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return found
+
+
+def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: Callable[[object, int], dict[str, Tensor]],
+          folder: Path, sample: Callable[[nn.Module, int], None] | None = None) -> dict[str, Tensor]:
+    """Trains `model` to `config.steps` and returns the averaged weights.
+
+    batches[k] is the batch of step k; loss_of(batch, k) gives named scalars, of which "loss" is minimised. Checkpoints, metrics.csv and
+    whatever `sample` draws go to `folder`; a run found there is resumed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    optims = optimizers(config, model)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start, seconds = _resume(folder, model, optims, average)
+    loader = torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
+        prefetch_factor=4 if config.workers else None, persistent_workers=False)
+    parameters = list(model.parameters())
+    began, totals = time.monotonic(), {}
+    model.train()
+    bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True)
+    for step, batch in enumerate(loader, start):
+        factor = learning_rate(config, step)
+        for optimizer in optims:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        losses = loss_of(batch, step)
+        losses["loss"].backward()
+        losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip)
+        for optimizer in optims:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(config.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + value.detach().float()
+        done = step + 1
+        bar.update()
+        if done % config.log_every == 0 or done == config.steps:
+            count = (done - 1) % config.log_every + 1
+            row = {name: float(value) / count for name, value in totals.items()}
+            totals = {}
+            elapsed = seconds + time.monotonic() - began
+            rate = (done - start) * config.batch / (time.monotonic() - began)
+            _log(folder, {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row})
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} samples/s")
+        late = config.seconds and time.monotonic() - began > config.seconds
+        if done % config.save_every == 0 or done == config.steps or late:
+            _save(folder, config, done, seconds + time.monotonic() - began, model, optims, average)
+            if sample:
+                sample(model, done)
+                model.train()
+        if late:
+            break
+    bar.close()
+    return average
+
+
+def write_then_rename(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls write(beside) and renames, so that `path` is either whole or not there."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.pt"))
+
+
+def _save(folder: Path, config: LoopConfig, step: int, seconds: float, model, optims, average) -> None:
+    state = {"step": step, "seconds": seconds, "model": model.state_dict(), AVERAGED: average, "optimizers": [o.state_dict() for o in optims]}
+    write_then_rename(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
+    for old in _checkpoints(folder)[:-config.keep]:
+        old.unlink()
+
+
+def _resume(folder: Path, model, optims, average) -> tuple[int, float]:
+    found = _checkpoints(folder)
+    if not found:
+        return 0, 0.0
+    state = torch.load(found[-1], weights_only=True, map_location="cpu")
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optims, state["optimizers"], strict=True):
+        base = [group["base_lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved)
+        for group, lr in zip(optimizer.param_groups, base):
+            group["base_lr"] = lr
+    for name, value in state[AVERAGED].items():
+        average[name].copy_(value)
+    tqdm.write(f"resumed {found[-1].name}", file=None)
+    return state["step"], state["seconds"]
+
+
+def _log(folder: Path, row: dict) -> None:
+    path = folder / "metrics.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

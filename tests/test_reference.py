@@ -28,7 +28,7 @@ from tim_core.sampler import sample
 from tim_core.transformer import TransitionTransformer, time_features
 from tim_core.transport import TRANSPORTS, Transport
 
-ROOT = Path(os.environ.get("TIM_REFERENCE_DIR") or Path(__file__).parent / "reference")
+ROOT = Path(os.environ.get("TIM_REFERENCE_DIR") or Path(__file__).parent / "reference").resolve()
 OURS = {"OT_FM": "ot_fm", "TrigFlow": "trigflow", "EDM": "edm", "VP_SDE": "vp", "VE_SDE": "ve"}
 GUIDANCE = ("enhance_target", "w_gt", "w_cond", "w_start", "w_end")
 
@@ -419,8 +419,10 @@ def replay_forward(case: Case, deviated) -> None:
         if name.startswith("ref/"):
             continue  # below
         ours = seen[name].reshape(official.shape)
-        if half and name.startswith(("out/", "mid/")):
+        if half and name.startswith("out/"):
             close(name, ours, official, BFLOAT16_FORWARD / max(official.abs().max().item(), 1.0), 1.0)
+        elif half and name.startswith("mid/"):
+            close(name, ours, official, BFLOAT16_FORWARD / 2, 1.0)
         else:
             close(name, ours, official, FORWARD_TOLERANCE[stored], 1.0)
     if "ref/v_fp32_math_fp32_rope" in n:
@@ -514,7 +516,8 @@ def replay_keys(case: Case, deviated) -> None:
 
 def transport_of(name: str, params: dict[str, Any] | str) -> Transport:
     params = {} if isinstance(params, str) else params
-    return TRANSPORTS[OURS[name]](**{key: value for key, value in params.items() if key not in GUIDANCE})
+    names = {"epsilon_t": "T_min", "sigma_min": "T_min", "sigma_max": "T_max"}
+    return TRANSPORTS[OURS[name]](**{names.get(key, key): value for key, value in params.items() if key not in GUIDANCE})
 
 
 def guidance_of(params: dict[str, Any] | str) -> dict[str, Any]:
@@ -540,7 +543,7 @@ def objective_tolerance(name: str, transport: str, derivative: str, dtype: torch
         return 5e-3 if transport in ("EDM", "VE_SDE") else 1e-3  # intervals up to 80 or 100 multiply the derivative's error
     if name.startswith("grad/") or name == "out/grad_global_norm":
         return 1e-4
-    return 5e-4
+    return 2e-3 if transport in ("EDM", "VE_SDE") else 5e-4
 
 
 def replay_objective(case: Case, deviated) -> None:
@@ -682,7 +685,7 @@ SAMPLER_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float64: 1
 def replay_sampler(case: Case, deviated) -> None:
     entry, n = case.entry, case.tensors()
     dtype, name = dtype_of(entry["model_dtype"]), entry["transport"]
-    transport = replace(transport_of(name, "class defaults"), sigma_d=entry["sigma_d"])
+    transport = replace(transport_of(name, entry["transport_params"]), sigma_d=entry["sigma_d"])
     p = paper(name, transport.sigma_d)
     model = build_file(entry["model"], dtype)
     grid = schedule.uniform(entry["num_steps"], entry["T_max"], entry["T_min"])
@@ -758,7 +761,9 @@ def replay_sampler(case: Case, deviated) -> None:
             close("out/F[0]", Fs[0], n["out/F"][0], tolerance)
     for key, official in n.items():
         if key.startswith("out/") and recorded[key] is not None:
-            close(key, recorded[key], official, tolerance)
+            # Guidance multiplies the rounding of two half-precision answers; the small steps make it small again in the state.
+            answer = key == "out/F" and dtype == torch.bfloat16
+            close(key, recorded[key], official, tolerance * max(1.0, entry["cfg_scale"]) if answer else tolerance)
         else:
             assert key in ("in/z", "in/y", "in/y_null", "in/noise", "t_model", "r_model") or key.startswith("out/"), f"unknown tensor {key}"
 
@@ -800,7 +805,8 @@ def replay_text(case: Case, deviated) -> None:
         escaping = text_encoder(folder, True, torch.float32)
         assert torch.equal(escaping.tokenize([entry["forms"]["raw"][number]])[0], ids)
     before_last: list[Tensor] = []
-    hook = encoder.transformer.layers[-1].register_forward_pre_hook(lambda module, args, kwargs: before_last.append(args[0]), with_kwargs=True)
+    last = encoder.transformer.layers[-1]
+    hook = last.register_forward_pre_hook(lambda module, args, kwargs: before_last.append(args[0]), with_kwargs=True)
     features = encoder.encode([prompt])
     hook.remove()
     assert features.lengths == [length]

@@ -49,7 +49,7 @@ SIGNATURES = {
         "final_layer.linear.weight",
     ),
     TEXT_ENCODER: ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.pre_feedforward_layernorm.weight", "norm.weight"),
-    AUTOENCODER: ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight", "decoder.conv_out.weight"),
+    AUTOENCODER: ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight", "decoder.up_blocks.1.0.conv.weight"),
 }
 ROOTS = {TEXT_ENCODER: ("embed_tokens.", "layers.", "norm."), AUTOENCODER: ("encoder.", "decoder.")}
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, activation checkpointing

@@ -41,14 +41,15 @@ class TransformerConfig:
                 raise TimError(f"TiM configuration: {name} is {getattr(self, name)}, expected at least 1")
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
             raise TimError(
-                f"TiM configuration: hidden size {self.hidden_size} with {self.num_heads} heads, expected a head width that is a multiple of 4"
+                f"TiM configuration: hidden size {self.hidden_size} with {self.num_heads} heads, expected heads of a width that 4 divides"
             )
         if (self.text_dim is None) == (self.num_classes is None):
             raise TimError(
                 f"TiM configuration: text_dim is {self.text_dim} and num_classes is {self.num_classes}, expected exactly one of them"
             )
         if self.new_condition not in CONDITIONS:
-            raise TimError(f"TiM configuration: new_condition is '{self.new_condition}', expected one of {', '.join(map(repr, CONDITIONS))}")
+            expected = ", ".join(map(repr, CONDITIONS))
+            raise TimError(f"TiM configuration: new_condition is '{self.new_condition}', expected one of {expected}")
         if self.z_dim is not None and not 1 <= self.encoder_depth <= self.depth:
             raise TimError(f"TiM configuration: encoder_depth is {self.encoder_depth}, expected 1 to the depth, {self.depth}")
 
@@ -93,7 +94,13 @@ class TransformerConfig:
         """Read shapes and key names. metadata may say what they cannot: num_heads (where there is no qk-norm), new_condition, null_class,
         encoder_depth. TimError, naming what was found and what was expected, if this is not a TiM transformer.
         """
-        metadata = metadata or {}
+        metadata = {name: value for name, value in (metadata or {}).items() if value is not None}
+
+        def number(name: str, default: int) -> int:
+            try:
+                return int(metadata.get(name, default))
+            except (TypeError, ValueError):
+                raise TimError(f"TiM metadata: {name} is '{metadata[name]}', expected a whole number") from None
 
         def shape(name: str, *expected: int | None) -> tuple[int, ...]:
             """The shape of a tensor that must be there; None in `expected` stands for any length."""
@@ -136,7 +143,7 @@ class TransformerConfig:
             if head_dim < 1 or hidden % head_dim:
                 raise TimError(f"not a TiM transformer: heads of width {head_dim} in a hidden size of {hidden}, expected a divisor of it")
         else:
-            num_heads = int(metadata.get("num_heads", 16))
+            num_heads = number("num_heads", 16)
 
         has_projector = "projector.0.weight" in state_dict
         projector_dim, _ = shape("projector.0.weight", None, hidden) if has_projector else (2048, hidden)
@@ -154,7 +161,7 @@ class TransformerConfig:
             use_new_embed="delta_embedder.mlp.0.weight" in state_dict,
             distance_aware="blocks.0.attn.qkv_d.weight" in state_dict,
             lora_hidden_size=rank,
-            encoder_depth=int(metadata.get("encoder_depth", min(8, depth))),
+            encoder_depth=number("encoder_depth", min(8, depth)),
             projector_dim=projector_dim,
             z_dim=shape("projector.4.weight", None, projector_dim)[0] if has_projector else None,
         )

@@ -135,9 +135,11 @@ def transition_loss(
     x_t, v_t = transport.interpolate(x, noise, t), transport.velocity(x, noise, t)
 
     projection = None
-    F_pred = model(x_t, transport.c_noise(flat_t), transport.c_noise(flat_r), y, **({} if h_target is None else {"return_projection": True}))
-    if h_target is not None:
-        F_pred, projection = F_pred
+    arguments = (x_t, transport.c_noise(flat_t), transport.c_noise(flat_r), y)
+    if h_target is None:
+        F_pred = model(*arguments)
+    else:
+        F_pred, projection = model(*arguments, return_projection=True)
     F_pred = _wide(F_pred)
 
     with torch.no_grad():

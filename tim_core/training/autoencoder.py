@@ -57,7 +57,11 @@ def train_autoencoder(config: AutoencoderTraining) -> Path:
         grid = torch.cat([torch.cat(list(held_out), -1), torch.cat(list(shown), -1)], -2).add(1).mul(127.5).clamp(0, 255).byte()
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(folder / "sample.png")
 
-    average = train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, sample)
     path = folder / "autoencoder.safetensors"
-    write_then_rename(path, lambda to: save_file({k: v.contiguous() for k, v in average.items()}, to))
+
+    def export(average, step):
+        write_then_rename(path, lambda to: save_file({k: v.contiguous() for k, v in average.items()}, to))
+        return path
+
+    train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, sample, export)
     return path

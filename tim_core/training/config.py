@@ -6,6 +6,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from ..errors import TimError
+from ..objective import ObjectiveConfig
+from ..transport import TRANSPORTS
 
 
 def _check(ok: bool, key: str, found, expected: str) -> None:
@@ -91,6 +93,55 @@ class AutoencoderTraining:
         _check(len(n) == 1, "encoder_widths", n, "widths and layers of equal number")
         _check(0 <= self.attention_stages <= len(self.encoder_widths), "attention_stages", self.attention_stages, "at most one a stage")
         _check(self.latent_noise >= 0, "latent_noise", self.latent_noise, "0 or more")
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """The TiM transformer to train; latent channels and text width come from its neighbours."""
+
+    hidden_size: int = 192
+    depth: int = 7
+    num_heads: int = 6
+    patch_size: int = 1
+    lora_hidden_size: int = 48
+    new_condition: str = "t-r"
+    use_new_embed: bool = True
+    distance_aware: bool = True
+    qk_norm: bool = True
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """The Gemma-3 text model to train with it, on the small world's tokenizer; every second layer sees the whole prompt."""
+
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 2
+    head_dim: int = 64
+    intermediate_size: int = 256
+
+
+@dataclass(frozen=True)
+class TransitionTraining:
+    """`kind: tim`: a transformer and its text model, together, on pictures of the small world."""
+
+    output: str
+    autoencoder: str                             # safetensors file of the DC-AE, which stays as it is
+    checkpoint: str | None = None                # where the one-file model goes; none: model.safetensors in output
+    transformer: TransformerShape = TransformerShape()
+    text: TextShape = TextShape()
+    transport: str = "ot_fm"
+    p_mean: float = 0.0
+    p_std: float = 1.6
+    objective: ObjectiveConfig = ObjectiveConfig()
+    text_dropout: float = 0.1
+    loop: LoopConfig = LoopConfig()
+    data: SizesConfig = SizesConfig()
+
+    def __post_init__(self):
+        _check(self.transport in TRANSPORTS, "transport", self.transport, " or ".join(TRANSPORTS))
+        _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
+        _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
 
 
 def read(path: str | Path, kinds: dict[str, type]):

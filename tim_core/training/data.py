@@ -21,6 +21,8 @@ class ShapesBatches(torch.utils.data.Dataset):
         # as many tokens in every batch, so that large pictures cost no more than small ones
         reference = self.sizes[int(np.argmax(self.weights))]
         count = max(1, round(self.batch * reference[0] * reference[1] / (width * height)))
-        prompts = [shapes.sample_training_prompt(rng) for _ in range(count)]
+        # half of the batches hold one form of prompt, so that prompts are also seen without the padding of longer neighbours
+        form = shapes.sample_training_prompt(rng).task if rng.random() < 0.5 else None
+        prompts = [shapes.sample_prompt(rng, form) if form else shapes.sample_training_prompt(rng) for _ in range(count)]
         pictures = np.stack([shapes.render(shapes.place(rng, p, width, height), width, height) for p in prompts])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1, [p.text for p in prompts]

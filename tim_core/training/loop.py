@@ -45,11 +45,11 @@ def optimizers(config: LoopConfig, model: nn.Module) -> list[torch.optim.Optimiz
 
 
 def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: Callable[[object, int], dict[str, Tensor]],
-          folder: Path, sample: Callable[[nn.Module, int], None] | None = None) -> dict[str, Tensor]:
-    """Trains `model` to `config.steps` and returns the averaged weights.
+          folder: Path, sample: Callable[[nn.Module, int], None], export: Callable[[dict[str, Tensor], int], Path]) -> None:
+    """Trains `model` to `config.steps`.
 
-    batches[k] is the batch of step k; loss_of(batch, k) gives named scalars, of which "loss" is minimised. Checkpoints, metrics.csv and
-    whatever `sample` draws go to `folder`; a run found there is resumed.
+    batches[k] is the batch of step k; loss_of(batch, k) gives named scalars, of which "loss" is minimised. At every checkpoint sample(model, k)
+    draws pictures and export(averaged weights, k) writes the model. Checkpoints and metrics.csv go to `folder`; a run found there is resumed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optims = optimizers(config, model)
@@ -91,13 +91,12 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
         late = config.seconds and time.monotonic() - began > config.seconds
         if done % config.save_every == 0 or done == config.steps or late:
             _save(folder, config, done, seconds + time.monotonic() - began, model, optims, average)
-            if sample:
-                sample(model, done)
-                model.train()
+            sample(model, done)
+            export(average, done)
+            model.train()
         if late:
             break
     bar.close()
-    return average
 
 
 def write_then_rename(path: Path, write: Callable[[Path], None]) -> None:

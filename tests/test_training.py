@@ -1,0 +1,137 @@
+"""The trainer: configurations are checked, runs resume exactly, and what it writes loads."""
+
+import csv
+
+import pytest
+import torch
+
+from tim_core import checkpoint, shapes
+from tim_core.errors import TimError
+from tim_core.training import loop as training_loop
+from tim_core.training import run
+from tim_core.training.config import AutoencoderTraining, LoopConfig, SizesConfig, TransitionTraining, read
+from tim_core.training.data import ShapesBatches
+
+KINDS = {"autoencoder": AutoencoderTraining, "tim": TransitionTraining}
+LOOP = "loop: {steps: 6, batch: 4, save_every: 2, log_every: 2, workers: 0, warmup: 2, keep: 2, optimizer: %s}\n"
+
+
+def autoencoder_yaml(folder, optimizer="adamw"):
+    path = folder / "autoencoder.yaml"
+    path.write_text(
+        f"kind: autoencoder\noutput: {folder}/autoencoder\nencoder_widths: [8, 8, 8, 16]\ndecoder_widths: [8, 8, 8, 16]\n"
+        "decoder_layers: [0, 1, 1, 1]\nhead_dim: 8\nlatent_channels: 4\ndata: {sizes: {32x32: 1}}\n" + LOOP % optimizer)
+    return path
+
+
+def tim_yaml(folder, optimizer="muon", output="tim"):
+    path = folder / f"{output}.yaml"
+    path.write_text(
+        f"kind: tim\noutput: {folder}/{output}\nautoencoder: {folder}/autoencoder/autoencoder.safetensors\n"
+        "transformer: {hidden_size: 16, depth: 2, num_heads: 2, lora_hidden_size: 4}\n"
+        "text: {hidden_size: 16, layers: 2, heads: 1, head_dim: 16, intermediate_size: 16}\n"
+        "objective: {epsilon: 0.01}\ndata: {sizes: {32x32: 0.5, 32x64: 0.5}}\n" + LOOP % optimizer)
+    return path
+
+
+@pytest.mark.parametrize("text, named", [
+    ("kind: shapes", "kind"),
+    ("kind: tim\noutput: x\nautoencoder: y\nlearning: 3", "learning"),
+    ("kind: tim\noutput: x", "autoencoder"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: many}", "loop.steps"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: 0}", "loop.steps"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {optimizer: sgd}", "loop.optimizer"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: fast}", "objective.epsilon"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {derivative: guess}", "derivative"),
+    ("kind: tim\noutput: x\nautoencoder: y\ntransport: magic", "transport"),
+    ("kind: tim\noutput: x\nautoencoder: y\ndata: {sizes: {64: 1}}", "data.sizes"),
+    ("kind: autoencoder\noutput: x\nencoder_widths: [8, 8]", "encoder_widths"),
+    ("- a list", "expected keys and values"),
+    ("kind: [", "not YAML"),
+])
+def test_bad_configurations_name_the_key(tmp_path, text, named):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(TimError) as error:
+        read(path, KINDS)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file_is_one_line(tmp_path):
+    with pytest.raises(TimError, match="nothing.yaml"):
+        read(tmp_path / "nothing.yaml", KINDS)
+
+
+def test_numbers_may_be_written_as_yaml_writes_them(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text("kind: tim\noutput: x\nautoencoder: y\nloop: {lr: 1e-3, clip: 1, betas: [0.9, 0.99]}")
+    config = read(path, KINDS)
+    assert config.loop.lr == 1e-3 and config.loop.clip == 1.0 and config.loop.betas == (0.9, 0.99)
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    data = ShapesBatches(SizesConfig({"64x64": 0.5, "48x96": 0.5}), 6, seed=3)
+    for step in range(8):
+        pictures, captions = data[step]
+        again, same = data[step]
+        assert torch.equal(pictures, again) and captions == same
+        assert pictures.shape[-2:] in [(64, 64), (96, 48)] and pictures.shape[0] == len(captions)
+        assert pictures.min() >= -1 and pictures.max() <= 1
+    assert not torch.equal(data[0][0], ShapesBatches(data_sizes := SizesConfig({"64x64": 1.0}), 6, seed=4)[0][0]) and data_sizes.table()[1] == [1.0]
+
+
+def test_training_captions_cover_every_form():
+    captions = [c for step in range(60) for c in ShapesBatches(SizesConfig(), 4, seed=0)[step][1]]
+    assert any(" and " in c for c in captions) and any(c.split()[0] in ("two", "three", "four") for c in captions)
+    assert any("left of" in c for c in captions) and any(len(c.split()) == 2 for c in captions)
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = LoopConfig(steps=100, warmup=10, final_lr=0.1)
+    rates = [training_loop.learning_rate(config, k) for k in range(100)]
+    assert rates[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:])) and 0.1 <= rates[-1] < 0.11
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_continues_as_if_nothing_happened(tmp_path, monkeypatch, optimizer):
+    run([autoencoder_yaml(tmp_path)])
+    whole = run([tim_yaml(tmp_path, optimizer)])[0]
+
+    saves = []
+    real = training_loop._save
+
+    def dies(folder, config, step, *rest):
+        real(folder, config, step, *rest)
+        saves.append(step)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_loop, "_save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run([tim_yaml(tmp_path, optimizer, "killed")])
+    monkeypatch.setattr(training_loop, "_save", real)
+    resumed = run([tim_yaml(tmp_path, optimizer, "killed")])[0]
+    assert saves == [2, 4]
+
+    a, b = checkpoint.open_state_dict(whole)[0], checkpoint.open_state_dict(resumed)[0]
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+    rows = list(csv.DictReader((tmp_path / "killed" / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == [2, 4, 6]
+    assert len(list((tmp_path / "killed").glob("step-*.pt"))) == 2 and not list((tmp_path / "killed").glob("*.part"))
+
+
+def test_the_made_file_is_a_whole_model(tmp_path):
+    files = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
+    parts = checkpoint.load_checkpoint(files[1])
+    assert parts.latent_factor == 8 and parts.autoencoder.config.latent_channels == 4
+    cond, null = parts.text_encoder.conditioning(["a red circle"])
+    assert cond.shape == null.shape == (1, 4, 16)
+    for picture in (tmp_path / "autoencoder" / "sample.png", tmp_path / "tim" / "sample-00000006.png"):
+        assert picture.stat().st_size > 0
+
+
+def test_the_world_is_the_one_of_the_facts():
+    assert set(shapes.TRAINING_FORMS) >= set(shapes.TASKS) and abs(sum(shapes.TRAINING_FORMS.values()) - 1) < 1e-9

@@ -1,0 +1,391 @@
+"""The prompt line: `tim sample | sweep | evaluate | inspect | convert | pack | train`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .errors import TimError
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+EXAMPLES = """\
+examples:
+  tim sample "a red circle left of a blue square" -o picture.png
+  tim sweep "two green triangles" --steps 1,2,4,8,16,32 -o sweep.png
+  tim inspect tim-shapes
+  tim evaluate --steps 1,4 -o scores
+
+`tim COMMAND --help` explains a command. The bundled model, tim-shapes, needs no download.
+It knows circles, squares and triangles in six colours, one to four of them: a small world, made to be scored exactly."""
+
+SAMPLE = """\
+Makes pictures of a prompt.
+
+TiM jumps from any noise level to any lower one, so --steps is a free choice: 1 is fastest, 4 is good, more is better still.
+Guidance (--cfg) acts inside --guidance-interval, whose ends are excluded: the first step, at time 1, is not guided, and 4 guided
+steps cost 7 network evaluations (NFE). The same prompt, seed, size, steps and cfg give the same picture here, in Python and in ComfyUI."""
+
+SAMPLE_EXAMPLES = """\
+examples:
+  tim sample "a red circle left of a blue square" --steps 4 -o picture.png
+  tim sample "three squares" --batch 4 -o squares.png        writes squares-0.png to squares-3.png
+  tim sample "a circle" --size 96x64 --seed 7 --cfg 1
+  tim sample "a circle" --times "1, 0.6, 0.2, 0"             steps of your own"""
+
+SWEEP = """\
+Makes the same picture, from the same noise, at several numbers of steps, and writes one labelled sheet."""
+
+SWEEP_EXAMPLES = """\
+examples:
+  tim sweep "a red circle and a blue square" --steps 1,2,4,8,16,32 -o sweep.png
+  tim sweep "a circle" --steps 1,2,4,8 --mode diffusion      the same network as an ordinary flow-matching model"""
+
+EVALUATE = """\
+Scores a model in the small world as GenEval does: prompts of six tasks, several pictures a prompt, each judged by an exact detector.
+
+Prompts and noise are fixed by --seed and the same at every number of steps. 1 step runs without guidance.
+Writes DIR/report.json and DIR/curve.png after every point."""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  tim evaluate -o scores                                     the whole curve, 1440 pictures a point
+  tim evaluate --steps 1,4 --prompts-per-task 10 -o quick    a quick look
+  tim evaluate --model my.safetensors --tasks counting,position --size 128x128 -o large"""
+
+INSPECT = """\
+Says what a weight file is: its parts, architecture, dtypes, and how it was trained. Opens no code, loads no weights of safetensors files."""
+
+CONVERT = """\
+Rewrites any file of ours (.bin, .pt, .safetensors, a folder in Hugging Face layout) as safetensors. Nothing is dropped."""
+
+PACK = """\
+Joins a transformer, a text model and an autoencoder into one file, which `--model` and the ComfyUI loader take."""
+
+PACK_EXAMPLES = """\
+example:
+  tim pack --model t2i_model.bin --text-encoder gemma-3-1b-it --vae dc-ae-f32c32-sana-1.1 tim-t2i.safetensors --dtype bf16"""
+
+TRAIN = """\
+Trains from YAML configurations (`kind: tim` or `kind: autoencoder`), one after another. A run that was stopped goes on from its last
+checkpoint when the same command is given again."""
+
+TRAIN_EXAMPLES = """\
+example:
+  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes.yaml     makes the bundled model"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is one line, too."""
+
+    def error(self, message: str):
+        self.exit(2, f"tim: error: {message} (see {self.prog} --help)\n")
+
+
+def size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"found '{text}', expected WIDTHxHEIGHT in pixels, such as 64x64")
+    return int(match[1]), int(match[2])
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found '{text}', expected whole numbers between commas, such as 1,2,4,8") from None
+
+
+def interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found '{text}', expected LOW,HIGH such as 0,1") from None
+    return low, high
+
+
+def words(text: str) -> list[str]:
+    return [word for word in re.split(r"[,\s]+", text) if word]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+
+    model = argparse.ArgumentParser(add_help=False)
+    group = model.add_argument_group("the model")
+    group.add_argument("--model", default="tim-shapes", metavar="M", help="a bundled name or a one-file checkpoint (tim-shapes)")
+    group.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1, mps")
+    group.add_argument("--dtype", default="auto", help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16")
+    group.add_argument("--attention", default="auto", choices=["auto", "sdpa", "flash"], help="flash needs the flash-attn package")
+
+    sampling = argparse.ArgumentParser(add_help=False)
+    group = sampling.add_argument_group("sampling")
+    group.add_argument("--negative", default="", metavar="N", help="what guidance leads away from (nothing)")
+    group.add_argument("--cfg", type=float, default=2.5, help="strength of guidance, 1 is none (2.5)")
+    group.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (64x64)")
+    group.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    group.add_argument("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH",
+                       help="times between which guidance acts, ends excluded (0,1)")
+    group.add_argument("--stochasticity", type=float, default=0.0, metavar="S", help="share of fresh noise at each step (0)")
+    group.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
+                       help="diffusion: the network is not told where it jumps to, as in ordinary flow matching")
+
+    parser = Parser(prog="tim", description="Transition Models: text to image in any number of steps.", epilog=EXAMPLES,
+                    parents=[common], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"tim {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run, summary: str, description: str, epilog: str | None = None, parents=()) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=description, epilog=epilog, parents=[*parents, common],
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("sample", run_sample, "pictures of a prompt", SAMPLE, SAMPLE_EXAMPLES, [model, sampling])
+    sub.add_argument("prompt", metavar="PROMPT")
+    sub.add_argument("--steps", type=int, default=4, help="number of transitions (4)")
+    sub.add_argument("--times", metavar="LIST", help="times of your own from 1 to 0, in place of --steps")
+    sub.add_argument("--batch", type=int, default=1, metavar="B", help="number of pictures; more than one are numbered: out-0.png ... (1)")
+    sub.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE", help=".png, .jpg or .webp (out.png)")
+
+    sub = command("sweep", run_sweep, "one labelled sheet over numbers of steps", SWEEP, SWEEP_EXAMPLES, [model, sampling])
+    sub.add_argument("prompt", metavar="PROMPT")
+    sub.add_argument("--steps", type=whole_numbers, default=[1, 2, 4, 8, 16, 32], metavar="LIST", help="(1,2,4,8,16,32)")
+    sub.add_argument("--columns", type=int, metavar="C", help="pictures in a row (up to 4)")
+    sub.add_argument("-o", "--output", type=Path, default=Path("sweep.png"), metavar="FILE", help=".png, .jpg or .webp (sweep.png)")
+
+    sub = command("evaluate", run_evaluate, "scores and a curve", EVALUATE, EVALUATE_EXAMPLES, [model])
+    sub.add_argument("--steps", type=whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST", help="(1,2,4,8,16,32,64)")
+    sub.add_argument("--cfg", type=float, default=2.5, help="strength of guidance, from 2 steps on (2.5)")
+    sub.add_argument("--prompts-per-task", type=int, default=60, metavar="P", help="drawn with replacement (60)")
+    sub.add_argument("--images", type=int, default=4, metavar="I", help="pictures a prompt (4)")
+    sub.add_argument("--seed", type=int, default=0, help="of prompts and noise (0)")
+    sub.add_argument("--tasks", type=words, metavar="LIST", help="some of single,two,counting,colors,position,attribution (all)")
+    sub.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (64x64)")
+    sub.add_argument("--mode", default="transition", choices=["transition", "diffusion"], help="diffusion for ordinary flow matching")
+    sub.add_argument("--batch", type=int, default=120, metavar="B", help="pictures made together (120)")
+    sub.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="folder for the report (evaluation)")
+
+    sub = command("inspect", run_inspect, "what a weight file is", INSPECT)
+    sub.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder in Hugging Face layout, or a bundled name")
+
+    dtypes = argparse.ArgumentParser(add_help=False)
+    dtypes.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (fp32, bf16, fp16); as stored if not given")
+    sub = command("convert", run_convert, "any file of ours as safetensors", CONVERT, parents=[dtypes])
+    sub.add_argument("source", metavar="SRC")
+    sub.add_argument("target", type=Path, metavar="DST", help="a .safetensors file")
+
+    sub = command("pack", run_pack, "three parts in one file", PACK, PACK_EXAMPLES, [dtypes])
+    sub.add_argument("--model", required=True, metavar="FILE", help="the TiM transformer")
+    sub.add_argument("--text-encoder", metavar="FILE", help="the Gemma-3 text model: a folder with its tokenizer, or a file of ours")
+    sub.add_argument("--vae", metavar="FILE", help="the DC-AE")
+    sub.add_argument("target", type=Path, metavar="DST", help="a .safetensors file")
+
+    sub = command("train", run_train, "weights from a configuration", TRAIN, TRAIN_EXAMPLES)
+    sub.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.yaml")
+    return parser
+
+
+# Commands
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    check_picture(args.output)
+    if args.batch < 1:
+        raise TimError(f"--batch: found {args.batch}, expected at least 1")
+    pipe = load_pipeline(args)
+    from .contact_sheet import to_pil
+
+    images, seconds = timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **settings(args))
+    names = [args.output] if args.batch == 1 else [args.output.with_stem(f"{args.output.stem}-{k}") for k in range(args.batch)]
+    for name, image in zip(names, images):
+        write_picture(to_pil(image), name)
+        print(name)
+    print(f"{pipe.nfe} NFE, {seconds:.2f} s")
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    check_picture(args.output)
+    if not args.steps or min(args.steps) < 1 or (args.columns is not None and args.columns < 1):
+        name, found = ("--columns", args.columns) if args.steps and min(args.steps) >= 1 else ("--steps", ",".join(map(str, args.steps)))
+        raise TimError(f"{name}: found '{found}', expected whole numbers of at least 1")
+    pipe = load_pipeline(args)
+    from .contact_sheet import contact_sheet, step_label
+
+    pipe([args.prompt], steps=1, **settings(args))  # the first run of all is slower than its steps
+    images, labels = [], []
+    for steps in args.steps:
+        image, seconds = timed(pipe, [args.prompt], steps=steps, **settings(args))
+        images.append(image[0])
+        labels.append(step_label(steps, pipe.nfe, seconds))
+    write_picture(contact_sheet(images, labels, args.columns), args.output)
+    print(args.output)
+    for label in labels:
+        print(label.replace(" · ", ", "))
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from .evaluate import TASKS, evaluate
+
+    tasks = args.tasks or TASKS
+    pipe = load_pipeline(args)
+    width, height = args.size
+    report = evaluate(
+        pipe, args.steps, args.cfg, args.prompts_per_task, args.images, args.seed, args.output,
+        tasks=tasks, width=width, height=height, batch=args.batch, mode=args.mode)
+    names = list(report["curve"][0]["tasks"])
+    print("steps    NFE    cfg   overall  +-stderr  " + "  ".join(f"{name:>11}" for name in names))
+    for point in report["curve"]:
+        shares = "  ".join(f"{point['tasks'][name]:11.3f}" for name in names)
+        print(f"{point['steps']:5}  {point['nfe']:5}  {point['cfg']:5.2f}  {point['overall']:8.3f}  {point['stderr']:8.3f}  {shares}")
+    print(args.output / "report.json")
+    print(args.output / "curve.png")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from .checkpoint import describe
+
+    for file in args.files:
+        print(describe(file))
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from .checkpoint import convert
+
+    print(convert(args.source, args.target, storage_dtype(args.dtype)))
+
+
+def run_pack(args: argparse.Namespace) -> None:
+    from .checkpoint import pack
+
+    sources = {"model": args.model, "text-encoder": args.text_encoder, "vae": args.vae}
+    print(pack({name: source for name, source in sources.items() if source is not None}, args.target, storage_dtype(args.dtype)))
+
+
+def run_train(args: argparse.Namespace) -> None:
+    try:
+        from .training import run
+    except ModuleNotFoundError as error:
+        raise TimError(f'training: found no {error.name}, expected it from: pip install "transition-models[train]"') from None
+    for path in run(args.configs) or []:
+        print(path)
+
+
+# What they share
+
+
+def load_pipeline(args: argparse.Namespace):
+    from .pipeline import Pipeline
+
+    return Pipeline.load(args.model, args.device, args.dtype, args.attention)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    width, height = args.size
+    names = ("negative", "cfg", "seed", "guidance_interval", "stochasticity", "mode")
+    return {"width": width, "height": height, **{name: getattr(args, name) for name in names}}
+
+
+def timed(pipe, prompts: list[str], steps: int, times: str | None = None, **options):
+    """-> pictures, seconds; with a progress bar over the steps."""
+    from tqdm import tqdm
+
+    from . import schedule
+
+    total = steps if times is None else len(schedule.parse(times)) - 1
+    with tqdm(total=max(0, total), unit="step", desc=f"{total} step{'s' if total != 1 else ''}", leave=False) as bar:
+        started = time.perf_counter()
+        images = pipe(prompts, steps=steps, times=times, callback=lambda state: bar.update(), **options)
+        return images, time.perf_counter() - started
+
+
+def storage_dtype(name: str | None):
+    if name is None:
+        return None
+    from .pipeline import DTYPES
+
+    if name not in DTYPES:
+        raise TimError(f"--dtype: found '{name}', expected {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def check_picture(path: Path) -> None:
+    """Before the work: can a picture be written there?"""
+    if path.suffix.lower() not in FORMATS:
+        raise TimError(f"{path}: found {f'the ending {path.suffix}' if path.suffix else 'no ending'}, expected {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise TimError(f"{path}: found a folder, expected the name of a picture to write")
+    if not path.parent.is_dir():
+        raise TimError(f"{path}: found no folder {path.parent}, expected one to write into")
+    if not os.access(path.parent, os.W_OK):
+        raise TimError(f"{path}: cannot be written, expected a folder that allows it")
+
+
+def write_picture(picture, path: Path) -> None:
+    """Beside, then renamed: nobody sees half a picture."""
+    half = None
+    try:
+        handle, half = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=".part", dir=path.parent)
+        os.close(handle)
+        picture.save(half, format=FORMATS[path.suffix.lower()], **({} if path.suffix.lower() == ".png" else {"quality": 95}))
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(half, 0o666 & ~mask)
+        os.replace(half, path)
+    except OSError as error:
+        raise TimError(f"{path}: cannot be written ({error.strerror or error}), expected a writable place with room for it") from error
+    finally:
+        if half is not None and os.path.exists(half):
+            os.remove(half)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """On any device; torch is not imported to ask."""
+    text = str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text or "out of memory" in text))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command -> 0, 1 after one line `tim: error: ...`, 130 when interrupted; SystemExit(2) for wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may lack a prompt's characters
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return failed("interrupted", args, 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left: say nothing more
+        return 1
+    except TimError as error:
+        return failed(str(error), args)
+    except Exception as error:
+        if out_of_memory(error):
+            return failed("out of memory, expected more of it or a smaller --size or --batch", args)
+        if isinstance(error, OSError) and error.strerror:
+            return failed(": ".join(filter(None, [error.filename and str(error.filename), error.strerror])), args)
+        return failed(f"{type(error).__name__}: {error} (-v shows where)", args)
+
+
+def failed(message: str, args: argparse.Namespace, code: int = 1) -> int:
+    if getattr(args, "verbose", False):
+        traceback.print_exc()
+    print(f"tim: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

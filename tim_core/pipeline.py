@@ -1,0 +1,235 @@
+"""A prompt becomes a picture, without ComfyUI: text encoder, noise, sampler, autoencoder in a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schedule
+from .attention import get_attention
+from .checkpoint import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, load_autoencoder, load_text_encoder, load_transformer, read_parts
+from .errors import TimError
+from .sampler import sample
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Pipeline:
+    """Text to image. `nfe` is the number of network evaluations of the last call, a guided step counting two."""
+
+    def __init__(self, transformer, text_encoder, autoencoder, factor: int | None = None):
+        """From loaded modules, all on one device; `factor` is the number of pixels per latent cell, the autoencoder's by default."""
+        if transformer.config.text_dim is None:
+            raise TimError("model: found a class-conditional model, expected a text-to-image model")
+        self.transformer, self.text_encoder, self.autoencoder = transformer, text_encoder, autoencoder
+        self.factor = factor or autoencoder.config.factor
+        self.nfe = 0
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Mapping[str, Any] = "tim-shapes",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        attention: str = "auto",
+    ) -> Pipeline:
+        """From a bundled name, a one-file checkpoint, or a dict of parts {"model": ..., "text-encoder": ..., "vae": ...}.
+
+        device "auto" is the GPU if there is one. dtype "auto" is float32 on a CPU and bfloat16 on a GPU that computes in it.
+        attention: "auto", "sdpa" or "flash". TimError if the source is no text-to-image model, or lacks a part.
+        """
+        device = pick_device(device)
+        dtype = pick_dtype(dtype, device)
+        kernel = get_attention(attention)
+        parts = read_parts(source)
+        if parts.config(TRANSFORMER).text_dim is None:
+            raise TimError(f"{parts.source}: found a class-conditional model, expected a text-to-image model")
+        for part in (TEXT_ENCODER, AUTOENCODER):
+            parts.tensors(part)
+        parts.check_fit()
+        exact = dtype == torch.float16 or parts.record(AUTOENCODER).get("force_upcast")
+        return cls(
+            load_transformer(parts, attention=kernel, dtype=dtype, device=device),
+            load_text_encoder(parts, dtype=dtype, device=device),
+            load_autoencoder(parts, dtype=torch.float32 if exact else dtype, device=device),
+            parts.latent_factor,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.transformer.parameters()).dtype
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        negative: str | Sequence[str] = "",
+        steps: int = 4,
+        cfg: float = 2.5,
+        width: int = 64,
+        height: int = 64,
+        seed: int = 0,
+        *,
+        times: Tensor | Sequence[float] | str | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        stochasticity: float = 0.0,
+        mode: str = "transition",
+        noise: Tensor | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Tensor:
+        """One picture a prompt -> (B, H, W, 3) float32 in [0, 1], on the CPU. A picture does not depend on the other prompts.
+
+        negative: one for all, or one a prompt. cfg 1 is no guidance; guidance acts while low < t < high of `guidance_interval`.
+        times: a falling grid from 1 to 0, or its text ("1, 0.7, 0.3, 0"), in place of `steps` equal steps.
+        stochasticity: share of fresh noise a step, 0 is deterministic. mode: "transition", or "diffusion" (r = t, ordinary flow matching).
+        noise: (B, C, H / factor, W / factor) standard normal in place of what `seed` draws.
+        callback: gets the sampler's dict before each step. TimError for anything that cannot be used.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        negatives = [negative] if isinstance(negative, str) else list(negative)
+        grid = self._grid(steps, times)
+        noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
+        low, high = guidance_interval
+        for name, value in (("cfg", cfg), ("guidance interval", low), ("guidance interval", high), ("stochasticity", stochasticity)):
+            if not math.isfinite(value) or value < 0:
+                raise TimError(f"{name}: found {value}, expected a number of at least 0")
+        text = self._conditioning(prompts, negatives)
+        rows = torch.arange(2 * len(prompts))  # the sampler carries row numbers; the model looks the features up
+        latent, self.nfe = sample(
+            self._model(text),
+            noise.to(self.device),
+            grid,
+            rows[: len(prompts)],
+            rows[len(prompts) :],
+            mode=mode,
+            cfg=cfg,
+            guidance_interval=(low, high),
+            stochasticity=stochasticity,
+            noise_sampler=fresh_noise(noise.shape, seed),
+            callback=callback,
+        )
+        return self.decode(latent)
+
+    def noise(self, batch: int, width: int, height: int, seed: int) -> Tensor:
+        """What ComfyUI draws: (B, C, H / factor, W / factor) float32 on the CPU, the whole batch at once."""
+        return torch.randn(self._shape(batch, width, height), generator=torch.Generator().manual_seed(_check_seed(seed)))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, H, W, 3) float32 in [0, 1], on the CPU; in blended tiles where memory is short."""
+        latent = latent.to(self.device, next(self.autoencoder.parameters()).dtype)
+        together = max(1, 2**20 // (latent.shape[-1] * latent.shape[-2] * self.factor**2))  # a megapixel at a time
+        pictures = []
+        for some in latent.split(together):
+            try:
+                decoded = self.autoencoder.decode(some)
+            except torch.cuda.OutOfMemoryError:
+                decoded = self.autoencoder.tiled_decode(some)
+            pictures.append(decoded.float().cpu())
+        return torch.cat(pictures).add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
+
+    def _shape(self, batch: int, width: int, height: int) -> tuple[int, int, int, int]:
+        """The latent's; TimError for a size that the model cannot make."""
+        unit = self.factor * self.transformer.config.patch_size
+        for name, value in (("width", width), ("height", height)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < unit or value % unit:
+                nearest = max(1, round(value / unit)) * unit if isinstance(value, (int, float)) and math.isfinite(value) else unit
+                raise TimError(f"{name}: found {value} pixels, expected a multiple of the latent factor {unit}, such as {nearest}")
+        return batch, self.transformer.config.in_channels, height // self.factor, width // self.factor
+
+    def _check_noise(self, noise: Tensor, batch: int, width: int, height: int) -> Tensor:
+        shape = self._shape(batch, width, height)
+        if tuple(noise.shape) != shape:
+            raise TimError(f"noise: found shape {list(noise.shape)}, expected {list(shape)}")
+        return noise.float()
+
+    @staticmethod
+    def _grid(steps: int, times: Tensor | Sequence[float] | str | None) -> Tensor:
+        if times is None:
+            return schedule.uniform(steps)
+        grid = schedule.parse(times) if isinstance(times, str) else torch.as_tensor(times, dtype=torch.float64)
+        if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0:
+            raise TimError(f"times: found {grid.tolist()}, expected a list that begins at 1 and ends at 0")
+        return grid
+
+    def _conditioning(self, prompts: list[str], negatives: list[str]) -> list[Tensor]:
+        """The features of every prompt, then of every negative, each pair cut to the longer text of the two: [(L_i, D)] * 2B."""
+        if not prompts:
+            raise TimError("prompts: found none, expected at least one")
+        negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
+        if len(negatives) != len(prompts):
+            raise TimError(f"negative prompts: found {len(negatives)} for {len(prompts)} prompts, expected one, or one for each prompt")
+        features = self.text_encoder.encode(prompts + negatives)
+        lengths = [max(pair) for pair in zip(features.lengths[: len(prompts)], features.lengths[len(prompts) :])]
+        return [rows[:length] for rows, length in zip(features.rows, lengths * 2)]
+
+    def _model(self, text: list[Tensor]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The network over row numbers of `text`: rows of equal length go together, so that none is padded for another's sake."""
+
+        def model(x: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
+            groups: dict[int, list[int]] = {}
+            for place, row in enumerate(rows.tolist()):
+                groups.setdefault(len(text[row]), []).append(place)
+            out = torch.empty_like(x)
+            for places in groups.values():
+                y = torch.stack([text[rows[place]] for place in places])
+                some = torch.tensor(places, device=x.device)
+                out[some] = self.transformer(x[some].to(self.dtype), t[some], r[some], y).to(out.dtype)
+            return out
+
+        return model
+
+
+def fresh_noise(shape: Sequence[int], seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The noise sampler of a seed: float32 on the CPU, another stream than the first noise's (seed + 1, as k-diffusion does)."""
+    generator = torch.Generator().manual_seed((_check_seed(seed) + 1) % 2**64)
+    return lambda t, r: torch.randn(tuple(shape), generator=generator)
+
+
+def _check_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise TimError(f"seed: found {seed}, expected a whole number from 0 to 2^64 - 1")
+    return seed
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """ "auto" is the GPU if there is one. TimError for a device that this computer, or this torch, does not have."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise TimError(f"device: found '{device}', expected auto, cpu or a GPU of this computer ({str(error).splitlines()[0][:80]})") from None
+    return device
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is float32 on a CPU, bfloat16 on a GPU that computes in it, else float32. TimError for another name."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type != "cpu" and _has_bfloat16(device) else torch.float32
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in DTYPES.values():
+        raise TimError(f"dtype: found '{dtype}', expected auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        torch.ones(1, 1, device=device, dtype=torch.bfloat16).mm(torch.ones(1, 1, device=device, dtype=torch.bfloat16))
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""Trains a TiM transformer together with its text model (arXiv 2509.04394, Algorithm 1)."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .. import checkpoint, shapes
+from ..autoencoder import Autoencoder
+from ..config import TransformerConfig
+from ..objective import transition_loss
+from ..sampler import sample
+from ..schedule import uniform
+from ..text_encoder import TextEncoder, Tokenizer
+from ..transformer import TransitionTransformer
+from ..transport import TRANSPORTS
+from .config import TextShape, TransitionTraining
+from .data import ShapesBatches
+from .loop import train
+from .tokenizer import small_world_tokenizer
+
+
+class TextToImage(nn.Module):
+    """The two networks that learn: `text`, prompts -> features, and `transformer`, F(x_t, t, r, features)."""
+
+    def __init__(self, config: TransitionTraining, latent_channels: int):
+        super().__init__()
+        tokenizer = Tokenizer.from_json(small_world_tokenizer())
+        self.text = TextEncoder(gemma_config(config.text), tokenizer, escape=False)
+        shape = config.transformer
+        self.transformer = TransitionTransformer(TransformerConfig(
+            in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)))
+        self.transformer.initialize_weights()
+
+    def features(self, prompts: list[str]) -> Tensor:
+        """(B, M, D), M the longest prompt of the batch (the official trimming)."""
+        ids, mask = self.text.tokenize(prompts)
+        longest = int(mask.sum(1).max())
+        return self.text.encode_ids(ids[:, :longest], mask[:, :longest])
+
+
+def gemma_config(shape: TextShape) -> dict:
+    """A Gemma-3 text config for the small world's vocabulary: local and global layers in turn, the last one global."""
+    kinds = ["full_attention" if (shape.layers - 1 - i) % 2 == 0 else "sliding_attention" for i in range(shape.layers)]
+    return {
+        "model_type": "gemma3_text", "vocab_size": 320, "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": 1, "head_dim": shape.head_dim,
+        "query_pre_attn_scalar": shape.head_dim, "sliding_window": 512, "max_position_embeddings": 512, "layer_types": kinds,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}},
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    }
+
+
+def train_transition(config: TransitionTraining) -> Path:
+    """Runs a `kind: tim` configuration; returns the one-file checkpoint with the averaged weights."""
+    loop, folder = config.loop, Path(config.output).expanduser()
+    autoencoder: Autoencoder = checkpoint.load_autoencoder(Path(config.autoencoder).expanduser()).to(memory_format=torch.channels_last)
+    torch.manual_seed(loop.seed)
+    model = TextToImage(config, autoencoder.config.latent_channels)
+    transport = TRANSPORTS[config.transport](P_mean=config.p_mean, P_std=config.p_std)
+    network = torch.compile(model.transformer, dynamic=True) if loop.compile else model.transformer
+
+    def loss_of(batch: tuple[Tensor, list[str]], step: int) -> dict[str, Tensor]:
+        pictures, prompts = batch
+        dropped = torch.rand(len(prompts)) < config.text_dropout
+        with torch.autocast("cpu", torch.bfloat16, enabled=loop.autocast):
+            with torch.no_grad():
+                latents = autoencoder.encode(pictures.contiguous(memory_format=torch.channels_last)).float()
+            y = model.features(["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)])
+            losses = transition_loss(network, latents, torch.randn_like(latents), y, transport=transport, config=config.objective)
+        n = losses.n_diffusion
+        error = losses.denoising_loss.detach()
+        return {"loss": losses.total, "diffusion": error[:n].mean() if n else error.sum() * 0,
+                "transition": error[n:].mean() if n < len(error) else error.sum() * 0}
+
+    def draw(model: TextToImage, step: int) -> None:
+        rng = np.random.default_rng([loop.seed, 1])
+        prompts = [shapes.sample_prompt(rng, form).text for form in shapes.TRAINING_FORMS]
+        width, height = config.data.table()[0][0]
+        model.eval()
+        with torch.no_grad():
+            cond, null = model.text.conditioning(prompts)
+            noise = torch.randn(len(prompts), autoencoder.config.latent_channels, height // autoencoder.config.factor,
+                                width // autoencoder.config.factor, generator=torch.Generator().manual_seed(loop.seed))
+            rows = [autoencoder.decode(sample(model.transformer, noise, uniform(steps), cond, null, transport=transport, cfg=2.5)[0])
+                    for steps in (1, 4, 16)]
+        grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2).add(1).mul(127.5).clamp(0, 255).byte()
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(folder / f"sample-{step:08d}.png")
+
+    def export(average: dict[str, Tensor], step: int) -> Path:
+        """The averaged weights, packed with the autoencoder into one file."""
+        trained = TextToImage(config, autoencoder.config.latent_channels)
+        trained.load_state_dict({**trained.state_dict(), **average})
+        target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
+        record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
+                  "training": {"steps": step, "batch": loop.batch, "seed": loop.seed, "objective": vars(config.objective)}}
+        return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder}, target,
+                               dtype=torch.bfloat16, metadata=record)
+
+    train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, draw, export)
+    return Path(config.checkpoint).expanduser() if config.checkpoint else folder / "model.safetensors"

@@ -4,6 +4,9 @@ from collections import Counter
 
 import pytest
 
+from tests import comfy_support
+from tests.comfy_support import comfyui  # noqa: F401 (a fixture)
+
 REPLAYED = pytest.StashKey[Counter]()
 DEVIATED = pytest.StashKey[Counter]()
 
@@ -11,6 +14,13 @@ DEVIATED = pytest.StashKey[Counter]()
 def pytest_configure(config):
     config.stash[REPLAYED] = Counter()
     config.stash[DEVIATED] = Counter()
+
+
+def pytest_collection_modifyitems(items):
+    if comfy_support.find() is None:
+        for item in items:
+            if item.get_closest_marker("comfyui"):
+                item.add_marker(pytest.mark.skip(reason="no ComfyUI found"))
 
 
 @pytest.fixture
@@ -34,3 +44,31 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{sum(counts.values()):5d} in all")
     for rule, count in sorted(config.stash[DEVIATED].items()):
         terminalreporter.write_line(f"{count:5d} differ from the official code by rule: {rule}")
+    if comfy_support.find() is None:
+        terminalreporter.write_line(comfy_support.advice())
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A one-file text-to-image checkpoint with random weights: 16 latent channels, factor 8."""
+    import torch
+
+    from tim_core.autoencoder import Autoencoder
+    from tim_core.checkpoint import pack
+    from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
+    from tim_core.text_encoder import TextEncoder, Tokenizer
+    from tim_core.training.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
+    from tim_core.transformer import TransitionTransformer
+
+    torch.manual_seed(0)
+    gemma = {
+        "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 512, "sliding_window_pattern": 2,
+    }
+    text_encoder = TextEncoder(gemma, Tokenizer.from_json(small_world_tokenizer()))
+    config = TransformerConfig(in_channels=16, hidden_size=32, depth=2, num_heads=2, text_dim=32, lora_hidden_size=8)
+    transformer = TransitionTransformer(config)
+    stages = (StageConfig(8, 1), StageConfig(8, 1), StageConfig(16, 1), StageConfig(16, 1, "EfficientViTBlock", (5,)))
+    autoencoder = Autoencoder(AutoencoderConfig(stages, stages, latent_channels=16, head_dim=8))
+    parts = {"model": transformer, "text-encoder": text_encoder, "vae": autoencoder}
+    return pack(parts, tmp_path_factory.mktemp("tiny") / "tiny.safetensors", metadata={"escape_prompts": False})

@@ -6,8 +6,24 @@ import numpy as np
 import pytest
 
 from tim_core.shapes import (
-    BACKGROUND, COLORS, COUNTS, RELATIONS, SHAPES, TASKS, TRAINING_FORMS, Placed, Prompt, Thing, coverage, detect, judge, place, render,
-    sample_prompt, sample_training_prompt, scoring_prompts,
+    BACKGROUND,
+    COLORS,
+    COUNTS,
+    RELATIONS,
+    SHAPES,
+    TASKS,
+    TRAINING_FORMS,
+    Placed,
+    Prompt,
+    Thing,
+    coverage,
+    detect,
+    judge,
+    place,
+    render,
+    sample_prompt,
+    sample_training_prompt,
+    scoring_prompts,
 )
 
 FORMS = {

@@ -62,10 +62,20 @@ examples:
   tim evaluate --model my.safetensors --tasks counting,position --size 128x128 -o large"""
 
 INSPECT = """\
-Says what a weight file is: its parts, architecture, dtypes, and how it was trained. Opens no code, loads no weights of safetensors files."""
+Says what a weight file is: its parts, architecture, dtypes, and how it was trained. No code in a file is run."""
+
+INSPECT_EXAMPLES = """\
+examples:
+  tim inspect tim-shapes
+  tim inspect downloads/*.safetensors"""
 
 CONVERT = """\
-Rewrites any file of ours (.bin, .pt, .safetensors, a folder in Hugging Face layout) as safetensors. Nothing is dropped."""
+Rewrites a TiM transformer, a Gemma-3 text model, a DC-AE, or a file with several of them (.bin, .pt, .safetensors, or a folder in
+Hugging Face layout) as one safetensors file. Nothing is dropped."""
+
+CONVERT_EXAMPLES = """\
+example:
+  tim convert t2i_model.bin tim-t2i.safetensors --dtype bf16"""
 
 PACK = """\
 Joins a transformer, a text model and an autoencoder into one file, which `--model` and the ComfyUI loader take."""
@@ -175,18 +185,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=int, default=120, metavar="B", help="pictures made together (120)")
     sub.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="folder for the report (evaluation)")
 
-    sub = command("inspect", run_inspect, "what a weight file is", INSPECT)
+    sub = command("inspect", run_inspect, "what a weight file is", INSPECT, INSPECT_EXAMPLES)
     sub.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder in Hugging Face layout, or a bundled name")
 
     dtypes = argparse.ArgumentParser(add_help=False)
     dtypes.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (fp32, bf16, fp16); as stored if not given")
-    sub = command("convert", run_convert, "any file of ours as safetensors", CONVERT, parents=[dtypes])
+    sub = command("convert", run_convert, "weights as safetensors", CONVERT, CONVERT_EXAMPLES, [dtypes])
     sub.add_argument("source", metavar="SRC")
     sub.add_argument("target", type=Path, metavar="DST", help="a .safetensors file")
 
     sub = command("pack", run_pack, "three parts in one file", PACK, PACK_EXAMPLES, [dtypes])
     sub.add_argument("--model", required=True, metavar="FILE", help="the TiM transformer")
-    sub.add_argument("--text-encoder", metavar="FILE", help="the Gemma-3 text model: a folder with its tokenizer, or a file of ours")
+    sub.add_argument("--text-encoder", metavar="FILE", help="the Gemma-3 text model: a folder with its tokenizer, or a one-file checkpoint")
     sub.add_argument("--vae", metavar="FILE", help="the DC-AE")
     sub.add_argument("target", type=Path, metavar="DST", help="a .safetensors file")
 

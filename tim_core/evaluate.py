@@ -36,7 +36,9 @@ def draws(tasks: Sequence[str] = TASKS, prompts_per_task: int = 60, images: int 
     ]
 
 
-def score(pipe, wanted: Sequence[Draw], steps: int, cfg: float, width: int = 64, height: int = 64, batch: int = 120, bar=None, **options) -> np.ndarray:
+def score(
+    pipe, wanted: Sequence[Draw], steps: int, cfg: float, width: int = 64, height: int = 64, batch: int = 120, bar=None, **options
+) -> np.ndarray:
     """Makes and judges every picture -> (N,) bool, in the order of `wanted`. `options` go to the pipeline; `bar` is a tqdm bar."""
     right = np.zeros(len(wanted), bool)
     order = sorted(range(len(wanted)), key=lambda i: len(wanted[i].prompt.text.split()))  # equal lengths run together

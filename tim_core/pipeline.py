@@ -211,7 +211,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        raise TimError(f"device: found '{device}', expected auto, cpu or a GPU of this computer ({str(error).splitlines()[0][:80]})") from None
+        reason = str(error).splitlines()[0][:80]
+        raise TimError(f"device: found '{device}', expected auto, cpu or a GPU of this computer ({reason})") from None
     return device
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import checkpoint
 from ..autoencoder import Autoencoder
 from ..config import AutoencoderConfig, StageConfig
 from .config import AutoencoderTraining
@@ -43,6 +43,9 @@ def train_autoencoder(config: AutoencoderTraining) -> Path:
     loop, folder = config.loop, Path(config.output).expanduser()
     torch.manual_seed(loop.seed)
     model = Autoencoder(architecture(config)).to(memory_format=torch.channels_last)
+    if config.start:
+        model.load_state_dict(checkpoint.load_autoencoder(Path(config.start).expanduser()).state_dict())
+    model.encoder.requires_grad_(not config.freeze_encoder)
     run = torch.compile(model, dynamic=False) if False else model
 
     def loss_of(batch, step):

@@ -76,6 +76,8 @@ class AutoencoderTraining:
     """`kind: autoencoder`: a DC-AE on pictures of the small world."""
 
     output: str
+    start: str | None = None                     # weights to begin from, a file of the same architecture
+    freeze_encoder: bool = False                 # train the decoder alone: the latents stay what they are
     encoder_widths: tuple[int, ...] = (32, 32, 64, 128)
     encoder_layers: tuple[int, ...] = (0, 1, 1, 1)
     decoder_widths: tuple[int, ...] = (32, 32, 64, 128)

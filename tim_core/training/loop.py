@@ -30,10 +30,15 @@ def learning_rate(config: LoopConfig, step: int) -> float:
 
 
 def optimizers(config: LoopConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside `blocks` or `layers` and AdamW for the rest."""
+    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices of `blocks` and `layers` and AdamW for the rest.
+
+    The modulation stays with AdamW: it starts at zero, and Muon's steps are of one size whatever the gradient.
+    """
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
-        inner = parameter.ndim == 2 and (".blocks." in f".{name}" or ".layers." in f".{name}")
+        if not parameter.requires_grad:
+            continue
+        inner = parameter.ndim == 2 and (".blocks." in f".{name}" or ".layers." in f".{name}") and "adaLN" not in name
         (matrices if config.optimizer == "muon" and inner else rest).append(parameter)
     found = [torch.optim.AdamW(rest, config.lr, config.betas, 1e-8, config.weight_decay, fused=True)]
     if matrices:
@@ -54,11 +59,11 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     folder.mkdir(parents=True, exist_ok=True)
     optims = optimizers(config, model)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    parameters = list(model.parameters())
     start, seconds = _resume(folder, model, optims, average)
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
         prefetch_factor=4 if config.workers else None, persistent_workers=False)
-    parameters = list(model.parameters())
     began, totals = time.monotonic(), {}
     model.train()
     bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True)

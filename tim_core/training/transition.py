@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo
 from PIL import Image
 from torch import Tensor, nn
 
 from .. import checkpoint, shapes
+from ..attention import math
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
 from ..objective import transition_loss
@@ -31,7 +33,7 @@ class TextToImage(nn.Module):
         self.text = TextEncoder(gemma_config(config.text), tokenizer, escape=False)
         shape = config.transformer
         self.transformer = TransitionTransformer(TransformerConfig(
-            in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)))
+            in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)), attention=math)
         self.transformer.initialize_weights()
 
     def features(self, prompts: list[str]) -> Tensor:
@@ -61,7 +63,11 @@ def train_transition(config: TransitionTraining) -> Path:
     torch.manual_seed(loop.seed)
     model = TextToImage(config, autoencoder.config.latent_channels)
     transport = TRANSPORTS[config.transport](P_mean=config.p_mean, P_std=config.p_std)
-    network = torch.compile(model.transformer, dynamic=True) if loop.compile else model.transformer
+    if loop.compile:
+        # one block at a time: they share their code, so it is compiled once for all of them
+        torch._dynamo.config.recompile_limit = 64
+        for block in model.transformer.blocks:
+            block.compile(dynamic=True)
 
     def loss_of(batch: tuple[Tensor, list[str]], step: int) -> dict[str, Tensor]:
         pictures, prompts = batch
@@ -70,7 +76,7 @@ def train_transition(config: TransitionTraining) -> Path:
             with torch.no_grad():
                 latents = autoencoder.encode(pictures.contiguous(memory_format=torch.channels_last)).float()
             y = model.features(["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)])
-            losses = transition_loss(network, latents, torch.randn_like(latents), y, transport=transport, config=config.objective)
+            losses = transition_loss(model.transformer, latents, torch.randn_like(latents), y, transport=transport, config=config.objective)
         n = losses.n_diffusion
         error = losses.denoising_loss.detach()
         return {"loss": losses.total, "diffusion": error[:n].mean() if n else error.sum() * 0,

@@ -1,0 +1,16 @@
+"""The pack's door: ComfyUI asks `comfy_entrypoint` for the nodes. Nothing is imported before it does."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    try:
+        from .nodes import TiMExtension, load_schemas
+
+        load_schemas()
+        return TiMExtension()
+    except Exception:
+        import logging
+
+        logging.exception("ComfyUI-TiM: the nodes could not be loaded; they need ComfyUI 0.3.64 or newer")
+        raise

@@ -1,0 +1,230 @@
+"""TiM as a MODEL: core's BaseModel around our network, and the wrappers that make core's samplers sample it as published."""
+
+from dataclasses import replace
+
+import comfy.k_diffusion.sampling
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from ..tim_core.checkpoint import TRANSFORMER, Parts, json_tensor, load_transformer, read_parts
+from ..tim_core.config import TransformerConfig
+from ..tim_core.errors import TimError
+from ..tim_core.transformer import TransitionTransformer
+
+PADDED = "tim_padded"  # conditioning key: the 256 rows of a prompt, its padding included
+TARGET = "tim_target"  # transformer option: the time that our own sampler goes to
+TRANSITION = "tim_transition"  # transformer option: the sampler goes from each time of its schedule to the next
+INTERVAL = "tim_interval"  # key of the guidance interval's wrapper
+PUBLISHED_INTERVAL = (0.0, 1.0)
+
+
+class ComfyAttention:
+    """The attention that ComfyUI selected, told of the options of the call in progress (other packs replace attention there)."""
+
+    def __init__(self):
+        self.options: dict = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return optimized_attention(q, k, v, q.shape[1], skip_reshape=True, transformer_options=self.options)
+
+
+class TiMNetwork(TransitionTransformer):
+    """tim_core's network under the signature that BaseModel calls; r comes in the transformer options."""
+
+    def __init__(self, config: TransformerConfig, operations, device=None, dtype=None):
+        attention = ComfyAttention()
+        super().__init__(config, operations, attention, device, dtype)
+        self.comfy_attention = attention
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options={}, **kwargs):
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, transformer_options, **kwargs)
+
+    def _forward(self, x, timesteps, context, transformer_options={}, **kwargs):
+        self.comfy_attention.options = transformer_options
+        return super().forward(x, timesteps, transformer_options.get("tim_r", timesteps), context)
+
+
+class TiMModel(comfy.model_base.BaseModel):
+    def __init__(self, model_config, device=None):
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=TiMNetwork)
+        self.diffusion_model.eval().requires_grad_(False)
+
+    def process_timestep(self, timestep, **kwargs):
+        # ModelSamplingSD3 and its like count time to 1000; the network counts to 1.
+        return timestep / getattr(self.model_sampling, "multiplier", 1.0)
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        # As an option, not as a conditioning: those are rounded to the network's dtype.
+        options = {**transformer_options, "tim_r": resolve_r(t, transformer_options)}
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+class TiMLatent(comfy.latent_formats.LatentFormat):
+    """Latents of unit variance; the VAE applies DC-AE's scale."""
+
+    def __init__(self, channels: int, factor: int):
+        self.latent_channels = channels
+        self.spacial_downscale_ratio = factor
+
+
+class TiMConfig(comfy.supported_models_base.BASE):
+    unet_extra_config = {}
+    sampling_settings = {"multiplier": 1.0, "shift": 1.0}
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]
+    vae_key_prefix = ["vae."]
+    text_encoder_key_prefix = ["text_encoders."]
+    latent_format = None
+
+    def __init__(self, config: TransformerConfig, factor: int, record: dict):
+        self.latent_format = lambda: TiMLatent(config.in_channels, factor)  # BASE calls it
+        super().__init__({"config": config})
+        self.record = record
+        # A guess, not measured on a GPU: at the peak a token holds some 30 tensors of the hidden width (the gated MLP, q, k, v), at
+        # 1152 about 70 KB in bfloat16. Core counts latent cells, of dtype size times 0.01 MB times this factor each.
+        self.memory_usage_factor = 3.3 * config.hidden_size / 1152 / config.patch_size**2
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return TiMModel(self, device=device)
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        return super().process_unet_state_dict_for_saving({**state_dict, "config_json": json_tensor(self.record)})
+
+
+def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL of a checkpoint. model_options: dtype, load_device, offload_device as in core's loaders. TimError if it is no TiM."""
+    weights, config = _checked(parts)
+    record = {name: getattr(config, name) for name in ("num_heads", "new_condition", "null_class")}
+    record = {**parts.record(TRANSFORMER), **record, "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
+    model_config = TiMConfig(config, parts.latent_factor, record)
+
+    load_device = model_options.get("load_device", mm.get_torch_device())
+    offload_device = model_options.get("offload_device", mm.unet_offload_device())
+    supported = model_config.supported_inference_dtypes
+    dtype = model_options.get("dtype") or mm.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(weights), supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(weights)
+    )
+    model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, supported))
+    model = model_config.get_model(weights)
+
+    # Looked up now, not at import: at start ComfyUI puts another class in this place where it offloads dynamically.
+    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else patcher_class
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    if not mm.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(weights, "", **({"assign": True} if is_dynamic(patcher) else {}))
+
+    patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "tim", _mark_transitions)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "tim", _fit_conditionings)
+    patcher.cached_patcher_init = (_reload_model, (parts.source, model_options))
+    return with_interval(patcher, *PUBLISHED_INTERVAL)
+
+
+def _reload_model(source: str, model_options: dict = {}, disable_dynamic: bool = False):
+    """How core makes a second patcher of the same file, for hooks and for several GPUs."""
+    return build_model(read_parts(source), model_options, disable_dynamic)
+
+
+def _checked(parts: Parts) -> tuple[dict[str, Tensor], TransformerConfig]:
+    """The network's weights without REPA's projector, and its config. TimError unless every name and shape agrees."""
+    weights = {name: tensor for name, tensor in parts.tensors(TRANSFORMER).items() if not name.startswith("projector.")}
+    shapes = {name: tensor.to("meta") for name, tensor in weights.items()}
+    return weights, load_transformer(replace(parts, transformer=shapes), device="meta").config
+
+
+def is_dynamic(patcher) -> bool:
+    return getattr(patcher, "is_dynamic", lambda: False)()
+
+
+def tim_model(model) -> TiMModel:
+    """What a MODEL holds; TimError if it is not TiM."""
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, TiMModel):
+        raise TimError(f"model: found {type(inner).__name__}, expected TiM, from the node TiMCheckpointLoader")
+    return inner
+
+
+def with_interval(model: comfy.model_patcher.ModelPatcher, low: float, high: float) -> comfy.model_patcher.ModelPatcher:
+    """A clone that is guided only at times low < t < high; elsewhere the negative is not evaluated at all."""
+    low, high = torch.tensor([low, high], dtype=torch.float32).tolist()  # as the times that they are compared with
+
+    def guide_inside(executor, x, timestep, *args, **kwargs):
+        guider = executor.class_obj
+        if not hasattr(guider, "cfg") or low < float(timestep.flatten()[0]) < high:
+            return executor(x, timestep, *args, **kwargs)
+        cfg, guider.cfg = guider.cfg, 1.0
+        try:
+            return executor(x, timestep, *args, **kwargs)
+        finally:
+            guider.cfg = cfg
+
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, INTERVAL)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, INTERVAL, guide_inside)
+    return model
+
+
+def with_target(extra_args: dict, r: float) -> dict:
+    """A sampler's extra_args, as a copy, with the time that this evaluation goes to."""
+    model_options = dict(extra_args.get("model_options", {}))
+    model_options["transformer_options"] = {**model_options.get("transformer_options", {}), TARGET: r}
+    return {**extra_args, "model_options": model_options}
+
+
+def resolve_r(t: Tensor, options: dict) -> Tensor:
+    """The times that an evaluation at t (B,) goes to, (B,) float32.
+
+    Our sampler says it; stock euler's steps are transitions from each time of the schedule to the next (x + (x - denoised) / t * (r - t)
+    is x - (t - r) F); for every other sampler r = t, which makes TiM an ordinary flow model.
+    """
+    t = t.float()
+    if options.get(TARGET) is not None:
+        return torch.full_like(t, options[TARGET])
+    if not options.get(TRANSITION) or options.get("sample_sigmas") is None:
+        return t
+    sigmas = options["sample_sigmas"].to(t)
+    distance, index = (sigmas[:-1] - t[:, None]).abs().min(dim=1)
+    return torch.where(distance <= 1e-5, sigmas[1:][index], t)
+
+
+def _mark_transitions(executor, guider, sigmas, extra_args, *args, **kwargs):
+    """SAMPLER_SAMPLE wrapper: stock euler (and ddim, which is euler) without churn takes exact transitions."""
+    sampler = executor.class_obj
+    is_euler = getattr(sampler, "sampler_function", None) is comfy.k_diffusion.sampling.sample_euler
+    if is_euler and not sampler.extra_options:
+        extra_args["model_options"].setdefault("transformer_options", {})[TRANSITION] = True
+    return executor(guider, sigmas, extra_args, *args, **kwargs)
+
+
+def _fit_conditionings(executor, *args, **kwargs):
+    """OUTER_SAMPLE wrapper, on the run's own copies of the conditionings.
+
+    Texts are padded to the longest with their own pad rows, as the official code does inside a batch: so the null text is as long as
+    the prompt. Areas in pixels, which core divides by 8 whatever the model, are put on the latent's own grid.
+    """
+    guider = executor.class_obj
+    factor = guider.model_patcher.model.latent_format.spacial_downscale_ratio
+    conds = [cond for conds in guider.conds.values() for cond in conds]
+    texts = [cond for cond in conds if cond.get("cross_attn") is not None]
+    longest = max((cond["cross_attn"].shape[1] for cond in texts), default=0)
+    for cond in texts:
+        rows, padded = cond["cross_attn"], cond.get(PADDED)
+        # equal: no node (ConditioningConcat, Average, ...) has changed the rows since
+        if padded is not None and rows.shape[1] < longest and torch.equal(padded[:, : rows.shape[1]], rows):
+            cond["cross_attn"] = padded[:, :longest]
+    for cond in conds:
+        area = cond.get("area")
+        if area is not None and area[0] != "percentage":
+            height, width, y, x = (side * 8 // factor for side in area)
+            cond["area"] = (max(height, 1), max(width, 1), y, x)
+    return executor(*args, **kwargs)

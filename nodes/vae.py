@@ -1,0 +1,75 @@
+"""DC-AE as a VAE: core's class, with its batching, tiling and out-of-memory fallback, around our autoencoder."""
+
+import logging
+from contextlib import contextmanager
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import torch
+
+from ..tim_core.autoencoder import Autoencoder
+from ..tim_core.checkpoint import AUTOENCODER, Parts, json_tensor, load_autoencoder
+from .model import is_dynamic
+
+TILE, OVERLAP = 1024, 128  # pixels: smaller tiles show, since the deep stages look at the whole tile
+
+
+class TiMVAE(comfy.sd.VAE):
+    """Pictures in [0, 1] <-> latents of unit variance. Float32 or bfloat16: float16 overflows in the deep stages."""
+
+    def __init__(self, parts: Parts, device: torch.device | None = None, dtype: torch.dtype | None = None):
+        with _without_warning("No VAE weights detected"):
+            super().__init__(sd={})  # every version's own defaults
+        self.device = device or mm.vae_device()
+        self.working_dtypes = [torch.bfloat16, torch.float32]
+        dtype = dtype or mm.vae_dtype(self.device, self.working_dtypes)
+        self.exact = bool(parts.record(AUTOENCODER).get("force_upcast"))
+        self.vae_dtype = torch.float32 if dtype == torch.float16 or self.exact else dtype
+        self.output_device = mm.intermediate_device()
+
+        # Loaded by plain layers, which checks every name and shape; then by core's, which can be offloaded.
+        loaded = load_autoencoder(parts, dtype=self.vae_dtype)
+        config = loaded.config
+        self.first_stage_model = Autoencoder(config, comfy.ops.disable_weight_init, dtype=self.vae_dtype).eval().requires_grad_(False)
+        self.latent_channels = config.latent_channels
+        self.downscale_ratio = self.upscale_ratio = config.factor
+        # A guess, not measured on a GPU: at full resolution a block holds some eight tensors as wide as the first stage.
+        width = 8 * max(config.encoder[0].width, config.decoder[0].width, config.decoder[1].width // 4)
+        self.memory_used_encode = lambda shape, dtype: width * shape[2] * shape[3] * mm.dtype_size(dtype)
+        self.memory_used_decode = lambda shape, dtype: width * shape[2] * shape[3] * config.factor**2 * mm.dtype_size(dtype)
+
+        if hasattr(mm, "archive_model_dtypes"):
+            mm.archive_model_dtypes(self.first_stage_model)
+        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+        self.patcher = patcher_class(self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device())
+        self.first_stage_model.load_state_dict(loaded.state_dict(), strict=False, assign=is_dynamic(self.patcher))
+        if hasattr(self, "model_size"):
+            self.model_size()
+
+    def get_sd(self):
+        config = self.first_stage_model.config
+        record = {"scaling_factor": config.scaling_factor, "head_dim": config.head_dim, "force_upcast": self.exact}
+        return {**super().get_sd(), "config_json": json_tensor(record)}
+
+    def decode_tiled_(self, samples, tile_x=None, tile_y=None, overlap=None):
+        factor = self.upscale_ratio
+        overlap = OVERLAP // factor if overlap is None else overlap
+        return super().decode_tiled_(samples, tile_x=tile_x or TILE // factor, tile_y=tile_y or TILE // factor, overlap=overlap)
+
+    def encode_tiled_(self, pixel_samples, tile_x=TILE, tile_y=TILE, overlap=OVERLAP):
+        return super().encode_tiled_(pixel_samples, tile_x=tile_x, tile_y=tile_y, overlap=overlap)
+
+
+@contextmanager
+def _without_warning(text: str):
+    def other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger = logging.getLogger()
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)

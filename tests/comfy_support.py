@@ -1,0 +1,169 @@
+"""The real ComfyUI for the tests marked `comfyui`: finding it, starting it on this tree, talking to it.
+
+COMFYUI_PATH and COMFYUI_PYTHON say which one (comfy-cli's default workspace otherwise), COMFYUI_PYTHONPATH what its Python should
+also see (an older version's front end).
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = "ComfyUI-TiM"
+START_SECONDS = 600  # the first start on a cold disk reads gigabytes
+RUN_SECONDS = 300
+
+
+def find() -> tuple[Path, Path] | None:
+    """The checkout and its Python; None if there is none."""
+    path = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+    python = Path(os.environ.get("COMFYUI_PYTHON") or path / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    return (path, python) if (path / "main.py").is_file() and python.is_file() else None
+
+
+def advice() -> str:
+    return (
+        "no ComfyUI found: the tests marked comfyui were skipped (`pip install comfy-cli && comfy install` gets one; "
+        "COMFYUI_PATH and COMFYUI_PYTHON name another)"
+    )
+
+
+class Failed(Exception):
+    """A prompt that ComfyUI refused or could not run; the text is what it said."""
+
+
+class Server:
+    """ComfyUI on the CPU, with this tree as its only custom node and `base` as its only folder to write to."""
+
+    def __init__(self, base: Path, path: Path, python: Path):
+        self.base = base
+        custom_nodes = base / "custom_nodes"
+        for folder in (custom_nodes, base / "models" / "checkpoints", base / "models" / "loras", base / "output", base / "user"):
+            folder.mkdir(parents=True)
+        (custom_nodes / FOLDER).symlink_to(ROOT, target_is_directory=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        if os.environ.get("COMFYUI_PYTHONPATH"):
+            environment["PYTHONPATH"] = os.environ["COMFYUI_PYTHONPATH"]
+        for name in ("VIRTUAL_ENV", "PYTHONHOME"):
+            environment.pop(name, None)
+        options = ["--cpu", "--disable-auto-launch", "--preview-method", "latent2rgb"]
+        command = [python, "main.py", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", base, *options]
+        self.log = base / "log.txt"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [str(word) for word in command], cwd=path, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        end = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                self.stats = self.get("system_stats")
+                break
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > end:
+                    self.stop()
+                    raise RuntimeError(f"ComfyUI did not start:\n{self.log_text()[-4000:]}") from None
+                time.sleep(0.5)
+        self.object_info = self.get("object_info")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def add(self, folder: str, file: Path, name: str) -> str:
+        """Copies a file into a models folder -> its name there."""
+        shutil.copyfile(file, self.base / "models" / folder / name)
+        return name
+
+    def read(self, path: str, body: dict | None = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    def get(self, path: str) -> dict:
+        return json.loads(self.read(path))
+
+    def queue(self, prompt: dict) -> str:
+        """Queues an API-format prompt -> its id; Failed if it does not validate."""
+        try:
+            return json.loads(self.read("prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex}))["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise Failed(error.read().decode()) from None
+
+    def wait(self, prompt_id: str) -> dict:
+        """The finished prompt's history entry."""
+        end = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < end:
+            entry = self.get(f"history/{prompt_id}").get(prompt_id)
+            if entry and entry.get("status"):
+                return entry
+            time.sleep(0.05)
+        raise TimeoutError(f"ComfyUI did not finish in {RUN_SECONDS} s:\n{self.log_text()[-4000:]}")
+
+    def run(self, prompt: dict) -> dict[str, dict]:
+        """Runs a prompt -> outputs by node id; Failed with the exception's text if a node raised one."""
+        entry = self.wait(self.queue(prompt))
+        for kind, message in entry["status"]["messages"]:
+            if kind == "execution_error":
+                raise Failed(message["exception_message"].strip())
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        return entry["outputs"]
+
+    def file(self, result: dict) -> Path:
+        """Where an output (an image, a latent) was written."""
+        return self.base / result["type"] / result["subfolder"] / result["filename"]
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory, tiny):
+    """One server for the whole run; tiny.safetensors is in its models/checkpoints."""
+    server = Server(tmp_path_factory.mktemp("comfyui"), *find())
+    try:
+        server.add("checkpoints", tiny, "tiny.safetensors")
+        yield server
+    finally:
+        server.stop()
+
+
+def to_api(workflow: dict, object_info: dict) -> dict:
+    """A workflow as the editor saves it -> the prompt that the editor queues. No subgraphs, reroutes or bypassed nodes."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in ("Note", "MarkdownNote"):
+            continue
+        info = object_info[node["type"]]
+        values, inputs = list(node.get("widgets_values", [])), {}
+        linked = {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry.get("link") is not None}
+        order = info["input_order"]
+        for name in [*order.get("required", []), *order.get("optional", [])]:
+            kind, options = (info["input"].get("required", {}) | info["input"].get("optional", {}))[name]
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                value = values.pop(0)
+                if options.get("control_after_generate") or name in ("seed", "noise_seed"):
+                    assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
+                inputs[name] = linked.get(name, value)
+            elif name in linked:
+                inputs[name] = linked[name]
+        assert not values, f"{node['type']}: widget values left over: {values}"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt

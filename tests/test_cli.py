@@ -1,0 +1,280 @@
+"""The prompt line: what it writes, what it says, how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tim_core import Pipeline, TimError, __version__, cli
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "a red circle left of a blue square"
+COMMANDS = ("sample", "sweep", "evaluate", "inspect", "convert", "pack", "train")
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """run(*words) -> (exit code, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fails(run):
+    """fails(code, *words) -> the one line of the error."""
+
+    def fails(code, *words):
+        found, out, err = run(*words)
+        lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line and "?step" not in line]
+        assert found == code and out == "" and len(lines) == 1 and lines[0].startswith("tim: error: "), (found, out, err)
+        assert "Traceback" not in err and not list(Path.cwd().glob("*.png")) and not list(Path.cwd().glob(".*"))
+        return lines[0]
+
+    return fails
+
+
+# Help
+
+
+def test_help_teaches(run):
+    code, out, _ = run("--help")
+    assert code == 0 and all(command in out for command in COMMANDS) and "examples:" in out
+    for command in COMMANDS:
+        code, out, _ = run(command, "--help")
+        assert code == 0 and len(out.splitlines()) > 8
+        assert f"tim {command} " in out.split("example")[-1]
+    assert run("--version") == (0, f"tim {__version__}\n", "")
+
+
+def test_help_is_fast():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "tim_core.cli", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - started)
+    code = """if True:
+        import sys, tim_core.cli
+        try:
+            tim_core.cli.main(['--help'])
+        except SystemExit:
+            assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert min(times) < 1.0
+
+
+# sample
+
+
+def test_sample_writes_the_pipelines_picture(run, tiny):
+    options = ("--steps", 3, "--cfg", 3, "--size", "32x48", "--seed", 5, "--negative", "a circle")
+    code, out, err = run("sample", PROMPT, "--model", tiny, *options, "-o", "picture.png")
+    assert code == 0 and out.splitlines()[0] == "picture.png" and "5 NFE" in out and "step" in err
+    images = Pipeline.load(tiny, device="cpu")([PROMPT], "a circle", steps=3, cfg=3.0, width=32, height=48, seed=5)
+    expected = np.clip(255.0 * images[0].numpy(), 0, 255).astype(np.uint8)
+    with Image.open("picture.png") as picture:
+        assert picture.format == "PNG" and np.abs(np.asarray(picture).astype(int) - expected).max() <= 1
+    assert os.listdir() == ["picture.png"]
+
+
+def test_a_batch_is_numbered(run, tiny):
+    code, out, _ = run("sample", "a circle", "--model", tiny, "--size", "16x16", "--batch", 3, "-o", "many.webp")
+    names = ["many-0.webp", "many-1.webp", "many-2.webp"]
+    assert code == 0 and out.splitlines()[:3] == names and sorted(os.listdir()) == names
+
+
+@pytest.mark.parametrize("name, kind", [("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.b.png", "PNG")])
+def test_the_ending_is_the_format(run, tiny, name, kind):
+    assert run("sample", "a circle", "--model", tiny, "--size", "16x16", "--steps", 1, "-o", name)[0] == 0
+    with Image.open(name) as picture:
+        assert picture.format == kind and picture.size == (16, 16)
+
+
+def test_out_png_is_the_default_and_is_replaced(run, tiny):
+    Path("out.png").write_text("an older file")
+    assert run("sample", "a circle", "--model", tiny, "--size", "16x16", "--times", "1, 0.5, 0")[0] == 0
+    assert Image.open("out.png").size == (16, 16) and os.listdir() == ["out.png"]
+    assert os.stat("out.png").st_mode & 0o777 == 0o666 & ~cli_umask()
+
+
+def cli_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_modes_and_intervals_reach_the_sampler(run, tiny):
+    options = ("--model", tiny, "--size", "16x16")
+    assert "5 NFE" in run("sample", "a circle", *options, "--guidance-interval", "0.3,0.6")[1]
+    assert "4 NFE" in run("sample", "a circle", *options, "--cfg", 1, "--mode", "diffusion", "--stochasticity", "0.5")[1]
+
+
+# sweep
+
+
+def test_sweep_writes_one_labelled_sheet(run, tiny):
+    code, out, _ = run("sweep", PROMPT, "--model", tiny, "--size", "16x16", "--steps", "1,2,4", "-o", "sweep.png")
+    lines = out.splitlines()
+    assert code == 0 and lines[0] == "sweep.png"
+    assert [line[:14] for line in lines[1:]] == ["1 step, 1 NFE,", "2 steps, 3 NFE", "4 steps, 7 NFE"]
+    with Image.open("sweep.png") as sheet:
+        assert sheet.size[0] == 3 * 192 + 4 * 8 and sheet.size[1] > 192
+        pixels = np.asarray(sheet).astype(int)
+    images = Pipeline.load(tiny, device="cpu")(PROMPT, steps=4, width=16, height=16)
+    expected = np.clip(255.0 * images[0].numpy(), 0, 255).astype(int).repeat(12, 0).repeat(12, 1)
+    assert np.abs(pixels[8:200, 2 * 200 + 8 : 2 * 200 + 200] - expected).max() <= 1
+    assert run("sweep", PROMPT, "--model", tiny, "--size", "16x16", "--steps", "1 2", "--columns", 1)[0] == 0
+
+
+# evaluate
+
+
+def test_evaluate_writes_a_report(run, tiny):
+    options = ("--steps", "1,2", "--prompts-per-task", 1, "--images", 1, "--tasks", "single,two")
+    code, out, err = run("evaluate", "--model", tiny, *options, "-o", "scores")
+    report = json.loads(Path("scores/report.json").read_text())
+    assert code == 0 and [p["steps"] for p in report["curve"]] == [1, 2] and set(report["curve"][0]["tasks"]) == {"single", "two"}
+    assert str(Path("scores/report.json")) in out and "overall" in out and Path("scores/curve.png").is_file() and "picture" in err
+
+
+# files
+
+
+def test_inspect(run, tiny, tmp_path):
+    code, out, _ = run("inspect", tiny)
+    assert code == 0 and "TiM" in out and "Gemma-3" in out and "DC-AE" in out
+    torch.save({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux.bin")
+    assert run("inspect", tmp_path / "flux.bin")[1].startswith(f"{tmp_path / 'flux.bin'}: a Flux-like transformer")
+
+
+def test_convert_and_pack(run, tiny):
+    code, out, _ = run("convert", tiny, "half.safetensors", "--dtype", "bf16")
+    assert code == 0 and out == "half.safetensors\n"
+    assert "bfloat16" in run("inspect", "half.safetensors")[1]
+    code, out, _ = run("pack", "--model", "half.safetensors", "--text-encoder", tiny, "--vae", tiny, "packed.safetensors")
+    assert code == 0 and out == "packed.safetensors\n"
+    assert run("sample", "a circle", "--model", "packed.safetensors", "--size", "16x16")[0] == 0
+
+
+# train
+
+
+def test_train_calls_training(run, monkeypatch):
+    import tim_core.training
+
+    seen = []
+    monkeypatch.setattr(tim_core.training, "run", lambda paths: seen.extend(paths) or [Path("made.safetensors")])
+    assert run("train", "a.yaml", "b.yaml")[:2] == (0, "made.safetensors\n") and seen == [Path("a.yaml"), Path("b.yaml")]
+
+
+# Failures
+
+USAGE = {
+    "no command": (), "an unknown command": ("paint",), "no prompt": ("sample",), "an unknown option": ("sample", "a", "--stpes", "4"),
+    "size": ("sample", "a", "--size", "large"), "steps": ("sample", "a", "--steps", "many"), "a list": ("sweep", "a", "--steps", "1,x"),
+    "interval": ("sample", "a", "--guidance-interval", "0.5"), "attention": ("sample", "a", "--attention", "quick"), "pack": ("pack", "a"),
+}
+
+
+@pytest.mark.parametrize("words", USAGE.values(), ids=USAGE)
+def test_wrong_usage_is_2(fails, words):
+    assert "--help" in fails(2, *words)
+
+
+ERRORS = {
+    "no such model": (("sample", "a", "--model", "nothing.safetensors"), "nothing.safetensors"),
+    "no picture ending": (("sample", "a", "-o", "picture"), "no ending"),
+    "a foreign ending": (("sample", "a", "-o", "picture.tga"), ".tga"),
+    "no folder": (("sweep", "a", "-o", "none/sweep.png"), "none"),
+    "no steps": (("sweep", "a", "--steps", ","), "--steps"),
+    "zero steps in a list": (("sweep", "a", "--steps", "0,1"), "0,1"),
+    "no columns": (("sweep", "a", "--columns", "0"), "--columns"),
+    "an empty batch": (("sample", "a", "--batch", "0"), "--batch"),
+    "inspect nothing": (("inspect", "nothing.safetensors"), "nothing.safetensors"),
+    "convert nothing": (("convert", "nothing.bin", "new.safetensors"), "nothing.bin"),
+    "train nothing": (("train", "nothing.yaml"), "nothing.yaml"),
+}
+
+
+@pytest.mark.parametrize("words, named", ERRORS.values(), ids=ERRORS)
+def test_errors_are_one_line(fails, words, named):
+    assert named in fails(1, *words)
+
+
+MODEL_ERRORS = {
+    "size": (("--size", "60x64"), "factor 8"), "no size": (("--size", "0x64"), "width"), "steps": (("--steps", "0"), "steps"),
+    "cfg": (("--cfg", "nan"), "cfg"), "seed": (("--seed", "-1"), "seed"), "times": (("--times", "1,2"), "times"),
+    "device": (("--device", "abacus"), "device"), "dtype": (("--dtype", "int8"), "dtype"),
+}
+
+
+@pytest.mark.parametrize("words, named", MODEL_ERRORS.values(), ids=MODEL_ERRORS)
+def test_values_that_cannot_be_used(fails, tiny, words, named):
+    assert named in fails(1, "sample", "a circle", "--model", tiny, *words)
+
+
+def test_files_that_are_no_model(fails, tmp_path):
+    (tmp_path / "text.safetensors").write_text("hello")
+    assert "text.safetensors" in fails(1, "sample", "a", "--model", "text.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 8 + b"{" * 100)
+    assert "broken.safetensors" in fails(1, "inspect", "broken.safetensors")
+
+
+def test_the_output_is_checked_before_the_work(fails, monkeypatch):
+    monkeypatch.setattr(Pipeline, "load", lambda *arguments: pytest.fail("loaded"))
+    fails(1, "sample", "a", "-o", "picture.tga")
+    fails(1, "sweep", "a", "-o", ".")
+
+
+@pytest.mark.parametrize("raised, code, said", [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), 1, "out of memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
+    (MemoryError(), 1, "out of memory"),
+    (PermissionError(13, "Permission denied", "weights.safetensors"), 1, "weights.safetensors: Permission denied"),
+    (TimError("one thing:\n  found two, expected one"), 1, "one thing: found two, expected one"),
+    (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
+], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "")
+def test_whatever_happens_is_one_line(fails, monkeypatch, raised, code, said):
+    def load(*arguments):
+        raise raised
+
+    monkeypatch.setattr(Pipeline, "load", load)
+    assert said in fails(code, "sample", "a circle")
+
+
+def test_a_full_disk_leaves_nothing(fails, tiny, monkeypatch):
+    def save(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert "No space left" in fails(1, "sample", "a circle", "--model", tiny, "--size", "16x16")
+
+
+@pytest.mark.parametrize("words", [("-v", "inspect", "nothing"), ("inspect", "nothing", "-v")], ids=["before", "after"])
+def test_verbose_adds_the_traceback(run, words):
+    code, _, err = run(*words)
+    assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("tim: error: nothing")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of a POSIX shell")
+def test_a_closed_pipe_is_no_traceback(tiny):
+    command = f"{sys.executable} -m tim_core.cli inspect {' '.join([str(tiny)] * 3)} | true"
+    result = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr

@@ -1,0 +1,417 @@
+"""The pack in the real ComfyUI, over HTTP, against tim_core."""
+
+import asyncio
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.comfy_support import FOLDER, ROOT, Failed, to_api
+from tim_core import Pipeline, sampler, schedule
+from tim_core.checkpoint import BUNDLED, describe
+
+pytestmark = pytest.mark.comfyui
+
+NODES = ("TiMCheckpointLoader", "TiMEmptyLatent", "TiMSampler")
+BUNDLED_NAME = "tim-shapes (bundled)"
+PROMPT = "a red circle left of a blue square"
+
+
+class Graph:
+    """A prompt in API format, built node by node; what a method returns is a link."""
+
+    def __init__(self, checkpoint: str = "tiny.safetensors"):
+        self.prompt = {}
+        self.model, self.clip, self.vae = ([self.add("TiMCheckpointLoader", ckpt_name=checkpoint)[0], i] for i in range(3))
+
+    def add(self, kind: str, **inputs) -> list:
+        self.prompt[str(len(self.prompt) + 1)] = {"class_type": kind, "inputs": inputs}
+        return [str(len(self.prompt)), 0]
+
+    def text(self, text: str) -> list:
+        return self.add("CLIPTextEncode", text=text, clip=self.clip)
+
+    def empty(self, width: int = 64, height: int = 64, batch_size: int = 1) -> list:
+        return self.add("TiMEmptyLatent", model=self.model, width=width, height=height, batch_size=batch_size)
+
+    def tim(self, latent=None, positive=None, negative=None, **settings) -> list:
+        settings = dict(seed=0, steps=4, cfg=2.5, guidance_low=0.0, guidance_high=1.0, start=1.0, end=0.0) | settings
+        links = dict(model=self.model, positive=positive or self.text(PROMPT), negative=negative or self.text(""))
+        return self.add("TiMSampler", **links, latent_image=latent or self.empty(), **settings)
+
+    def stock(self, latent=None, positive=None, negative=None, kind: str = "KSampler", **settings) -> list:
+        settings = dict(steps=4, cfg=2.5, sampler_name="euler", scheduler="simple") | settings
+        settings = (dict(seed=0, denoise=1.0) if kind == "KSampler" else dict(noise_seed=0)) | settings
+        links = dict(model=self.model, positive=positive or self.text(PROMPT), negative=negative or self.text(""))
+        return self.add(kind, **links, latent_image=latent or self.empty(), **settings)
+
+    def save(self, latent: list) -> str:
+        return self.add("SaveLatent", samples=latent, filename_prefix="latent")[0]
+
+    def picture(self, latent: list) -> str:
+        image = self.add("VAEDecode", samples=latent, vae=self.vae)
+        return self.add("SaveImage", images=image, filename_prefix="picture")[0]
+
+
+def latent_of(server, outputs: dict, node: str) -> torch.Tensor:
+    return load_file(server.file(outputs[node]["latents"][0]))["latent_tensor"]
+
+
+def pictures_of(server, outputs: dict, node: str) -> torch.Tensor:
+    """(B, H, W, 3) in 0..255."""
+    from PIL import Image
+
+    images = [Image.open(server.file(image)) for image in outputs[node]["images"]]
+    return torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(i.height, i.width, 3) for i in images]).float()
+
+
+def run_latents(server, graph: Graph, *latents: list) -> list[torch.Tensor]:
+    nodes = [graph.save(latent) for latent in latents]
+    outputs = server.run(graph.prompt)
+    return [latent_of(server, outputs, node) for node in nodes]
+
+
+def run_pictures(server, graph: Graph, latent: list) -> torch.Tensor:
+    node = graph.picture(latent)
+    return pictures_of(server, server.run(graph.prompt), node)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, bound: float = 1e-4) -> None:
+    assert a.shape == b.shape
+    assert b.isfinite().all() and b.std() > 0
+    assert (a - b).abs().max() <= bound * b.std(), f"{(a - b).abs().max()} against a deviation of {b.std()}"
+
+
+def same_picture(a: torch.Tensor, b: torch.Tensor) -> None:
+    """a from the graph, in 0..255; b from Pipeline, in [0, 1]."""
+    assert a.shape == b.shape and (a - 255 * b).abs().max() <= 2
+    assert b.std() > 0.02
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return Pipeline.load(tiny, device="cpu")
+
+
+# The editor's side
+
+
+def test_nodes(comfyui):
+    assert set(NODES) <= set(comfyui.object_info), comfyui.log_text()
+    for name in NODES:
+        info = comfyui.object_info[name]
+        inputs = info["input"]["required"] | info["input"].get("optional", {})
+        assert info["category"] == "TiM" and info["description"] and info["display_name"]
+        assert all(options["tooltip"] for _, options in inputs.values())
+        assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"])
+    loader = comfyui.object_info["TiMCheckpointLoader"]
+    assert loader["output"] == ["MODEL", "CLIP", "VAE"]
+    options = comfyui.get("object_info/TiMCheckpointLoader")["TiMCheckpointLoader"]["input"]["required"]["ckpt_name"][1]["options"]
+    assert options == [BUNDLED_NAME, *sorted(options[1:])] and "tiny.safetensors" in options
+    assert comfyui.object_info["TiMSampler"]["input"]["required"]["seed"][1]["control_after_generate"] is True
+    assert comfyui.object_info["TiMSampler"]["output"] == comfyui.object_info["TiMEmptyLatent"]["output"] == ["LATENT"]
+
+
+def test_templates_help_and_words_are_served(comfyui):
+    assert "text-to-image" in comfyui.get("workflow_templates")[FOLDER]
+    assert comfyui.get(f"api/workflow_templates/{FOLDER}/text-to-image.json")["nodes"]
+    words = comfyui.get("i18n")["en"]
+    assert words["nodeCategories"]["TiM"]
+    for name in NODES:
+        info = comfyui.object_info[name]
+        page = comfyui.read(f"extensions/{FOLDER}/docs/{name}/en.md").decode()
+        assert page.startswith(f"# {info['display_name']}\n")
+        inputs = info["input"]["required"]
+        assert all(f"| {key}" in page or f", {key}" in page for key in inputs)
+        entry = words["nodeDefs"][name]
+        assert (entry["display_name"], entry["description"]) == (info["display_name"], info["description"])
+        assert {key: value["tooltip"] for key, value in entry["inputs"].items()} == {key: value[1]["tooltip"] for key, value in inputs.items()}
+
+
+# The same picture as tim_core
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", BUNDLED_NAME])
+def test_shipped_workflow(comfyui, tiny, name):
+    source = tiny if name != BUNDLED_NAME else "tim-shapes"
+    if name == BUNDLED_NAME and not BUNDLED["tim-shapes"].is_file():
+        pytest.skip("the bundled model is not in this tree")
+    workflow = json.loads((ROOT / "workflows" / "text-to-image.json").read_text())
+    prompt = to_api(workflow, comfyui.object_info)
+    loader = next(node for node in prompt.values() if node["class_type"] == "TiMCheckpointLoader")
+    assert loader["inputs"]["ckpt_name"] == BUNDLED_NAME
+    loader["inputs"]["ckpt_name"] = name
+    node = next(key for key, node in prompt.items() if node["class_type"] == "SaveImage")
+    pictures = pictures_of(comfyui, comfyui.run(prompt), node)
+    same_picture(pictures, Pipeline.load(source, device="cpu")([PROMPT], steps=4, cfg=2.5, width=64, height=64, seed=0))
+
+
+CASES = {
+    "one step": dict(steps=1),
+    "three steps": dict(steps=3, seed=2**63),
+    "no guidance": dict(steps=2, cfg=1.0),
+    "interval": dict(steps=6, cfg=4.0, interval=(0.3, 0.5)),
+    "wide": dict(width=96, height=48),
+    "batch": dict(batch=3, seed=7),
+    "long negative": dict(positive="circle", negative="two yellow triangles above a purple square and something else entirely"),
+    "long prompt": dict(positive="a word " * 300),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_pipeline(comfyui, pipe, name):
+    case = dict(steps=4, cfg=2.5, seed=0, width=64, height=64, batch=1, positive=PROMPT, negative="", interval=(0.0, 1.0)) | CASES[name]
+    low, high = case["interval"]
+    graph = Graph()
+    sampled = graph.tim(
+        graph.empty(case["width"], case["height"], case["batch"]), graph.text(case["positive"]), graph.text(case["negative"]),
+        steps=case["steps"], cfg=case["cfg"], seed=case["seed"], guidance_low=low, guidance_high=high,
+    )
+    pictures = run_pictures(comfyui, graph, sampled)
+    settings = {key: case[key] for key in ("negative", "steps", "cfg", "width", "height", "seed")}
+    same_picture(pictures, pipe([case["positive"]] * case["batch"], **settings, guidance_interval=case["interval"]))
+
+
+def test_image_to_image_equals_sampler(comfyui, pipe):
+    graph = Graph()
+    first = graph.tim(seed=1)
+    before, after = run_latents(comfyui, graph, first, graph.tim(first, seed=2, start=0.6, steps=3))
+    noise = pipe.noise(1, 64, 64, 2)
+    cond, null = pipe.text_encoder.conditioning([PROMPT], [""])
+    expected, _ = sampler.sample(pipe.transformer, 0.6 * noise + 0.4 * before, schedule.uniform(3, 0.6), cond, null, cfg=2.5)
+    close(after, expected)
+
+
+def test_vae_equals_autoencoder(comfyui, pipe):
+    graph = Graph()
+    sampled = graph.tim()
+    image = graph.add("VAEDecode", samples=sampled, vae=graph.vae)
+    encoded = graph.add("VAEEncode", pixels=image, vae=graph.vae)
+    sampled, encoded = run_latents(comfyui, graph, sampled, encoded)
+    with torch.no_grad():
+        expected = pipe.autoencoder.encode(pipe.decode(sampled).movedim(-1, 1) * 2 - 1)
+    close(encoded, expected)
+
+
+# Core's own nodes
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_stock_ksampler_equals_tim_sampler(comfyui, steps):
+    graph = Graph()
+    close(*run_latents(comfyui, graph, graph.stock(steps=steps, seed=5), graph.tim(steps=steps, seed=5)))
+
+
+def test_stock_image_to_image_equals_tim_sampler(comfyui):
+    graph = Graph()
+    first = graph.tim(seed=1)
+    close(*run_latents(comfyui, graph, graph.stock(first, seed=2, denoise=0.5), graph.tim(first, seed=2, start=0.5)))
+
+
+def test_stock_sampler_goes_on_from_tim_sampler(comfyui):
+    graph = Graph()
+    half = graph.tim(steps=2, end=0.5)
+    rest = dict(add_noise="disable", start_at_step=2, end_at_step=4, return_with_leftover_noise="disable")
+    close(*run_latents(comfyui, graph, graph.stock(half, kind="KSamplerAdvanced", **rest), graph.tim(steps=4)))
+
+
+def test_other_stock_samplers_see_no_transition(comfyui):
+    graph = Graph()
+    heun, euler = run_latents(comfyui, graph, graph.stock(sampler_name="heun"), graph.stock())
+    assert heun.isfinite().all() and (heun - euler).abs().max() > 1e-3
+
+
+def test_noise_mask(comfyui):
+    graph = Graph()
+    first = graph.tim(seed=1)
+    left = graph.add("SolidMask", value=0.0, width=32, height=64)
+    right = graph.add("SolidMask", value=1.0, width=64, height=64)
+    mask = graph.add("MaskComposite", destination=right, source=left, x=0, y=0, operation="and")
+    masked = graph.add("SetLatentNoiseMask", samples=first, mask=mask)
+    first, ours, stock = run_latents(comfyui, graph, first, graph.tim(masked, seed=2), graph.stock(masked, seed=2))
+    close(ours, stock)
+    assert (ours - first)[..., :4].abs().max() < 1e-4 < (ours - first)[..., 4:].abs().max()
+
+
+def test_lora_equals_merged_weights(comfyui, tiny, tmp_path):
+    torch.manual_seed(1)
+    weights = load_file(tiny)
+    lora, merged = {}, dict(weights)
+    for key, name in (
+        ("diffusion_model.blocks.1.attn.qkv", "model.diffusion_model.blocks.1.attn.qkv"),
+        ("text_encoders.transformer.layers.0.mlp.down_proj", "text_encoders.transformer.layers.0.mlp.down_proj"),
+    ):
+        rows, columns = weights[f"{name}.weight"].shape
+        up, down = torch.randn(rows, 2) / 4, torch.randn(2, columns) / 4
+        lora |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+        merged[f"{name}.weight"] = weights[f"{name}.weight"] + 0.5 * up @ down
+    save_file(lora, tmp_path / "lora.safetensors")
+    save_file(merged, tmp_path / "merged.safetensors")
+    comfyui.add("loras", tmp_path / "lora.safetensors", "lora.safetensors")
+    comfyui.add("checkpoints", tmp_path / "merged.safetensors", "merged.safetensors")
+    plain = run_latents(comfyui, graph := Graph(), graph.tim())[0]
+    graph = Graph()
+    settings = dict(lora_name="lora.safetensors", strength_model=0.5, strength_clip=0.5)
+    loader = graph.add("LoraLoader", model=graph.model, clip=graph.clip, **settings)
+    graph.model, graph.clip = loader, [loader[0], 1]
+    patched = run_latents(comfyui, graph, graph.tim())[0]
+    expected = run_latents(comfyui, graph := Graph("merged.safetensors"), graph.tim())[0]
+    close(patched, expected)
+    assert (patched - plain).abs().max() > 1e-2
+
+
+def test_checkpoint_save_reloads(comfyui, tiny, tmp_path):
+    graph = Graph()
+    graph.add("CheckpointSave", model=graph.model, clip=graph.clip, vae=graph.vae, filename_prefix="saved/tiny")
+    before = run_pictures(comfyui, graph, graph.tim())
+    saved = next((comfyui.base / "output" / "saved").glob("tiny*.safetensors"))
+    wanted, found = describe(tiny), describe(saved)
+    assert [(p.part, p.architecture) for p in found.parts] == [(p.part, p.architecture) for p in wanted.parts]
+    assert (found.latent_factor, found.escape_prompts, found.tokenizer) == (wanted.latent_factor, wanted.escape_prompts, True)
+    comfyui.add("checkpoints", saved, "saved.safetensors")
+    graph = Graph("saved.safetensors")
+    assert torch.equal(before, run_pictures(comfyui, graph, graph.tim()))
+    same_picture(before, Pipeline.load(saved, device="cpu")([PROMPT]))
+
+
+# The full model's layout: 32 channels, factor 32
+
+
+@pytest.fixture(scope="module")
+def wide_vae(comfyui, tmp_path_factory):
+    from tim_core.autoencoder import Autoencoder
+    from tim_core.checkpoint import load_text_encoder, pack
+    from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
+    from tim_core.transformer import TransitionTransformer
+
+    torch.manual_seed(0)
+    config = TransformerConfig(in_channels=32, hidden_size=32, depth=1, num_heads=2, text_dim=32, lora_hidden_size=8)
+    stages = (StageConfig(8, 1),) * 4 + (StageConfig(32, 1), StageConfig(32, 1, "EfficientViTBlock", (5,)))
+    parts = {
+        "model": TransitionTransformer(config),
+        "text-encoder": load_text_encoder(comfyui.base / "models" / "checkpoints" / "tiny.safetensors"),
+        "vae": Autoencoder(AutoencoderConfig(stages, stages, latent_channels=32, head_dim=8, scaling_factor=0.41407)),
+    }
+    file = pack(parts, tmp_path_factory.mktemp("f32") / "f32.safetensors", metadata={"escape_prompts": True})
+    return comfyui.add("checkpoints", file, "f32.safetensors")
+
+
+def test_layout_of_the_full_model(comfyui, wide_vae):
+    graph = Graph(wide_vae)
+    latent = graph.empty(128, 64, 2)
+    area = graph.add("ConditioningSetArea", conditioning=graph.text("a circle"), width=64, height=64, x=64, y=0, strength=1.0)
+    both = graph.add("ConditioningCombine", conditioning_1=graph.text(PROMPT), conditioning_2=area)
+    nodes = [graph.save(latent), graph.picture(graph.tim(latent)), graph.picture(graph.stock(latent, positive=both))]
+    outputs = comfyui.run(graph.prompt)
+    assert latent_of(comfyui, outputs, nodes[0]).shape == (2, 32, 2, 4)
+    assert pictures_of(comfyui, outputs, nodes[1]).shape == pictures_of(comfyui, outputs, nodes[2]).shape == (2, 64, 128, 3)
+    expected = Pipeline.load(comfyui.base / "models" / "checkpoints" / wide_vae, device="cpu")([PROMPT] * 2, width=128, height=64)
+    same_picture(pictures_of(comfyui, outputs, nodes[1]), expected)
+
+
+@pytest.mark.parametrize("name, size, shape", [("tiny.safetensors", (70, 51), (16, 6, 9)), ("f32.safetensors", (100, 40), (32, 1, 3))])
+def test_sizes_are_rounded_with_one_line(comfyui, wide_vae, name, size, shape):
+    graph = Graph(name)
+    start = len(comfyui.log_text())
+    latent = run_latents(comfyui, graph, graph.empty(*size))[0]
+    assert latent.shape == (1, *shape) and not latent.any()
+    lines = [line for line in comfyui.log_text()[start:].splitlines() if "TiMEmptyLatent" in line]
+    assert len(lines) == 1 and f"{size[0]}x{size[1]} becomes" in lines[0]
+
+
+# When things go wrong
+
+
+def refusal(server, graph: Graph, latent: list) -> str:
+    graph.save(latent)
+    with pytest.raises(Failed) as error:
+        server.run(graph.prompt)
+    return str(error.value)
+
+
+def test_wrong_file_is_one_line(comfyui, tiny, tmp_path):
+    weights = load_file(tiny)
+    files = {
+        "sdxl.safetensors": {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)},
+        "lone.safetensors": {key: value for key, value in weights.items() if key.startswith("model.")},
+        "cut.safetensors": {key: value for key, value in weights.items() if key != "model.diffusion_model.blocks.1.mlp.fc2.weight"},
+        "bent.safetensors": weights | {"vae.decoder.conv_out.weight": torch.zeros(3, 8, 1, 1)},
+    }
+    wanted = {
+        "sdxl.safetensors": "Stable Diffusion",
+        "lone.safetensors": "Gemma-3 text model",
+        "cut.safetensors": "blocks.1.mlp.fc2.weight",
+        "bent.safetensors": "decoder.conv_out.weight",
+    }
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / name)
+        comfyui.add("checkpoints", tmp_path / name, name)
+        message = refusal(comfyui, graph := Graph(name), graph.empty())
+        assert "\n" not in message and name in message and "expected" in message and wanted[name] in message, message
+    (comfyui.base / "models" / "checkpoints" / "text.safetensors").write_text("<html>")
+    message = refusal(comfyui, graph := Graph("text.safetensors"), graph.empty())
+    assert "\n" not in message and "web page" in message
+
+
+def test_unknown_file_is_refused(comfyui):
+    message = refusal(comfyui, graph := Graph("nowhere.safetensors"), graph.empty())
+    assert "nowhere.safetensors" in message
+
+
+def test_exchanged_times_are_refused(comfyui):
+    message = refusal(comfyui, graph := Graph(), graph.tim(start=0.2, end=0.8))
+    assert "\n" not in message and "start" in message and "expected" in message
+
+
+def test_another_model_is_refused(comfyui):
+    graph = Graph()
+    loader = graph.model[0]
+    graph.model = [loader, 1]  # a CLIP: the validation of links refuses it before the node does
+    assert "mismatch" in refusal(comfyui, graph, graph.empty())
+
+
+def test_interrupt(comfyui):
+    graph = Graph()
+    graph.save(graph.tim(steps=10000))
+    start = len(comfyui.log_text())
+    prompt_id = comfyui.queue(graph.prompt)
+    end = time.monotonic() + 120
+    while "/10000" not in comfyui.log_text()[start:]:  # the progress bar: it is sampling
+        assert time.monotonic() < end, comfyui.log_text()[start:]
+        time.sleep(0.05)
+    comfyui.read("interrupt", {})
+    asked = time.monotonic()
+    kinds = [kind for kind, _ in comfyui.wait(prompt_id)["status"]["messages"]]
+    assert "execution_interrupted" in kinds and time.monotonic() - asked < 30
+    assert run_latents(comfyui, graph := Graph(), graph.tim(seed=11))[0].isfinite().all()
+
+
+def test_progress(comfyui):
+    """The editor is told of the steps."""
+    aiohttp = pytest.importorskip("aiohttp")
+    graph = Graph()
+    sampled = graph.tim(steps=5, seed=123)
+    graph.save(sampled)
+
+    async def follow() -> list[dict]:
+        events = []
+        address = f"http://127.0.0.1:{comfyui.port}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{address}/ws?clientId=test", max_msg_size=0) as socket:
+            async with session.post(f"{address}/prompt", json={"prompt": graph.prompt, "client_id": "test"}) as answer:
+                assert answer.status == 200
+            while True:
+                message = await asyncio.wait_for(socket.receive(), 120)
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    continue
+                event = json.loads(message.data)
+                events.append(event)
+                if event["type"] in ("execution_success", "execution_error"):
+                    return events
+
+    events = asyncio.run(follow())
+    assert events[-1]["type"] == "execution_success"
+    steps = [event["data"] for event in events if event["type"] == "progress" and event["data"].get("node") == sampled[0]]
+    values = [step["value"] for step in steps]  # newer versions leave some out when they come fast
+    assert values == sorted(values) and values[-1] == 5 and all(step["max"] == 5 for step in steps)

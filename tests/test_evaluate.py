@@ -1,0 +1,153 @@
+"""Scores: what is drawn, how it is summed up, the report and its curve. The pictures come from a painter that knows the truth."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tim_core import Pipeline, TimError
+from tim_core.contact_sheet import contact_sheet, step_label, to_pil, to_tensor
+from tim_core.evaluate import draw_curve, draws, evaluate, score, summarise
+from tim_core.shapes import TASKS, place, render, scoring_prompts
+
+
+class Painter:
+    """Stands in for a pipeline: paints what is asked in a share of the pictures that grows with the steps."""
+
+    def __init__(self, share=lambda steps: 1.0):
+        self.share, self.calls, self.nfe = share, [], 0
+        self.prompts = {p.text: p for task in TASKS for seed in (0, 1) for p in scoring_prompts(task, 60, seed)}
+
+    def noise(self, batch, width, height, seed):
+        return torch.randn(batch, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, prompts, *, steps, cfg, width, height, noise, **options):
+        self.calls.append((prompts, steps, cfg, noise, options))
+        self.nfe = steps if cfg == 1 else 2 * steps - 1
+        pictures = []
+        for prompt, start in zip(prompts, noise):
+            luck = (int(start[0, 0, 0] * 1000) % 1000) / 1000
+            scene = place(np.random.default_rng(0), self.prompts[prompt], width, height) if luck < self.share(steps) else []
+            pictures.append(torch.from_numpy(render(scene, width, height)))
+        return torch.stack(pictures)
+
+
+def test_draws_are_fixed_and_each_has_its_own_noise():
+    wanted = draws()
+    assert len(wanted) == 6 * 60 * 4 and wanted == draws() and len({d.seed for d in wanted}) == len(wanted)
+    assert [d.prompt for d in wanted[:240:4]] == scoring_prompts("single", 60, 0)
+    assert not {d.seed for d in wanted} & {d.seed for d in draws(seed=1)}
+    some = draws(("counting",))
+    assert some == [d for d in wanted if d.prompt.task == "counting"]
+
+
+def test_scores_stay_with_their_draws():
+    wanted = draws(("single", "position"), 5, 2)
+    painter = Painter(lambda steps: 0.5)
+    in_one, in_many = score(painter, wanted, 4, 2.5), score(painter, wanted, 4, 2.5, batch=3)
+    assert np.array_equal(in_one, in_many) and 0 < in_one.mean() < 1
+    backwards = score(painter, wanted[::-1], 4, 2.5)
+    assert np.array_equal(backwards[::-1], in_one)
+
+
+def test_the_summary():
+    wanted = draws(TASKS, 5, 2)
+    right = np.array([k % 10 < 2 * TASKS.index(d.prompt.task) for k, d in enumerate(wanted)])
+    result = summarise(wanted, right)
+    shares = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert result["n"] == 60 and result["tasks"] == pytest.approx(dict(zip(TASKS, shares)))
+    assert result["overall"] == pytest.approx(0.5)
+    assert result["stderr"] == pytest.approx(math.sqrt(sum(p * (1 - p) / 10 for p in shares)) / 6)
+
+
+def test_the_report(tmp_path):
+    painter = Painter(lambda steps: {1: 0.3, 4: 0.8}[steps])
+    report = evaluate(painter, [4, 1, 4], prompts_per_task=5, images=2, output=tmp_path / "new" / "scores", progress=False)
+    assert json.loads((tmp_path / "new" / "scores" / "report.json").read_text()) == report
+    one, four = report["curve"]
+    assert set(one) == {"steps", "cfg", "nfe", "n", "overall", "stderr", "tasks"} and list(one["tasks"]) == list(TASKS)
+    assert (one["steps"], one["cfg"], one["nfe"], one["n"]) == (1, 1.0, 1, 60)
+    assert (four["steps"], four["cfg"], four["nfe"]) == (4, 2.5, 7)
+    assert one["overall"] < four["overall"]
+    noises = {steps: torch.cat([n for _, s, _, n, _ in painter.calls if s == steps]) for steps in (1, 4)}
+    assert torch.equal(noises[1], noises[4])
+    with Image.open(tmp_path / "new" / "scores" / "curve.png") as picture:
+        assert picture.size == (900, 600) and len(picture.convert("RGB").getcolors(900 * 600)) > 10
+    assert sorted(p.name for p in (tmp_path / "new" / "scores").iterdir()) == ["curve.png", "report.json"]
+
+
+def test_some_tasks_and_another_size():
+    report = evaluate(Painter(), [2], prompts_per_task=2, images=1, tasks=["colors", "two"], width=96, height=64, progress=False)
+    point = report["curve"][0]
+    assert point["overall"] == 1.0 and set(point["tasks"]) == {"colors", "two"} and point["stderr"] == 0
+
+
+def test_a_real_pipeline(tiny):
+    pipe = Pipeline.load(tiny, device="cpu")
+    report = evaluate(pipe, [1, 2], prompts_per_task=1, images=2, progress=False, mode="diffusion")
+    assert [p["nfe"] for p in report["curve"]] == [1, 3] and report["curve"][0]["n"] == 12
+    wanted = draws(("single", "position"), 1, 1)
+    seen = []
+
+    def watch(*arguments, **keywords):
+        seen.append(pipe(*arguments, **keywords))
+        return seen[-1]
+
+    watch.noise = pipe.noise
+    score(watch, wanted, 4, 2.5)
+    for draw, picture in zip(wanted, seen[0]):  # what `tim sample` makes of the draw's prompt and seed
+        assert torch.allclose(pipe(draw.prompt.text, seed=draw.seed)[0], picture, atol=1e-5)
+
+
+def test_bad_values_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for change in ({"steps": []}, {"steps": [0]}, {"tasks": ["drawing"]}, {"tasks": []}, {"images": 0}, {"prompts_per_task": 0},
+                   {"batch": 0}, {"output": tmp_path / "file" / "folder"}):
+        with pytest.raises(TimError, match="expected"):
+            evaluate(Painter(), **{"steps": [1], "progress": False, **change})
+
+
+@pytest.mark.parametrize("steps", [[1], [4], [1, 2, 4, 8, 16, 32, 64]])
+def test_a_curve_of_any_length(steps):
+    points = [{"steps": s, "nfe": max(1, 2 * s - 1), "overall": 1 - 0.5 / s, "stderr": 0.01} for s in steps]
+    assert draw_curve(points).size == (900, 600)
+
+
+# Contact sheets
+
+
+def test_a_sheet_holds_crisp_pictures_and_labels():
+    images = torch.rand(6, 64, 64, 3)
+    sheet = contact_sheet(images, [step_label(s, 2 * s - 1, 0.1) for s in (1, 2, 4, 8, 16, 32)])
+    pixels = np.asarray(sheet)
+    assert np.array_equal(pixels[8 : 8 + 192, 8 : 8 + 192], np.asarray(to_pil(images[0])).repeat(3, 0).repeat(3, 1))
+    below = pixels[200:220, 8:200]
+    assert below.max() > 150 and below.min() < 40
+    assert sheet.width == 3 * 192 + 4 * 8 and to_tensor(sheet).shape == (1, sheet.height, sheet.width, 3)
+
+
+@pytest.mark.parametrize("columns, across", [(None, 3), (1, 1), (2, 2), (9, 3)])
+def test_columns(columns, across):
+    assert contact_sheet(torch.rand(3, 32, 200, 3), ["a", "b", "c"], columns).width == across * 200 + (across + 1) * 8
+
+
+def test_long_labels_are_broken_and_large_pictures_kept():
+    tall = contact_sheet(torch.rand(1, 64, 64, 3), ["a red circle left of a blue square and a good deal more"]).height
+    assert tall > contact_sheet(torch.rand(1, 64, 64, 3), ["a circle"]).height + 20
+    assert contact_sheet(torch.rand(1, 300, 500, 3), [""]).width == 516
+
+
+def test_labels_and_pictures_go_together():
+    with pytest.raises(ValueError, match="2 pictures and 1 labels"):
+        contact_sheet(torch.rand(2, 8, 8, 3), ["one"])
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([], [])
+
+
+def test_pictures_have_8_bits_as_comfyui_saves_them():
+    image = torch.tensor([[[0.0, 0.5, 1.0], [0.999, 0.1, 1 / 255]]])
+    assert np.asarray(to_pil(image)).tolist() == [[[0, 127, 255], [254, 25, 1]]]
+    assert step_label(1, 1, 0.126) == "1 step · 1 NFE · 0.13 s" and step_label(4, 7, 2).startswith("4 steps · 7 NFE")

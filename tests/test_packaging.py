@@ -1,0 +1,78 @@
+"""What is installed: tim_core with the bundled model, the command `tim`, and nothing called `nodes`."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tim_core
+
+ROOT = Path(__file__).parent.parent
+BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built as pip builds it, from a copy: the tree stays as it is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    left_out = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", "__pycache__", ".venv", "reference")
+    shutil.copytree(ROOT, folder / "tree", ignore=left_out)
+    subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=folder / "tree", check=True, capture_output=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        yield archive
+
+
+def read(archive: zipfile.ZipFile, ending: str) -> str:
+    return archive.read(next(name for name in archive.namelist() if name.endswith(ending))).decode()
+
+
+def test_the_wheel_holds_tim_core_and_the_model_only(wheel):
+    names = wheel.namelist()
+    assert {name.split("/")[0] for name in names} == {"tim_core", f"transition_models-{tim_core.__version__}.dist-info"}
+    for source in (ROOT / "tim_core").rglob("*.py"):
+        assert source.relative_to(ROOT).as_posix() in names
+    assert "tim_core/bundled/tim-shapes.safetensors" in names
+
+
+def test_its_metadata(wheel):
+    metadata = read(wheel, "/METADATA")
+    fields = dict(line.split(": ", 1) for line in metadata.split("\n\n")[0].splitlines() if ": " in line)
+    assert (fields["Name"], fields["Version"], fields["License-Expression"]) == ("transition-models", tim_core.__version__, "Apache-2.0")
+    needed = re.findall(r"Requires-Dist: ([\w.-]+)([^;\n]*)(;.*)?", metadata)
+    plain = {name.lower(): version for name, version, extra in needed if not extra}
+    assert plain["torch"] == "" and set(plain) <= {
+        "torch", "numpy", "safetensors", "transformers", "tokenizers", "pillow", "pyyaml", "scipy", "tqdm"}  # what ComfyUI installs too
+    assert set(re.findall(r"Provides-Extra: (\w+)", metadata)) == {"train", "flash", "test", "dev"}
+    assert "tim = tim_core.cli:main" in read(wheel, "/entry_points.txt")
+    assert "Apache License" in read(wheel, "/LICENSE")
+
+
+def test_run_time_imports_are_declared_or_optional():
+    """At module level tim_core imports the standard library, its own modules (relatively) and declared dependencies."""
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "safetensors", "transformers", "tokenizers", "PIL", "yaml", "scipy", "tqdm"}
+    for source in (ROOT / "tim_core").rglob("*.py"):
+        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            assert all(name.split(".")[0] in allowed for name in names), f"{source}: {names}"
+
+
+def test_inference_does_not_import_training():
+    for source in (ROOT / "tim_core").glob("*.py"):
+        if source.name != "cli.py":
+            assert not re.search(r"^\s*(from|import) \.?(tim_core\.)?training", source.read_text(encoding="utf-8"), re.M), source
+
+
+def test_ci_runs_the_readmes_commands():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK) or os.name == "nt"
+    text, readme = script.read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 'pip install ".[test]" && pytest' in readme
+    assert text.index("torch==2.13.0") < text.index('".[test]"') < text.index("\npytest")

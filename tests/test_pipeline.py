@@ -1,0 +1,223 @@
+"""The pipeline: its contract, its parts in a row, and the bundled model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tim_core import Pipeline, TimError, checkpoint
+from tim_core.config import TransformerConfig
+from tim_core.sampler import sample
+from tim_core.schedule import uniform
+from tim_core.shapes import TASKS, Prompt, Thing, judge
+from tim_core.transformer import TransitionTransformer
+
+ROOT = Path(__file__).parent.parent
+BUNDLED = checkpoint.BUNDLED["tim-shapes"]
+PROMPT = "a red circle left of a blue square"
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return Pipeline.load(tiny)
+
+
+def refused(call, *arguments, **keywords) -> str:
+    with pytest.raises(TimError) as error:
+        call(*arguments, **keywords)
+    message = str(error.value)
+    assert "\n" not in message and "found" in message and "expected" in message, message
+    return message
+
+
+# The contract
+
+
+def test_pictures(pipe):
+    images = pipe([PROMPT] * 3, negative="", steps=4, cfg=2.5, width=64, height=48, seed=0)
+    assert images.shape == (3, 48, 64, 3) and images.dtype == torch.float32 and images.device.type == "cpu"
+    assert images.min() >= 0 and images.max() <= 1 and not torch.equal(images[0], images[1])
+    assert images.numpy().shape == (3, 48, 64, 3)
+
+
+@pytest.mark.parametrize("steps, cfg, nfe", [(1, 2.5, 1), (2, 2.5, 3), (4, 2.5, 7), (4, 1.0, 4), (16, 2.5, 31)])
+def test_evaluations_are_counted(pipe, steps, cfg, nfe):
+    pipe(PROMPT, steps=steps, cfg=cfg, width=16, height=16)
+    assert pipe.nfe == nfe
+
+
+def test_a_guidance_interval_saves_evaluations(pipe):
+    pipe(PROMPT, steps=4, guidance_interval=(0.3, 0.6), width=16, height=16)
+    assert pipe.nfe == 5
+
+
+def test_one_prompt_may_be_a_string(pipe):
+    assert torch.equal(pipe(PROMPT, width=16, height=16, seed=5), pipe([PROMPT], width=16, height=16, seed=5))
+
+
+def test_seed_steps_and_negative_matter(pipe):
+    base = pipe(PROMPT, width=32, height=32)
+    assert torch.equal(base, pipe(PROMPT, width=32, height=32))
+    changes = [{"seed": 1}, {"steps": 3}, {"cfg": 4.0}, {"negative": "a white triangle"}, {"mode": "diffusion"}, {"stochasticity": 0.5}]
+    for change in changes:
+        assert not torch.equal(base, pipe(PROMPT, width=32, height=32, **change)), change
+
+
+def test_stochastic_pictures_repeat_with_their_seed(pipe):
+    pictures = [pipe(PROMPT, width=16, height=16, stochasticity=1.0, seed=seed) for seed in (3, 3, 4)]
+    assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+
+
+def test_times_of_ones_own(pipe):
+    base = pipe(PROMPT, steps=4, width=16, height=16)
+    assert torch.equal(base, pipe(PROMPT, times="1, 0.75, 0.5, 0.25, 0", width=16, height=16))
+    assert not torch.equal(base, pipe(PROMPT, times=[1, 0.9, 0.5, 0.1, 0], width=16, height=16))
+    assert pipe.nfe == 7
+
+
+def test_the_callback_sees_every_step_of_the_whole_batch(pipe):
+    states = []
+    pipe([PROMPT, "a circle"], steps=3, width=16, height=16, callback=states.append)
+    assert [s["i"] for s in states] == [0, 1, 2] and all(s["x"].shape == s["denoised"].shape == (2, 16, 2, 2) for s in states)
+    assert [round(float(s["sigma"]), 4) for s in states] == [1.0, 0.6667, 0.3333]
+
+
+def test_the_noise_is_comfyuis(pipe):
+    generator = torch.manual_seed(7)
+    noise = torch.randn((2, 16, 8, 4), dtype=torch.float32, generator=generator, device="cpu")
+    assert torch.equal(pipe.noise(2, 32, 64, 7), noise)
+
+
+def test_it_is_the_rooms_in_a_row(pipe):
+    cond, null = pipe.text_encoder.conditioning([PROMPT] * 2, [""])
+    latent, nfe = sample(pipe.transformer, pipe.noise(2, 32, 32, 9), uniform(4), cond, null, cfg=2.5)
+    with torch.no_grad():
+        pixels = (pipe.autoencoder.decode(latent) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+    assert torch.allclose(pipe([PROMPT] * 2, width=32, height=32, seed=9), pixels, atol=2e-6) and pipe.nfe == nfe
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe):
+    prompts, negatives = ["a circle", PROMPT, "two green triangles", "a circle"], ["", "a square", "", "a white triangle and a circle"]
+    together = pipe(prompts, negatives, width=32, height=32, seed=2)
+    noise = pipe.noise(4, 32, 32, 2)
+    for k in range(4):
+        alone = pipe(prompts[k], negatives[k], width=32, height=32, noise=noise[k : k + 1])
+        assert torch.allclose(together[k], alone[0], atol=1e-5)
+    assert torch.allclose(pipe([prompts[1]] * 4, negatives[1], width=32, height=32, seed=2)[1], together[1], atol=1e-5)
+
+
+def test_odd_prompts_give_pictures(pipe):
+    prompts = ["", " ", "a cat", "\u4e00\u53ea\u732b \U0001f408", "word " * 400]
+    assert pipe(prompts, width=16, height=16, steps=1).isfinite().all()
+
+
+def test_decoding_falls_back_to_tiles(pipe, monkeypatch):
+    latent = torch.randn(1, 16, 4, 4)
+    whole = pipe.decode(latent)
+
+    def exhausted(z):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(pipe.autoencoder, "decode", exhausted)
+    calls = []
+    monkeypatch.setattr(pipe.autoencoder, "tiled_decode", lambda z: calls.append(z) or pipe.autoencoder.decoder(z))
+    assert torch.allclose(pipe.decode(latent), whole) and len(calls) == 1
+
+
+# Loading
+
+
+def test_bfloat16(tiny, pipe):
+    half = Pipeline.load(tiny, dtype="bfloat16", device="cpu")
+    assert half.dtype == torch.bfloat16 and next(half.autoencoder.parameters()).dtype == torch.bfloat16
+    images = half(PROMPT, width=32, height=32)
+    assert images.dtype == torch.float32 and (images - pipe(PROMPT, width=32, height=32)).abs().mean() < 0.05
+
+
+def test_auto_is_float32_on_a_cpu(tiny):
+    loaded = Pipeline.load(str(tiny), device="cpu")
+    assert loaded.dtype == torch.float32 and loaded.device.type == "cpu" and loaded.factor == 8
+
+
+def test_a_dict_of_parts(tiny, pipe):
+    parts = Pipeline.load({"model": tiny, "text-encoder": tiny, "vae": tiny})
+    assert torch.equal(parts(PROMPT, width=16, height=16), pipe(PROMPT, width=16, height=16))
+
+
+def test_loading_refuses(tiny, tmp_path):
+    assert "tim-shapes" in refused(Pipeline.load, "nothing-there")
+    assert "DC-AE" in refused(Pipeline.load, {"model": tiny, "text-encoder": tiny})
+    assert "Gemma-3" in refused(Pipeline.load, {"model": tiny, "vae": tiny})
+    assert "attention" in refused(Pipeline.load, tiny, attention="quick")
+    assert "dtype" in refused(Pipeline.load, tiny, dtype="int8")
+    assert "device" in refused(Pipeline.load, tiny, device="abacus")
+
+
+def test_class_conditional_models_are_refused(tiny, tmp_path):
+    config = TransformerConfig(in_channels=16, hidden_size=32, depth=1, num_heads=2, num_classes=10, lora_hidden_size=8)
+    file = checkpoint.pack({"model": TransitionTransformer(config)}, tmp_path / "c2i.safetensors")
+    message = refused(Pipeline.load, file)
+    assert "class-conditional" in message and "text-to-image" in message and "c2i.safetensors" in message
+
+
+BAD = {
+    "width": {"width": 60}, "height": {"height": 0}, "a broken width": {"width": 64.5}, "steps": {"steps": 0}, "half steps": {"steps": 2.5},
+    "no prompts": {"prompts": []}, "a number": {"prompts": [3]}, "negatives": {"negative": ["a", "b"]}, "cfg": {"cfg": float("nan")},
+    "seed": {"seed": -1}, "mode": {"mode": "leap"}, "interval": {"guidance_interval": (-1, 1)}, "stochasticity": {"stochasticity": -0.1},
+    "times": {"times": "1, 2"}, "times without an end": {"times": [1, 0.5]}, "noise": {"noise": torch.zeros(1, 16, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_bad_values_are_refused(pipe, change):
+    refused(pipe, **{"prompts": ["a circle"], "width": 64, "height": 64, **change})
+
+
+def test_the_size_message_says_what_to_do(pipe):
+    message = refused(pipe, "a circle", width=70)
+    assert "width" in message and "70" in message and "factor 8" in message and "72" in message
+
+
+def test_importing_is_cheap():
+    code = "import sys, tim_core; tim_core.TimError, tim_core.__version__; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    code = "import sys; from tim_core import Pipeline; assert not {'tim_core.training', 'diffusers', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# The bundled model
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return Pipeline.load("tim-shapes", device="cpu")
+
+
+def test_the_bundled_file_is_small_and_whole():
+    assert BUNDLED.stat().st_size <= 16 * 10**6
+    tensors = load_file(BUNDLED)
+    starts = ("model.diffusion_model.", "text_encoders.transformer.", "text_encoders.tokenizer_json", "text_encoders.config_json", "vae.")
+    assert all(any(key.startswith(start) for key in tensors) for start in starts)
+
+
+def test_the_readmes_prompt(shapes):
+    asked = Prompt("full position", (Thing("circle", "red"), Thing("square", "blue")), "left of")
+    assert asked.text == PROMPT
+    right = [judge(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy()) for seed in range(8)]
+    assert sum(right) >= 4, right
+
+
+def test_a_small_score(shapes):
+    from tim_core.evaluate import draws, score, summarise
+
+    wanted = draws(prompts_per_task=10, images=1, seed=0)
+    result = summarise(wanted, score(shapes, wanted, steps=4, cfg=2.5))
+    assert result["n"] == 10 * len(TASKS) and result["overall"] >= 0.4, result
+
+
+def test_words_out_of_the_world_give_pictures(shapes):
+    images = shapes(["a dog", "", "a red circle " * 100, "\u4e00\u53ea\u732b"], steps=2, cfg=2.5, seed=1)
+    assert images.shape == (4, 64, 64, 3) and images.isfinite().all()

@@ -1,0 +1,37 @@
+"""The shipped workflows, read as files: what the editor and the Manager take from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import tim_core
+
+FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+WORKFLOWS = sorted(FOLDER.glob("*.json"))
+OURS = "TiM"
+
+
+def test_only_templates_are_in_the_folder():
+    names = {file.name for file in FOLDER.iterdir()}
+    assert names and names <= {file.with_suffix(suffix).name for file in WORKFLOWS for suffix in (".json", ".jpg")}
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_workflow(file):
+    workflow = json.loads(file.read_text())
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert workflow["last_node_id"] == max(nodes) and workflow["last_link_id"] == max(link[0] for link in workflow["links"])
+    for link_id, source, output, target, slot, kind in workflow["links"]:
+        assert link_id in nodes[source]["outputs"][output]["links"] and nodes[source]["outputs"][output]["type"] == kind
+        assert nodes[target]["inputs"][slot]["link"] == link_id and nodes[target]["inputs"][slot]["type"] == kind
+    ours = [node for node in nodes.values() if node["type"].startswith(OURS)]
+    assert ours
+    for node in ours:
+        wanted = {"cnr_id": "transition-models", "ver": tim_core.__version__, "Node name for S&R": node["type"]}
+        assert node["properties"].items() >= wanted.items()
+        for model in node["properties"].get("models", []):
+            assert model.keys() >= {"name", "url", "directory"}
+    note = " ".join(text for node in nodes.values() if "Note" in node["type"] for text in node["widgets_values"])
+    for word in ("models/checkpoints", "Apache-2.0", "MIT", "Gemma", "steps", "cfg"):
+        assert word in note

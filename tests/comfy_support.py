@@ -30,6 +30,14 @@ def find() -> tuple[Path, Path] | None:
     return (path, python) if (path / "main.py").is_file() and python.is_file() else None
 
 
+def header() -> str:
+    """For the head of a test report."""
+    if (found := find()) is None:
+        return "ComfyUI: none found"
+    version = (found[0] / "comfyui_version.py").read_text().split('"')[-2]
+    return f"ComfyUI: {version} at {found[0]}"
+
+
 def advice() -> str:
     return (
         "no ComfyUI found: the tests marked comfyui were skipped (`pip install comfy-cli && comfy install` gets one; "

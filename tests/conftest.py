@@ -16,6 +16,10 @@ def pytest_configure(config):
     config.stash[DEVIATED] = Counter()
 
 
+def pytest_report_header():
+    return comfy_support.header()
+
+
 def pytest_collection_modifyitems(items):
     if comfy_support.find() is None:
         for item in items:

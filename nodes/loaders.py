@@ -31,7 +31,7 @@ class TiMCheckpointLoader(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The transition transformer. Use TiMSampler, or KSampler with euler and simple."),
+                io.Model.Output(display_name="MODEL", tooltip="The transformer, for TiMSampler, or for KSampler with euler and simple."),
                 io.Clip.Output(display_name="CLIP", tooltip="The Gemma-3 text encoder, for CLIPTextEncode."),
                 io.Vae.Output(display_name="VAE", tooltip="The DC-AE, for VAEDecode and VAEEncode."),
             ],

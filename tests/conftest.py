@@ -27,6 +27,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no ComfyUI found"))
 
 
+def pytest_unconfigure(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and comfy_support.find() is None:
+        reporter.write_line(comfy_support.advice())
+
+
 @pytest.fixture
 def replayed(request):
     """Count of the reference cases replayed, by kind."""
@@ -48,8 +54,6 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{sum(counts.values()):5d} in all")
     for rule, count in sorted(config.stash[DEVIATED].items()):
         terminalreporter.write_line(f"{count:5d} differ from the official code by rule: {rule}")
-    if comfy_support.find() is None:
-        terminalreporter.write_line(comfy_support.advice())
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,8 @@ def test_templates_help_and_words_are_served(comfyui):
         assert all(f"| {key}" in page or f", {key}" in page for key in inputs)
         entry = words["nodeDefs"][name]
         assert (entry["display_name"], entry["description"]) == (info["display_name"], info["description"])
-        assert {key: value["tooltip"] for key, value in entry["inputs"].items()} == {key: value[1]["tooltip"] for key, value in inputs.items()}
+        tooltips = {key: options["tooltip"] for key, (_, options) in inputs.items()}
+        assert {key: value["tooltip"] for key, value in entry["inputs"].items()} == tooltips
 
 
 # The same picture as tim_core

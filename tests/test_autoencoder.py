@@ -18,7 +18,8 @@ CONFIGS = {
         "encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ()),
     },
     "f8, first stage empty, as bundled": {
-        "latent_channels": 4, "attention_head_dim": 8, "encoder_block_types": (RES, RES, RES, VIT), "decoder_block_types": (RES, RES, RES, VIT),
+        "latent_channels": 4, "attention_head_dim": 8,
+        "encoder_block_types": (RES, RES, RES, VIT), "decoder_block_types": (RES, RES, RES, VIT),
         "encoder_block_out_channels": (8, 8, 16, 32), "decoder_block_out_channels": (8, 8, 16, 32),
         "encoder_layers_per_block": (0, 1, 1, 1), "decoder_layers_per_block": (0, 2, 2, 1),
         "encoder_qkv_multiscales": ((), (), (), (5,)), "decoder_qkv_multiscales": ((), (), (), (5,)),

@@ -13,8 +13,18 @@ from safetensors.torch import load_file, save_file
 from tim_core import checkpoint
 from tim_core.autoencoder import Autoencoder
 from tim_core.checkpoint import (
-    BUNDLED, Parts, convert, describe, load_autoencoder, load_checkpoint, load_text_encoder, load_transformer, open_state_dict, pack,
-    read_parts, resolve,
+    BUNDLED,
+    Parts,
+    convert,
+    describe,
+    load_autoencoder,
+    load_checkpoint,
+    load_text_encoder,
+    load_transformer,
+    open_state_dict,
+    pack,
+    read_parts,
+    resolve,
 )
 from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
 from tim_core.errors import TimError

@@ -1,5 +1,6 @@
 """The network: its injected parts, its precision, and the reading of its shape from weights. Its numbers: test_reference.py."""
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -162,13 +163,14 @@ def test_attention_by_name(monkeypatch):
     assert attention.get_attention("auto") is attention.get_attention("sdpa") is attention.sdpa
     q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
     weights = (q @ k.transpose(-1, -2) / 2).softmax(-1)
-    assert torch.allclose(attention.sdpa(q, k, v), (weights @ v).transpose(1, 2).reshape(2, 5, 12), atol=1e-6)
+    for kernel in (attention.sdpa, attention.math):
+        assert torch.allclose(kernel(q, k, v), (weights @ v).transpose(1, 2).reshape(2, 5, 12), atol=1e-6)
     with pytest.raises(TimError, match="found 'xformers'"):
         attention.get_attention("xformers")
-    monkeypatch.setattr(attention, "flash_attn_func", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
     with pytest.raises(TimError, match="pip install flash-attn"):
         attention.get_attention("flash")
-    monkeypatch.setattr(attention, "flash_attn_func", lambda q, k, v: q)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=lambda q, k, v: q))
     assert attention.get_attention("flash") is attention.flash
     with pytest.raises(TimError, match="found torch.float32 on cpu"):
         attention.flash(q, k, v)

@@ -198,5 +198,6 @@ def _convert(hint, value, key: str):
             return float(value)
         except ValueError:
             pass
-    _check(type(value) is hint, key, value, {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint)))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    _check(type(value) is hint, key, value, names.get(hint, str(hint)))
     return value

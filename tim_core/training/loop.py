@@ -53,8 +53,9 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
           folder: Path, sample: Callable[[nn.Module, int], None], export: Callable[[dict[str, Tensor], int], Path]) -> None:
     """Trains `model` to `config.steps`.
 
-    batches[k] is the batch of step k; loss_of(batch, k) gives named scalars, of which "loss" is minimised. At every checkpoint sample(model, k)
-    draws pictures and export(averaged weights, k) writes the model. Checkpoints and metrics.csv go to `folder`; a run found there is resumed.
+    batches[k] is the batch of step k; loss_of(batch, k) gives named scalars, of which "loss" is minimised. At every checkpoint
+    sample(model, k) draws pictures and export(averaged weights, k) writes the model. Checkpoints and metrics.csv go to `folder`; a run
+    found there is resumed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optims = optimizers(config, model)
@@ -119,7 +120,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _save(folder: Path, config: LoopConfig, step: int, seconds: float, model, optims, average) -> None:
-    state = {"step": step, "seconds": seconds, "model": model.state_dict(), AVERAGED: average, "optimizers": [o.state_dict() for o in optims]}
+    state = {"step": step, "seconds": seconds, "model": model.state_dict(), AVERAGED: average}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optims]
     write_then_rename(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
     for old in _checkpoints(folder)[:-config.keep]:
         old.unlink()

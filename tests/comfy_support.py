@@ -4,11 +4,13 @@ COMFYUI_PATH and COMFYUI_PYTHON say which one (comfy-cli's default workspace oth
 also see (an older version's front end).
 """
 
+import inspect
 import json
 import os
 import shutil
 import socket
 import subprocess
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -45,12 +47,41 @@ def advice() -> str:
     )
 
 
+PROBE = """
+import json
+
+class TiMTestProbe:
+    INPUT_TYPES = classmethod(lambda cls: {
+        "required": {"source": ("STRING", {"multiline": True}), "name": ("STRING", {})},
+        "optional": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",)},
+    })
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = ("MODEL",), "run", True, "test"
+
+    def run(self, source, name, **objects):
+        scope = {}
+        exec(source, scope)
+        result = scope[name](**objects)
+        shown = [] if hasattr(result, "model") else [json.dumps(result)]
+        return {"ui": {"text": shown}, "result": (result,)}
+
+NODE_CLASS_MAPPINGS = {"TiMTestProbe": TiMTestProbe}
+"""
+
+
+def probe(function) -> dict:
+    """Inputs of the node TiMTestProbe, which calls this function, self-contained, with what else it is given, inside ComfyUI.
+
+    The function returns a MODEL, the node's output, or something that JSON can say, which it shows.
+    """
+    return {"source": textwrap.dedent(inspect.getsource(function)), "name": function.__name__}
+
+
 class Failed(Exception):
     """A prompt that ComfyUI refused or could not run; the text is what it said."""
 
 
 class Server:
-    """ComfyUI on the CPU, with this tree as its only custom node and `base` as its only folder to write to."""
+    """ComfyUI on the CPU, with this tree and a probe as its only custom nodes and `base` as its only folder to write to."""
 
     def __init__(self, base: Path, path: Path, python: Path):
         self.base = base
@@ -58,6 +89,7 @@ class Server:
         for folder in (custom_nodes, base / "models" / "checkpoints", base / "models" / "loras", base / "output", base / "user"):
             folder.mkdir(parents=True)
         (custom_nodes / FOLDER).symlink_to(ROOT, target_is_directory=True)
+        (custom_nodes / "probe.py").write_text(PROBE)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

@@ -1,11 +1,14 @@
 """What the test run says at its end."""
 
+import os
 from collections import Counter
 
 import pytest
 
 from tests import comfy_support
 from tests.comfy_support import comfyui  # noqa: F401 (a fixture)
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine; subprocesses inherit it
 
 REPLAYED = pytest.StashKey[Counter]()
 DEVIATED = pytest.StashKey[Counter]()

@@ -1,5 +1,6 @@
 """The pack in the real ComfyUI, over HTTP, against tim_core."""
 
+import ast
 import asyncio
 import json
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.comfy_support import FOLDER, ROOT, Failed, to_api
+from tests.comfy_support import FOLDER, ROOT, Failed, probe, to_api
 from tim_core import Pipeline, sampler, schedule
 from tim_core.checkpoint import BUNDLED, describe
 
@@ -47,6 +48,12 @@ class Graph:
         links = dict(model=self.model, positive=positive or self.text(PROMPT), negative=negative or self.text(""))
         return self.add(kind, **links, latent_image=latent or self.empty(), **settings)
 
+    def guided(self, guider: list, steps: int) -> list:
+        """Core's sampler by parts: euler, simple."""
+        sigmas = self.add("BasicScheduler", model=self.model, scheduler="simple", steps=steps, denoise=1.0)
+        parts = dict(noise=self.add("RandomNoise", noise_seed=0), sampler=self.add("KSamplerSelect", sampler_name="euler"), sigmas=sigmas)
+        return self.add("SamplerCustomAdvanced", **parts, guider=guider, latent_image=self.empty())
+
     def save(self, latent: list) -> str:
         return self.add("SaveLatent", samples=latent, filename_prefix="latent")[0]
 
@@ -76,6 +83,13 @@ def run_latents(server, graph: Graph, *latents: list) -> list[torch.Tensor]:
 def run_pictures(server, graph: Graph, latent: list) -> torch.Tensor:
     node = graph.picture(latent)
     return pictures_of(server, server.run(graph.prompt), node)
+
+
+def inside(server, function, checkpoint: str = "tiny.safetensors"):
+    """What the function returns when it is called inside ComfyUI with the checkpoint's model, clip and vae."""
+    graph = Graph(checkpoint)
+    node = graph.add("TiMTestProbe", **probe(function), model=graph.model, clip=graph.clip, vae=graph.vae)[0]
+    return json.loads(server.run(graph.prompt)[node]["text"][0])
 
 
 def close(a: torch.Tensor, b: torch.Tensor, bound: float = 1e-4) -> None:
@@ -277,6 +291,132 @@ def test_checkpoint_save_reloads(comfyui, tiny, tmp_path):
     same_picture(before, Pipeline.load(saved, device="cpu")([PROMPT]))
 
 
+GUIDERS = {
+    "CFG": lambda graph, a, b, c: graph.add("CFGGuider", model=graph.model, positive=a, negative=c, cfg=6.0),
+    "Dual CFG": lambda graph, a, b, c: dual(graph, a, b, c, "regular"),
+    "Dual CFG, nested": lambda graph, a, b, c: dual(graph, a, b, c, "nested"),
+    "Perp-Neg": lambda graph, a, b, c: graph.add(
+        "PerpNegGuider", model=graph.model, positive=a, negative=b, empty_conditioning=c, cfg=6.0, neg_scale=3.0
+    ),
+}
+
+
+def dual(graph: Graph, cond1: list, cond2: list, negative: list, style: str) -> list:
+    conds, strengths = dict(cond1=cond1, cond2=cond2, negative=negative), dict(cfg_conds=6.0, cfg_cond2_negative=4.0)
+    return graph.add("DualCFGGuider", model=graph.model, **conds, **strengths, style=style)
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+def test_every_guider_obeys_the_interval(comfyui, name):
+    graph = Graph()
+    guider = GUIDERS[name](graph, graph.text(PROMPT), graph.text("a yellow triangle"), graph.text(""))
+    one, two = graph.guided(guider, 1), graph.guided(guider, 2)
+    one, two, plain_one, plain_two = run_latents(comfyui, graph, one, two, graph.tim(steps=1, cfg=1.0), graph.tim(steps=2, cfg=1.0))
+    close(one, plain_one)
+    assert (two - plain_two).abs().max() > 1e-3
+
+
+# Memory and devices
+
+
+def test_only_the_adapters_touch_core():
+    for file in (ROOT / "nodes").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        core = {name for name in names if name.split(".")[0] in ("comfy", "latent_preview", "nodes", "torch")}
+        assert not core or file.name in ("model.py", "clip.py", "vae.py"), f"{file.name} imports {core}"
+
+
+def load_little(model, clip, vae):
+    """Where the text model's weights are after core gave them a byte of memory, and what a partial unload frees."""
+    import torch
+
+    patcher = clip.clone().patcher
+    patcher.detach()
+    patcher.partially_load(torch.device("meta"), 1)
+    devices = sorted({weight.device.type for weight in patcher.model.parameters()})
+    return [devices, patcher.partially_unload(torch.device("cpu"), 1)]
+
+
+def test_text_model_loads_and_unloads_whole(comfyui, tiny):
+    comfyui.add("checkpoints", tiny, "spent.safetensors")  # its weights are lost
+    assert inside(comfyui, load_little, "spent.safetensors") == [["meta"], 0]
+
+
+def reload(model, clip, vae):
+    """Second patchers of the same file, as core makes them for another device, and a CLIP that has one."""
+    import torch
+
+    found = {}
+    for name, patcher in (("model", model), ("clip", clip.patcher), ("vae", vae.patcher)):
+        function, arguments = patcher.cached_patcher_init
+        for again in (function(*arguments), function(*arguments, disable_dynamic=True)):
+            before, after = patcher.model.state_dict(), again.model.state_dict()
+            equal = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+            found[name] = [type(again) is type(patcher), again.model is not patcher.model, equal]
+    moved = clip.clone()
+    if hasattr(moved.patcher, "deepclone_multigpu"):
+        moved.patcher = moved.patcher.deepclone_multigpu(torch.device("cpu"))
+    else:
+        moved.patcher = clip.patcher.cached_patcher_init[0](*clip.patcher.cached_patcher_init[1])
+    rows = [each.encode("a red circle") for each in (clip, moved)]
+    found["moved"] = [moved.cond_stage_model is moved.patcher.model, moved.cond_stage_model is not clip.cond_stage_model]
+    found["rows"] = torch.equal(*rows)
+    return found
+
+
+def test_core_can_make_second_patchers(comfyui):
+    whole = [True, True, True]
+    assert inside(comfyui, reload) == {"model": whole, "clip": whole, "vae": whole, "moved": [True, True], "rows": True}
+
+
+def attend(model, clip, vae):
+    """Calls of an attention that itself runs the network once, without it; and the options that are left afterwards."""
+    import torch
+
+    network, calls = model.model.diffusion_model, []
+    inputs = [torch.zeros(1, 16, 4, 4), torch.ones(1), torch.zeros(1, 3, network.config.text_dim)]
+
+    def override(attention, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            network(*inputs, transformer_options={})
+        return attention(*args, **kwargs)
+
+    with torch.no_grad():
+        network(*inputs, transformer_options={"optimized_attention_override": override})
+    return [len(calls), network.config.depth, network.comfy_attention.options]
+
+
+def test_attention_forgets_the_options_of_a_call(comfyui):
+    calls, depth, left = inside(comfyui, attend)
+    assert calls >= depth > 1 and left == {}
+
+
+def whole_vae(model, clip, vae):
+    return [vae.disable_offload, type(vae.patcher).__name__]
+
+
+def test_batch_norm_is_not_offloaded(comfyui, tmp_path):
+    from tim_core.autoencoder import Autoencoder
+    from tim_core.checkpoint import load_text_encoder, load_transformer, pack
+    from tim_core.config import AutoencoderConfig, StageConfig
+
+    torch.manual_seed(0)
+    source = comfyui.base / "models" / "checkpoints" / "tiny.safetensors"
+    stages = (StageConfig(8, 1, norm="batch_norm", activation="relu"), *(StageConfig(8, 1),) * 3)
+    vae = Autoencoder(AutoencoderConfig(stages, stages, latent_channels=16, head_dim=8))
+    parts = {"model": load_transformer(source), "text-encoder": load_text_encoder(source), "vae": vae}
+    comfyui.add("checkpoints", pack(parts, tmp_path / "norm.safetensors", metadata={"escape_prompts": False}), "norm.safetensors")
+    assert inside(comfyui, whole_vae, "norm.safetensors") == [True, "WholePatcher"]
+    assert inside(comfyui, whole_vae)[0] is False
+    graph = Graph("norm.safetensors")
+    latent = graph.tim()
+    pictures = run_pictures(comfyui, graph, latent)
+    assert pictures.shape == (1, 64, 64, 3) and pictures.std() > 0
+
+
 # The full model's layout: 32 channels, factor 32
 
 
@@ -366,11 +506,20 @@ def test_exchanged_times_are_refused(comfyui):
     assert "\n" not in message and "start" in message and "expected" in message
 
 
+def another_model():
+    import torch
+    from comfy.model_patcher import ModelPatcher
+
+    return ModelPatcher(torch.nn.Linear(1, 1), torch.device("cpu"), torch.device("cpu"))
+
+
 def test_another_model_is_refused(comfyui):
-    graph = Graph()
-    loader = graph.model[0]
-    graph.model = [loader, 1]  # a CLIP: the validation of links refuses it before the node does
-    assert "mismatch" in refusal(comfyui, graph, graph.empty())
+    for sampled in (False, True):
+        graph = Graph()
+        latent = graph.empty()
+        graph.model = graph.add("TiMTestProbe", **probe(another_model))
+        message = refusal(comfyui, graph, graph.tim(latent) if sampled else graph.empty())
+        assert "\n" not in message and message.endswith("found Linear, expected TiM, from the node TiMCheckpointLoader")
 
 
 def test_interrupt(comfyui):

@@ -123,8 +123,8 @@ def test_decoding_falls_back_to_tiles(pipe, monkeypatch):
 
     monkeypatch.setattr(pipe.autoencoder, "decode", exhausted)
     calls = []
-    monkeypatch.setattr(pipe.autoencoder, "tiled_decode", lambda z: calls.append(z) or pipe.autoencoder.decoder(z))
-    assert torch.allclose(pipe.decode(latent), whole) and len(calls) == 1
+    monkeypatch.setattr(pipe.autoencoder, "tiled_decode", lambda z, *tiles: calls.append(tiles) or pipe.autoencoder.decoder(z))
+    assert torch.allclose(pipe.decode(latent), whole, atol=1e-5) and calls == [(512, 448)] * len(latent)
 
 
 # Loading
@@ -134,7 +134,7 @@ def test_bfloat16(tiny, pipe):
     half = Pipeline.load(tiny, dtype="bfloat16", device="cpu")
     assert half.dtype == torch.bfloat16 and next(half.autoencoder.parameters()).dtype == torch.bfloat16
     images = half(PROMPT, width=32, height=32)
-    assert images.dtype == torch.float32 and (images - pipe(PROMPT, width=32, height=32)).abs().mean() < 0.05
+    assert images.dtype == torch.float32 and (images - pipe(PROMPT, width=32, height=32)).abs().mean() < 0.01
 
 
 def test_auto_is_float32_on_a_cpu(tiny):

@@ -43,7 +43,9 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nloop: {optimizer: sgd}", "loop.optimizer"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: fast}", "objective.epsilon"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {derivative: guess}", "derivative"),
-    ("kind: tim\noutput: x\nautoencoder: y\ntransport: magic", "transport"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {soon: {}}", "objective_from"),
+    ("kind: autoencoder\noutput: x\nlatent_channels: 24", "latent_channels"),
+    ("kind: autoencoder\noutput: x\nloop: {compile: true}", "loop.compile"),
     ("kind: tim\noutput: x\nautoencoder: y\ndata: {sizes: {64: 1}}", "data.sizes"),
     ("kind: autoencoder\noutput: x\nencoder_widths: [8, 8]", "encoder_widths"),
     ("- a list", "expected keys and values"),
@@ -121,6 +123,72 @@ def test_a_killed_run_continues_as_if_nothing_happened(tmp_path, monkeypatch, op
     rows = list(csv.DictReader((tmp_path / "killed" / "metrics.csv").open()))
     assert [int(row["step"]) for row in rows] == [2, 4, 6]
     assert len(list((tmp_path / "killed").glob("step-*.pt"))) == 2 and not list((tmp_path / "killed").glob("*.part"))
+
+
+def test_a_run_killed_before_its_last_export_still_makes_its_file(tmp_path, monkeypatch):
+    run([autoencoder_yaml(tmp_path)])
+    real = training_loop._save
+
+    def dies_at_the_end(folder, config, step, *rest):
+        real(folder, config, step, *rest)
+        if step == config.steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_loop, "_save", dies_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        run([tim_yaml(tmp_path)])
+    monkeypatch.setattr(training_loop, "_save", real)
+    file = tmp_path / "tim" / "model.safetensors"
+    assert checkpoint.read_parts(file).metadata["training"]["steps"] == 4
+    assert run([tim_yaml(tmp_path)]) == [file]
+    assert checkpoint.read_parts(file).metadata["training"]["steps"] == 6
+
+
+def test_metrics_hold_every_step_once_after_a_resume(tmp_path, monkeypatch):
+    config = autoencoder_yaml(tmp_path)
+    config.write_text(config.read_text().replace("log_every: 2", "log_every: 1").replace("save_every: 2", "save_every: 4"))
+    whole = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
+    real, calls = training_loop._log, []
+
+    def dies_after_step_5(folder, row):
+        real(folder, row)
+        calls.append(row["step"])
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    config.write_text(config.read_text().replace(f"{tmp_path}/autoencoder", f"{tmp_path}/again"))
+    monkeypatch.setattr(training_loop, "_log", dies_after_step_5)
+    with pytest.raises(KeyboardInterrupt):
+        run([config])
+    monkeypatch.setattr(training_loop, "_log", real)
+    rows = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
+
+
+def test_a_run_out_of_time_says_so(tmp_path):
+    config = autoencoder_yaml(tmp_path)
+    config.write_text(config.read_text().replace("steps: 6", "steps: 100000, seconds: 1"))
+    with pytest.raises(TimError, match="of 100000 after 1 s"):
+        run([config])
+
+
+def test_a_frozen_encoder_stays_as_it_is(tmp_path):
+    first = run([autoencoder_yaml(tmp_path)])[0]
+    more = tmp_path / "decoder.yaml"
+    text = autoencoder_yaml(tmp_path).read_text().replace(f"output: {tmp_path}/autoencoder", f"output: {tmp_path}/decoder")
+    more.write_text(text + f"start: {first}\nfreeze_encoder: true\n")
+    before, after = (checkpoint.open_state_dict(file)[0] for file in (first, run([more])[0]))
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    assert {key for key in before if key.startswith("encoder.")} <= same
+    assert any(key.startswith("decoder.") for key in before.keys() - same)
+
+
+def test_the_objective_may_change_at_a_step(tmp_path):
+    path = tmp_path / "phases.yaml"
+    path.write_text("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {10: {diffusion_ratio: 0.7}, 20: {diffusion_ratio: 1}}")
+    config = read(path, KINDS)
+    assert [config.objective_at(step).diffusion_ratio for step in (0, 9, 10, 19, 20, 99)] == [0.5, 0.5, 0.7, 0.7, 1.0, 1.0]
 
 
 def test_the_made_file_is_a_whole_model(tmp_path):

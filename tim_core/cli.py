@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from . import __version__
 from .errors import TimError
+from .files import write_whole
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -62,7 +62,8 @@ examples:
   tim evaluate --model my.safetensors --tasks counting,position --size 128x128 -o large"""
 
 INSPECT = """\
-Says what a weight file is: its parts, architecture, dtypes, and how it was trained. No code in a file is run."""
+Says what weight files are: their parts, architecture, dtypes, and how they were trained. No code in a file is run.
+A file that cannot be read is an error line of its own; the others are still described."""
 
 INSPECT_EXAMPLES = """\
 examples:
@@ -90,7 +91,9 @@ checkpoint when the same command is given again."""
 
 TRAIN_EXAMPLES = """\
 example:
-  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes.yaml     makes the bundled model"""
+  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml
+
+These three make the bundled model: its autoencoder, more training for the decoder, then the network."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -261,11 +264,18 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(args.output / "curve.png")
 
 
-def run_inspect(args: argparse.Namespace) -> None:
+def run_inspect(args: argparse.Namespace) -> int:
     from .checkpoint import describe
 
+    code = 0
     for file in args.files:
-        print(describe(file))
+        try:
+            text = str(describe(file))
+        except TimError as error:
+            code = failed(str(error), args)
+        else:
+            print(text, flush=True)
+    return code
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -341,21 +351,8 @@ def check_picture(path: Path) -> None:
 
 
 def write_picture(picture, path: Path) -> None:
-    """Beside, then renamed: nobody sees half a picture."""
-    half = None
-    try:
-        handle, half = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=".part", dir=path.parent)
-        os.close(handle)
-        picture.save(half, format=FORMATS[path.suffix.lower()], **({} if path.suffix.lower() == ".png" else {"quality": 95}))
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(half, 0o666 & ~mask)
-        os.replace(half, path)
-    except OSError as error:
-        raise TimError(f"{path}: cannot be written ({error.strerror or error}), expected a writable place with room for it") from error
-    finally:
-        if half is not None and os.path.exists(half):
-            os.remove(half)
+    kind = FORMATS[path.suffix.lower()]
+    write_whole(path, lambda beside: picture.save(beside, format=kind, **({} if kind == "PNG" else {"quality": 95})))
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -372,9 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal may lack a prompt's characters
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args) or 0
         sys.stdout.flush()
-        return 0
+        return code
     except KeyboardInterrupt:
         return failed("interrupted", args, 130)
     except BrokenPipeError:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Mapping
 
 from torch import Tensor
 
@@ -65,6 +65,11 @@ class TransformerConfig:
     def null_label(self) -> int | None:
         """The label of the null class, None where there is none."""
         return self.num_classes if self.null_class else None
+
+    def record(self) -> dict[str, Any]:
+        """What shapes cannot tell, for from_state_dict's metadata."""
+        names = ("num_heads", "new_condition", "null_class") + (("encoder_depth",) if self.z_dim is not None else ())
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_official(cls, network: Mapping[str, Any]) -> TransformerConfig:
@@ -166,6 +171,7 @@ class TransformerConfig:
             z_dim=shape("projector.4.weight", None, projector_dim)[0] if has_projector else None,
         )
 
+
 @dataclass(frozen=True)
 class StageConfig:
     """One resolution of the DC-AE; `kernels` are the multi-scale attention's."""
@@ -182,6 +188,9 @@ class StageConfig:
 class AutoencoderConfig:
     """Architecture of a DC-AE (arXiv 2410.10733); stage 0 is the finest."""
 
+    RECORD: ClassVar = ("scaling_factor", "force_upcast", "head_dim", "in_shortcut", "out_shortcut", "out_activation",
+                        "encoder_activations", "decoder_activations")
+
     encoder: tuple[StageConfig, ...]
     decoder: tuple[StageConfig, ...]
     in_channels: int = 3
@@ -193,6 +202,19 @@ class AutoencoderConfig:
     in_shortcut: bool = True
     out_activation: str = "relu"
     scaling_factor: float = 1.0
+    force_upcast: bool = False              # the weights ask for float32
+
+    @property
+    def encoder_activations(self) -> list[str]:
+        return [stage.activation for stage in self.encoder]
+
+    @property
+    def decoder_activations(self) -> list[str]:
+        return [stage.activation for stage in self.decoder]
+
+    def record(self) -> dict[str, Any]:
+        """What shapes cannot tell, for from_state_dict's metadata."""
+        return {name: getattr(self, name) for name in self.RECORD}
 
     @property
     def factor(self) -> int:
@@ -219,16 +241,17 @@ class AutoencoderConfig:
             "pixel_unshuffle" if config.get("downsample_block_type", "pixel_unshuffle") == "pixel_unshuffle" else "conv",
             "interpolate" if config.get("upsample_block_type", "pixel_shuffle") == "interpolate" else "pixel_shuffle",
             config.get("encoder_out_shortcut", True), config.get("decoder_in_shortcut", True),
-            config.get("decoder_conv_act_fn", "relu"), config.get("scaling_factor", 1.0),
+            config.get("decoder_conv_act_fn", "relu"), config.get("scaling_factor", 1.0), bool(config.get("force_upcast")),
         )
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], metadata: dict | None = None) -> "AutoencoderConfig":
-        """Reads the architecture from key names and shapes; `metadata` may give scaling_factor and head_dim.
+        """Reads the architecture from key names and shapes; `metadata` may give what `record` writes.
 
-        Without metadata the scale is 0.41407 for 32 channels (dc-ae-f32c32-sana) and 1 for any other; batch-norm stages use relu, as
-        every released DC-AE does. Raises TimError for what is no DC-AE.
+        Without metadata both shortcuts are there, and the scale is 0.41407 for 32 channels (dc-ae-f32c32-sana) and 1 for any other;
+        batch-norm stages use relu, as every released DC-AE does. Raises TimError for what is no DC-AE.
         """
+        metadata = metadata or {}
         shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
         for key in ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight"):
             if key not in shapes:
@@ -255,9 +278,12 @@ class AutoencoderConfig:
                     found.append(StageConfig(shapes[f"{first}attn.to_q.weight"][1], len(layers), "EfficientViTBlock", tuple(kernels), norm))
                 else:
                     raise TimError(f"DC-AE: found an unknown block under {first}, expected a ResBlock or an EfficientViTBlock")
-            return tuple(found)
+            activations = metadata.get(f"{side.partition('.')[0]}_activations") or [stage.activation for stage in found]
+            if len(activations) != n:
+                raise TimError(f"DC-AE: found activations of {len(activations)} stages under {side}, expected {n}")
+            return tuple(replace(stage, activation=activation) for stage, activation in zip(found, activations))
 
-        metadata, channels = metadata or {}, shapes["encoder.conv_out.weight"][0]
+        channels = shapes["encoder.conv_out.weight"][0]
         encoder, decoder = stages("encoder.down_blocks"), stages("decoder.up_blocks")
         heads = [shape[1] for key, shape in shapes.items() if key.endswith("to_qkv_multiscale.0.proj_out.weight")]
         down = [shapes.get(f"encoder.down_blocks.{i}.{stage.layers}.conv.weight", (0,))[0] == encoder[i + 1].width
@@ -270,5 +296,6 @@ class AutoencoderConfig:
         return cls(
             encoder, decoder, shapes[first][1], channels, metadata.get("head_dim", heads[0] if heads else 32),
             "conv" if all(down) else "pixel_unshuffle", "interpolate" if all(up) else "pixel_shuffle",
-            scaling_factor=metadata.get("scaling_factor", 0.41407 if channels == 32 else 1.0),
+            metadata.get("out_shortcut", True), metadata.get("in_shortcut", True), metadata.get("out_activation", "relu"),
+            metadata.get("scaling_factor", 0.41407 if channels == 32 else 1.0), bool(metadata.get("force_upcast")),
         )

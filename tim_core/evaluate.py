@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from .errors import TimError
+from .files import write_whole
 from .shapes import TASKS, Prompt, judge, scoring_prompts
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -113,18 +113,10 @@ def evaluate(
 
 
 def write_report(report: dict, folder: Path) -> None:
-    """report.json and curve.png, each written beside and renamed."""
-    text = json.dumps(report, indent=2) + "\n"
-    picture = draw_curve(report["curve"])
-    try:
-        half = folder / ".report.json.part"
-        half.write_text(text, encoding="utf-8")
-        os.replace(half, folder / "report.json")
-        half = folder / ".curve.png.part"
-        picture.save(half, format="PNG")
-        os.replace(half, folder / "curve.png")
-    except OSError as error:
-        raise TimError(f"{folder}: cannot be written ({error.strerror}), expected a folder to write the report into") from None
+    """report.json and curve.png; TimError if they cannot be written."""
+    text, picture = json.dumps(report, indent=2) + "\n", draw_curve(report["curve"])
+    write_whole(folder / "report.json", lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_whole(folder / "curve.png", lambda beside: picture.save(beside, format="PNG"))
 
 
 def draw_curve(curve: Sequence[dict], width: int = 900, height: int = 600):

@@ -56,7 +56,7 @@ class Pipeline:
         exact = dtype == torch.float16 or parts.record(AUTOENCODER).get("force_upcast")
         return cls(
             load_transformer(parts, attention=kernel, dtype=dtype, device=device),
-            load_text_encoder(parts, dtype=dtype, device=device),
+            load_text_encoder(parts, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device),
             load_autoencoder(parts, dtype=torch.float32 if exact else dtype, device=device),
             parts.latent_factor,
         )
@@ -130,12 +130,20 @@ class Pipeline:
         together = max(1, 2**20 // (latent.shape[-1] * latent.shape[-2] * self.factor**2))  # a megapixel at a time
         pictures = []
         for some in latent.split(together):
+            short = False
             try:
                 decoded = self.autoencoder.decode(some)
             except torch.cuda.OutOfMemoryError:
-                decoded = self.autoencoder.tiled_decode(some)
+                short = True  # inside this block the exception keeps the failed attempt's tensors alive
+            if short:
+                torch.cuda.empty_cache()
+                decoded = torch.cat([self.autoencoder.tiled_decode(one, *self._tiles()) for one in some.split(1)])
             pictures.append(decoded.float().cpu())
         return torch.cat(pictures).add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
+
+    def _tiles(self) -> tuple[int, int]:
+        """Tile and stride in pixels for a picture that does not fit: 512 and 448, in whole latent cells."""
+        return 512 // self.factor * self.factor, 448 // self.factor * self.factor
 
     def _shape(self, batch: int, width: int, height: int) -> tuple[int, int, int, int]:
         """The latent's; TimError for a size that the model cannot make."""

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .errors import TimError
+from .errors import TimError, misfits, one_line
 
 MAX_LENGTH = 256  # tokens of a prompt, <bos> included
 MIN_TRANSFORMERS = (4, 50)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first of them that is there
 
 
 class Tokenizer:
@@ -32,7 +33,7 @@ class Tokenizer:
         try:
             model = tokenizers.Tokenizer.from_str(bytes(data).decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for a malformed file
-            raise TimError(f"{name}: found no readable tokenizer ({_one_line(error)}), expected a tokenizer.json") from None
+            raise TimError(f"{name}: found no readable tokenizer ({one_line(error)}), expected a tokenizer.json") from None
         model.no_padding()
         model.no_truncation()
         ids = {token: model.token_to_id(token) for token in ("<pad>", "<bos>")}
@@ -54,7 +55,7 @@ class Tokenizer:
             model = sentencepiece.SentencePieceProcessor()
             model.LoadFromSerializedProto(bytes(data))
         except Exception as error:
-            raise TimError(f"{name}: found no readable tokenizer ({_one_line(error)}), expected a SentencePiece model") from None
+            raise TimError(f"{name}: found no readable tokenizer ({one_line(error)}), expected a SentencePiece model") from None
         return cls(
             lambda texts: [model.encode(text) for text in texts],
             bytes(data),
@@ -65,20 +66,19 @@ class Tokenizer:
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "tokenizer") -> "Tokenizer":
         """Either kind of file, told apart by its first character."""
-        return (cls.from_json if bytes(data[:64]).lstrip()[:1] == b"{" else cls.from_sentencepiece)(data, name)
+        return (cls.from_json if is_json(data) else cls.from_sentencepiece)(data, name)
 
     @classmethod
     def from_folder(cls, path) -> "Tokenizer":
         """From a folder in Hugging Face layout: tokenizer.json, else tokenizer.model."""
-        for name in ("tokenizer.json", "tokenizer.model"):
-            file = Path(path) / name
-            if file.is_file():
-                return cls.from_bytes(file.read_bytes(), str(file))
-        raise TimError(f"{path}: found no tokenizer, expected tokenizer.json or tokenizer.model in the folder")
+        file = tokenizer_file(path)
+        if file is None:
+            raise TimError(f"{path}: found no tokenizer, expected {' or '.join(TOKENIZER_FILES)} in the folder")
+        return cls.from_bytes(file.read_bytes(), str(file))
 
     @property
     def is_json(self) -> bool:
-        return self.data[:64].lstrip()[:1] == b"{"
+        return is_json(self.data)
 
     def __deepcopy__(self, memo) -> "Tokenizer":
         return self  # immutable
@@ -96,6 +96,16 @@ class Tokenizer:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True
         return ids, mask
+
+
+def is_json(data: bytes) -> bool:
+    """Whether the bytes of a tokenizer are a tokenizer.json; SentencePiece's otherwise."""
+    return bytes(data[:64]).lstrip()[:1] == b"{"
+
+
+def tokenizer_file(folder: str | Path) -> Path | None:
+    """The tokenizer in a folder in Hugging Face layout, None if there is none."""
+    return next((file for name in TOKENIZER_FILES if (file := Path(folder) / name).is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -155,19 +165,8 @@ class TextEncoder(nn.Module):
 
     def load(self, state_dict: dict, dtype=None) -> "TextEncoder":
         """Takes over the tensors of `state_dict` (names of Gemma3TextModel); TimError unless every key and shape agrees."""
-        own = {name: tuple(value.shape) for name, value in self.transformer.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in state_dict.items()}
-        wrong = [
-            f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-            for what, names in (
-                ("no", sorted(own.keys() - found.keys())),
-                ("unknown", sorted(found.keys() - own.keys())),
-                ("another shape of", [n for n in own if n in found and own[n] != found[n]]),
-            )
-            if names
-        ]
-        if wrong:
-            raise TimError(f"text encoder: found {'; '.join(wrong)}, expected the tensors of the Gemma-3 text model its config describes")
+        if wrong := misfits(self.transformer.state_dict(), state_dict):
+            raise TimError(f"text encoder: found {wrong}, expected the tensors of the Gemma-3 text model its config describes")
         tensors = {name: value if dtype is None else value.to(dtype) for name, value in state_dict.items()}
         self.transformer.load_state_dict(tensors, assign=True)
         self._round_embed_scale()
@@ -306,7 +305,3 @@ def _set_module(root: nn.Module, name: str, module: nn.Module) -> None:
 def _set_buffer(root: nn.Module, name: str, buffer: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     root.get_submodule(parent)._buffers[leaf] = buffer
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

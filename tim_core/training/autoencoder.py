@@ -1,5 +1,6 @@
 """Trains a DC-AE whose latent is close to unit normal and whose decoder forgives small errors of the latent."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -63,8 +64,9 @@ def train_autoencoder(config: AutoencoderTraining) -> Path:
     path = folder / "autoencoder.safetensors"
 
     def export(average, step):
-        write_then_rename(path, lambda to: save_file({k: v.contiguous() for k, v in average.items()}, to))
+        tensors = {name: value.contiguous() for name, value in average.items()}
+        record = {"format": 1, "scaling_factor": model.config.scaling_factor, "head_dim": model.config.head_dim}
+        write_then_rename(path, lambda to: save_file(tensors, to, metadata={"tim": json.dumps(record)}))
         return path
 
-    train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, sample, export)
-    return path
+    return train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, sample, export)

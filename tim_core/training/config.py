@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ..errors import TimError
 from ..objective import ObjectiveConfig
-from ..transport import TRANSPORTS
 
 
 def _check(ok: bool, key: str, found, expected: str) -> None:
@@ -48,7 +47,7 @@ class LoopConfig:
         for name in ("warmup", "workers", "seconds", "weight_decay"):
             _check(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "0 or more")
         _check(0 <= self.ema < 1, "loop.ema", self.ema, "0 to below 1")
-        _check(self.optimizer in ("adamw", "muon"), "loop.optimizer", self.optimizer, "adamw or muon")
+        _check(self.optimizer in ("adamw", "muon"), "loop.optimizer", self.optimizer, "adamw or muon (which needs torch 2.9)")
         _check(self.schedule in ("cosine", "constant"), "loop.schedule", self.schedule, "cosine or constant")
 
 
@@ -93,6 +92,9 @@ class AutoencoderTraining:
     def __post_init__(self):
         n = {len(getattr(self, f"{side}_{what}")) for side in ("encoder", "decoder") for what in ("widths", "layers")}
         _check(len(n) == 1, "encoder_widths", n, "widths and layers of equal number")
+        _check(self.encoder_widths[-1] % self.latent_channels == 0 and self.decoder_widths[-1] % self.latent_channels == 0,
+               "latent_channels", self.latent_channels, "a divisor of the deepest widths")
+        _check(not self.loop.compile, "loop.compile", True, "false for an autoencoder")
         _check(0 <= self.attention_stages <= len(self.encoder_widths), "attention_stages", self.attention_stages, "at most one a stage")
         _check(self.latent_noise >= 0, "latent_noise", self.latent_noise, "0 or more")
 
@@ -132,18 +134,23 @@ class TransitionTraining:
     checkpoint: str | None = None                # where the one-file model goes; none: model.safetensors in output
     transformer: TransformerShape = TransformerShape()
     text: TextShape = TextShape()
-    transport: str = "ot_fm"
-    p_mean: float = 0.0
+    p_mean: float = 0.0                          # of the logit-normal times, on the OT-FM transport
     p_std: float = 1.6
     objective: ObjectiveConfig = ObjectiveConfig()
+    objective_from: dict[str, ObjectiveConfig] = field(default_factory=dict)   # step -> the objective from that step on
     text_dropout: float = 0.1
     loop: LoopConfig = LoopConfig()
     data: SizesConfig = SizesConfig()
 
     def __post_init__(self):
-        _check(self.transport in TRANSPORTS, "transport", self.transport, " or ".join(TRANSPORTS))
+        for step in self.objective_from:
+            _check(step.isdigit(), "objective_from", step, "steps, and the objective from each on")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
+
+    def objective_at(self, step: int) -> ObjectiveConfig:
+        begun = [int(first) for first in self.objective_from if int(first) <= step]
+        return self.objective_from[str(max(begun))] if begun else self.objective
 
 
 def read(path: str | Path, kinds: dict[str, type]):
@@ -151,7 +158,7 @@ def read(path: str | Path, kinds: dict[str, type]):
     try:
         import yaml
     except ImportError as error:
-        raise TimError('training needs PyYAML: found none, expected `pip install "transition-models[train]"`') from error
+        raise TimError("training needs PyYAML: found none, expected it from: pip install pyyaml") from error
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:

@@ -6,6 +6,7 @@ Everything random in step k comes from (seed, k), so a run that is killed and st
 import csv
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..errors import TimError
 from .config import LoopConfig
 
 AVERAGED = "ema"
@@ -50,8 +52,8 @@ def optimizers(config: LoopConfig, model: nn.Module) -> list[torch.optim.Optimiz
 
 
 def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: Callable[[object, int], dict[str, Tensor]],
-          folder: Path, sample: Callable[[nn.Module, int], None], export: Callable[[dict[str, Tensor], int], Path]) -> None:
-    """Trains `model` to `config.steps`.
+          folder: Path, sample: Callable[[nn.Module, int], None], export: Callable[[dict[str, Tensor], int], Path]) -> Path:
+    """Trains `model` to `config.steps` and returns what the last export wrote. TimError where `config.seconds` ended the run before.
 
     batches[k] is the batch of step k; loss_of(batch, k) gives named scalars, of which "loss" is minimised. At every checkpoint
     sample(model, k) draws pictures and export(averaged weights, k) writes the model. Checkpoints and metrics.csv go to `folder`; a run
@@ -62,10 +64,12 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     parameters = list(model.parameters())
     start, seconds = _resume(folder, model, optims, average)
+    if start >= config.steps:  # the last checkpoint is there, its export may not be
+        return export(average, start)
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
         prefetch_factor=4 if config.workers else None, persistent_workers=False)
-    began, totals = time.monotonic(), {}
+    began, totals, counted = time.monotonic(), {}, 0
     model.train()
     bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True)
     for step, batch in enumerate(loader, start):
@@ -84,12 +88,12 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
         for name, value in losses.items():
             totals[name] = totals.get(name, 0.0) + value.detach().float()
+        counted += 1
         done = step + 1
         bar.update()
         if done % config.log_every == 0 or done == config.steps:
-            count = (done - 1) % config.log_every + 1
-            row = {name: float(value) / count for name, value in totals.items()}
-            totals = {}
+            row = {name: float(value) / counted for name, value in totals.items()}
+            totals, counted = {}, 0
             elapsed = seconds + time.monotonic() - began
             rate = (done - start) * config.batch / (time.monotonic() - began)
             _log(folder, {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row})
@@ -98,11 +102,12 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
         if done % config.save_every == 0 or done == config.steps or late:
             _save(folder, config, done, seconds + time.monotonic() - began, model, optims, average)
             sample(model, done)
-            export(average, done)
+            made = export(average, done)
             model.train()
-        if late:
-            break
+        if late and done < config.steps:
+            raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; run it again to go on")
     bar.close()
+    return made
 
 
 def write_then_rename(path: Path, write: Callable[[Path], None]) -> None:
@@ -140,8 +145,23 @@ def _resume(folder: Path, model, optims, average) -> tuple[int, float]:
             group["base_lr"] = lr
     for name, value in state[AVERAGED].items():
         average[name].copy_(value)
-    tqdm.write(f"resumed {found[-1].name}", file=None)
+    _forget_after(folder / "metrics.csv", state["step"])
+    tqdm.write(f"resumed {found[-1]}", file=sys.stderr)
     return state["step"], state["seconds"]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the rows of metrics.csv that the resumed run will write again."""
+    if path.exists():
+        with path.open(newline="") as file:
+            header, *rows = list(csv.reader(file))
+        kept = [row for row in rows if int(row[0]) <= step]
+
+        def write(beside: Path) -> None:
+            with beside.open("w", newline="") as file:
+                csv.writer(file).writerows([header, *kept])
+
+        write_then_rename(path, write)
 
 
 def _log(folder: Path, row: dict) -> None:

@@ -12,12 +12,13 @@ from .. import checkpoint, shapes
 from ..attention import math
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
+from ..errors import TimError
 from ..objective import transition_loss
 from ..sampler import sample
 from ..schedule import uniform
 from ..text_encoder import TextEncoder, Tokenizer
 from ..transformer import TransitionTransformer
-from ..transport import TRANSPORTS
+from ..transport import OTFM
 from .config import TextShape, TransitionTraining
 from .data import ShapesBatches
 from .loop import train
@@ -59,10 +60,12 @@ def gemma_config(shape: TextShape) -> dict:
 def train_transition(config: TransitionTraining) -> Path:
     """Runs a `kind: tim` configuration; returns the one-file checkpoint with the averaged weights."""
     loop, folder = config.loop, Path(config.output).expanduser()
+    if config.checkpoint and not Path(config.checkpoint).expanduser().parent.is_dir():
+        raise TimError(f"training config: checkpoint: found no folder for {config.checkpoint}, expected one to write into")
     autoencoder: Autoencoder = checkpoint.load_autoencoder(Path(config.autoencoder).expanduser()).to(memory_format=torch.channels_last)
     torch.manual_seed(loop.seed)
     model = TextToImage(config, autoencoder.config.latent_channels)
-    transport = TRANSPORTS[config.transport](P_mean=config.p_mean, P_std=config.p_std)
+    transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     if loop.compile:
         # one block at a time: they share their code, so it is compiled once for all of them
         torch._dynamo.config.recompile_limit = 64
@@ -76,7 +79,8 @@ def train_transition(config: TransitionTraining) -> Path:
             with torch.no_grad():
                 latents = autoencoder.encode(pictures.contiguous(memory_format=torch.channels_last)).float()
             y = model.features(["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)])
-            losses = transition_loss(model.transformer, latents, torch.randn_like(latents), y, transport=transport, config=config.objective)
+            losses = transition_loss(
+                model.transformer, latents, torch.randn_like(latents), y, transport=transport, config=config.objective_at(step))
         n = losses.n_diffusion
         error = losses.denoising_loss.detach()
         return {"loss": losses.total, "diffusion": error[:n].mean() if n else error.sum() * 0,
@@ -102,9 +106,8 @@ def train_transition(config: TransitionTraining) -> Path:
         trained.load_state_dict({**trained.state_dict(), **average})
         target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
-                  "training": {"steps": step, "batch": loop.batch, "seed": loop.seed, "objective": vars(config.objective)}}
+                  "training": {"steps": step, "batch": loop.batch, "seed": loop.seed, "objective": vars(config.objective_at(step))}}
         return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder}, target,
                                dtype=torch.bfloat16, metadata=record)
 
-    train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, draw, export)
-    return Path(config.checkpoint).expanduser() if config.checkpoint else folder / "model.safetensors"
+    return train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, draw, export)

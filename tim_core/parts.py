@@ -1,0 +1,451 @@
+"""What a weight file holds: opened without running code from it, recognised by key names and shapes, taken apart.
+
+The one-file layout (safetensors):
+
+    model.diffusion_model.<official name>        the transformer
+    text_encoders.transformer.<Gemma3TextModel name>
+    text_encoders.tokenizer_json                 uint8, the tokenizer.json (or spiece_model, a SentencePiece tokenizer.model)
+    vae.<diffusers AutoencoderDC name>
+
+and beside each part a `config_json` (uint8): what its shapes cannot tell. The text model's is its Gemma config. The same record, with
+how the model was trained, is the safetensors metadata "tim"; a file whose metadata was lost (ComfyUI's CheckpointSave) loads alike.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import AutoencoderConfig, TransformerConfig
+from .errors import TimError, one_line
+from .text_encoder import normalise_config, tokenizer_file
+
+FORMAT = 1
+BUNDLED = {"tim-shapes": Path(__file__).parent / "bundled" / "tim-shapes.safetensors"}
+
+TRANSFORMER, TEXT_ENCODER, AUTOENCODER = "transformer", "text_encoder", "autoencoder"
+TITLES = {TRANSFORMER: "TiM transformer", TEXT_ENCODER: "Gemma-3 text model", AUTOENCODER: "DC-AE"}
+PREFIXES = {TRANSFORMER: "model.diffusion_model.", TEXT_ENCODER: "text_encoders.transformer.", AUTOENCODER: "vae."}
+CONFIG_KEYS = {
+    TRANSFORMER: "model.diffusion_model.config_json",
+    TEXT_ENCODER: "text_encoders.config_json",
+    AUTOENCODER: "vae.config_json",
+}
+PART_NAMES = {"model": TRANSFORMER, "text-encoder": TEXT_ENCODER, "clip": TEXT_ENCODER, "vae": AUTOENCODER} | {n: n for n in TITLES}
+
+# A part is where all of these are; what stands before them is its prefix.
+SIGNATURES = {
+    TRANSFORMER: (
+        "x_embedder.proj.weight",
+        "t_embedder.mlp.0.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.adaLN_modulation.fc1_g.weight",
+        "final_layer.linear.weight",
+    ),
+    TEXT_ENCODER: ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.pre_feedforward_layernorm.weight", "norm.weight"),
+    AUTOENCODER: ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight", "decoder.up_blocks.1.0.conv.weight"),
+}
+ROOTS = {TEXT_ENCODER: ("embed_tokens.", "layers.", "norm."), AUTOENCODER: ("encoder.", "decoder.")}
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, activation checkpointing
+BYTE_KEYS = ("config_json", "tokenizer_json", "spiece_model")
+WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
+GEMMA_1B_WIDTH = 1152
+LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
+
+# Other models' key names, for the message that says what a file is.
+STRANGERS = (
+    (("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight"), "a LoRA"),
+    (("input_blocks.0.0.weight", "label_emb.0.0.weight"), "an SDXL UNet-like state dict"),
+    (("input_blocks.0.0.weight",), "a Stable Diffusion UNet-like state dict"),
+    (("add_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"), "an SDXL UNet-like state dict (diffusers)"),
+    (("mid_block.attentions.0.proj_in.weight",), "a Stable Diffusion UNet-like state dict (diffusers)"),
+    (("double_blocks.0.img_attn.qkv.weight",), "a Flux-like transformer"),
+    (("joint_blocks.0.x_block.attn.qkv.weight",), "an SD3-like transformer"),
+    (("blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight"), "a DiT- or SiT-like transformer"),
+    (("transformer_blocks.0.attn1.to_q.weight",), "a diffusers transformer"),
+    (("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), "a KL autoencoder"),
+    (("encoder.down_blocks.0.resnets.0.conv1.weight",), "a KL autoencoder (diffusers)"),
+    (("encoder.block.0.layer.0.SelfAttention.q.weight",), "a T5 text encoder"),
+    (("text_model.encoder.layers.0.self_attn.q_proj.weight",), "a CLIP text encoder"),
+    (("layers.0.self_attn.q_proj.weight", "embed_tokens.weight"), "a language model other than Gemma 3"),
+)
+
+StateDict = dict[str, Tensor]
+
+
+@dataclass
+class Parts:
+    """What one or several files hold, taken apart: official key names, tensors still as the file stores them (memory-mapped)."""
+
+    source: str
+    transformer: StateDict | None = None
+    text_encoder: StateDict | None = None
+    autoencoder: StateDict | None = None
+    records: dict[str, dict] = field(default_factory=dict)  # part -> what its shapes cannot tell
+    prefixes: dict[str, str] = field(default_factory=dict)  # part -> where it stood in the file
+    gemma_config: dict | None = None
+    tokenizer: bytes | None = None
+    metadata: dict = field(default_factory=dict)  # the "tim" record
+
+    def __contains__(self, part: str) -> bool:
+        return getattr(self, part) is not None
+
+    def tensors(self, part: str) -> StateDict:
+        """The tensors of a part; TimError if the file has none of it."""
+        if part not in self:
+            there = ", ".join(f"a {TITLES[p]}" for p in TITLES if p in self)
+            raise TimError(f"{self.source}: found {there or 'nothing'}, expected a {TITLES[part]} too")
+        return getattr(self, part)
+
+    def record(self, part: str) -> dict:
+        return {**self.metadata, **self.records.get(part, {})}
+
+    def config(self, part: str):
+        """TransformerConfig, AutoencoderConfig, or the Gemma config as a dict; TimError naming the file if it cannot be read."""
+        tensors, record = self.tensors(part), self.record(part)
+        try:
+            if part == TEXT_ENCODER:
+                return normalise_config(self.gemma_config or _gemma_config(tensors))
+            if part == AUTOENCODER and "attention_head_dim" in record:  # a diffusers config.json
+                return AutoencoderConfig.from_diffusers(record)
+            return (TransformerConfig if part == TRANSFORMER else AutoencoderConfig).from_state_dict(tensors, record)
+        except TimError as error:
+            raise TimError(f"{self.source}: {error}") from None
+
+    def check_fit(self) -> None:
+        """TimError if the transformer cannot read the text model's features or the autoencoder cannot decode its latents."""
+        if self.transformer is None:
+            return
+        config = self.config(TRANSFORMER)
+        if self.autoencoder is not None and (channels := self.config(AUTOENCODER).latent_channels) != config.in_channels:
+            wanted = f"the transformer's {config.in_channels}"
+            raise TimError(f"{self.source}: found an autoencoder of {channels} latent channels, expected {wanted}")
+        if self.text_encoder is not None and (width := self.text_encoder["embed_tokens.weight"].shape[1]) != config.text_dim:
+            wanted = "none: the transformer is class-conditional" if config.text_dim is None else f"the transformer's {config.text_dim}"
+            raise TimError(f"{self.source}: found a text model of width {width}, expected {wanted}")
+
+    @property
+    def escape(self) -> bool:
+        """Whether prompts are unicode-escaped: as the transformer was trained, which for the released weights is yes."""
+        records = (self.records.get(TRANSFORMER, {}), self.metadata, self.records.get(TEXT_ENCODER, {}))
+        return bool(next((r["escape_prompts"] for r in records if r.get("escape_prompts") is not None), True))
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent cell: from the metadata, else the autoencoder in the same file, else the latent's channels."""
+        record = self.record(TRANSFORMER)
+        if record.get("latent_factor"):
+            return int(record["latent_factor"])
+        if self.autoencoder is not None:
+            return self.config(AUTOENCODER).factor
+        channels = self.tensors(TRANSFORMER)["x_embedder.proj.weight"].shape[1]
+        return LATENT_FACTORS.get(channels, 8)
+
+
+# Opening
+
+
+def resolve(name: str | Path) -> Path:
+    """A bundled model's name, or a path, to the file; TimError listing the bundled names if there is neither."""
+    if str(name) in BUNDLED:
+        path = BUNDLED[str(name)]
+        if not path.is_file():
+            raise TimError(f"{name}: the bundled model is not in this installation, expected it at {path}")
+        return path
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise TimError(f"{name}: found no such file, expected a path or a bundled model ({', '.join(BUNDLED)})")
+    return path
+
+
+def open_state_dict(path: str | Path) -> tuple[StateDict, dict[str, str]]:
+    """A weight file -> its tensors (nested dicts flattened to dotted keys; memory-mapped where the format allows) and safetensors metadata.
+
+    The format is told by content. Torch files go through the weights-only loader alone. TimError naming the file if it cannot be
+    opened, or would run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise TimError(f"{path}: found a folder, expected a weight file")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        raise TimError(f"{path}: found no such file, expected a weight file") from None
+    except OSError as error:
+        raise TimError(f"{path}: cannot be read ({error.strerror}), expected a weight file") from None
+    if not start:
+        raise TimError(f"{path}: found an empty file, expected a weight file")
+    if start[8:9] == b"{":
+        return _open_safetensors(path)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return _flatten(_open_torch(path), str(path)), {}
+    strangers = {
+        b"GGUF": "a GGUF file",
+        b"version https://git-lfs": "a Git LFS pointer, not the file it points to",
+        b"<": "a web page, not the file itself",
+        b"{": "a JSON file",
+    }
+    found = next((title for magic, title in strangers.items() if start.lstrip().startswith(magic)), "an unknown or damaged file")
+    raise TimError(f"{path}: found {found}, expected safetensors or a torch weight file (.bin, .pt, .pth)")
+
+
+def _open_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {_unwrapped(key): file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise TimError(f"{path}: found a truncated or damaged safetensors file ({one_line(error)}), expected a whole one") from None
+
+
+def _open_torch(path: Path):
+    """torch.load(weights_only=True), memory-mapped unless the file is of torch's old format (or misnamed: torch goes by .safetensors)."""
+    for mmap in (True, False) if path.suffix != ".safetensors" else (False,):
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an unusual pickle protocol
+            try:
+                return torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+            except Exception as error:  # UnpicklingError, RuntimeError, EOFError, and whatever a damaged pickle provokes
+                text = one_line(error, limit=None)
+        if mmap and "mmap" in text.replace(str(path), ""):
+            continue
+        named = re.search(r"GLOBAL [\w.]+", text) or re.search(r"Unsupported (class|global|operand|type)\S* [\w.]+|TorchScript", text)
+        if named:
+            raise TimError(f"{path}: found code or objects in the file ({named[0]}), expected tensors only; it was not opened")
+        raise TimError(f"{path}: found a truncated or damaged torch file ({text[:120]}), expected a whole one")
+
+
+def _flatten(value, name: str) -> StateDict:
+    """Nested dicts to dotted keys; anything but tensors (step counts, settings) is left out."""
+    if not isinstance(value, Mapping):
+        raise TimError(f"{name}: found a {type(value).__name__}, expected a state dict")
+    tensors = {}
+
+    def walk(mapping: Mapping, prefix: str) -> None:
+        for key, item in mapping.items():
+            if isinstance(item, Tensor):
+                tensors[_unwrapped(f"{prefix}{key}")] = item
+            elif isinstance(item, Mapping):
+                walk(item, f"{prefix}{key}.")
+
+    walk(value, "")
+    return tensors
+
+
+def _unwrapped(key: str) -> str:
+    for wrapper in WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
+
+
+# Recognising
+
+
+def find(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict] | None:
+    """The part's prefix and its tensors under their official names; None if it is not there.
+
+    Any wrapping is understood (`model.`, `state_dict.`, `module.`, `model.diffusion_model.`, ...). Where a training checkpoint holds
+    both the trained weights and their moving average, the average (`ema`) is taken: it is what the authors sample with.
+    """
+    first, *others = SIGNATURES[part]
+    prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
+    prefixes = {prefix for prefix in prefixes if all(prefix + name in tensors for name in others)}
+    if not prefixes:
+        return None
+    best = min(prefixes, key=lambda p: (not any("ema" in word.split("_") for word in p.split(".")), len(p), p))
+    foreign = tuple(p for p in prefixes if p != best and p.startswith(best))
+    roots = ROOTS.get(part, ("",))
+    return best, {
+        key[len(best) :]: tensor
+        for key, tensor in tensors.items()
+        if key.startswith(best)
+        and key[len(best) :].startswith(roots)
+        and key.rpartition(".")[2] not in BYTE_KEYS
+        and not (foreign and key.startswith(foreign))
+    }
+
+
+def guess(tensors: Mapping[str, Tensor]) -> str:
+    """What a state dict that is none of ours looks like, in words."""
+    names = set(tensors)
+    suffixes = {key.partition(".")[2] for key in names} | {key.split(".", 2)[-1] for key in names} | names
+    for marks, title in STRANGERS:
+        if title == "a LoRA":
+            if any(key.endswith(marks) for key in names):
+                break
+        elif all(mark in suffixes for mark in marks):
+            break
+    else:
+        title = "an unknown state dict"
+    shown = ", ".join(list(tensors)[:3])
+    return f"{title}: {len(tensors)} tensors" + (f", first keys {shown}" if shown else "")
+
+
+def read_parts(source) -> Parts:
+    """Takes apart a weight file, a folder in Hugging Face layout, a bundled name, or a dict of parts ({"model": ..., "vae": ...}).
+
+    A dict's values are files, folders or modules. TimError, naming the file, what was found and what was expected, if nothing of ours
+    is in it.
+    """
+    if isinstance(source, Parts):
+        return source
+    if isinstance(source, Mapping):
+        return _gather(source)
+    path = resolve(source)
+    tensors, metadata, folder = _open_folder(path) if path.is_dir() else (*open_state_dict(path), path.parent)
+    parts = _take_apart(tensors, str(source))
+    parts.metadata = _tim_record(metadata, str(source))
+    if not any(part in parts for part in TITLES):
+        raise TimError(f"{source}: found {guess(tensors)}, expected a TiM transformer, a Gemma-3 text model, a DC-AE, or several of them")
+    _read_beside(parts, folder)
+    return parts
+
+
+def _take_apart(tensors: Mapping[str, Tensor], source: str) -> Parts:
+    parts = Parts(source)
+    rest = dict(tensors)
+    for part in (AUTOENCODER, TEXT_ENCODER, TRANSFORMER):  # the transformer, which takes all that stands under its prefix, last
+        if (found := find(rest, part)) is None:
+            continue
+        prefix, own = found
+        setattr(parts, part, own)
+        parts.prefixes[part] = prefix
+        for name in own:
+            del rest[prefix + name]
+        places = (prefix, prefix.removesuffix("transformer.")) if part == TEXT_ENCODER else (prefix,)
+        config = next((rest.pop(place + "config_json") for place in places if place + "config_json" in rest), None)
+        if config is not None:
+            parts.records[part] = _json(_bytes(config), f"{source}: {prefix}config_json")
+    if TEXT_ENCODER in parts and TEXT_ENCODER in parts.records:
+        record = parts.records[TEXT_ENCODER]
+        parts.gemma_config = {k: v for k, v in record.items() if k != "escape_prompts"}
+        parts.records[TEXT_ENCODER] = {k: v for k, v in record.items() if k == "escape_prompts"}
+    for key, tensor in rest.items():
+        if key.rpartition(".")[2] in ("tokenizer_json", "spiece_model"):
+            parts.tokenizer = _bytes(tensor)
+    return parts
+
+
+def _gather(sources: Mapping) -> Parts:
+    parts = Parts(" + ".join(str(s) if isinstance(s, (str, Path)) else type(s).__name__ for s in sources.values()))
+    for name, source in sources.items():
+        if name not in PART_NAMES:
+            raise TimError(f"parts: found '{name}', expected {', '.join(map(repr, PART_NAMES))}")
+        part = PART_NAMES[name]
+        if source is None:
+            continue
+        one = _from_module(source, part) if isinstance(source, torch.nn.Module) else read_parts(source)
+        if part not in one:
+            held = ", ".join(f"a {TITLES[p]}" for p in TITLES if p in one)
+            raise TimError(f"{one.source}: found {held}, expected a {TITLES[part]}")
+        setattr(parts, part, getattr(one, part))
+        parts.records[part] = one.records.get(part, {})
+        if part == TEXT_ENCODER:
+            parts.gemma_config, parts.tokenizer = one.gemma_config, one.tokenizer
+            if "escape_prompts" in one.metadata:
+                parts.records[part] = {"escape_prompts": one.metadata["escape_prompts"], **parts.records[part]}
+        elif part == AUTOENCODER:
+            parts.records[part] = {k: v for k, v in one.metadata.items() if k in AutoencoderConfig.RECORD} | parts.records[part]
+        else:
+            parts.metadata = {k: v for k, v in one.metadata.items() if k not in AutoencoderConfig.RECORD}
+    return parts
+
+
+def _from_module(module: torch.nn.Module, part: str) -> Parts:
+    parts = Parts(type(module).__name__)
+    found = find(_flatten(module.state_dict(), parts.source), part)  # without a compiled or distributed module's wrapping
+    if found is None:
+        raise TimError(f"{parts.source}: found a module without the tensors of one, expected a {TITLES[part]}")
+    setattr(parts, part, found[1])
+    module = getattr(module, "module", module)
+    if part == TEXT_ENCODER:
+        parts.gemma_config, parts.tokenizer = module.gemma_config, module.tokenizer.data
+        parts.records[part] = {"escape_prompts": module.escape}
+    else:
+        parts.records[part] = module.config.record()
+    return parts
+
+
+def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
+    """The weights of a folder in Hugging Face layout: one file, or the shards that an index names."""
+    for index in sorted(folder.glob("*.index.json")):
+        shards = sorted(set(_json(index.read_bytes(), str(index)).get("weight_map", {}).values()))
+        if shards:
+            tensors = {}
+            for shard in shards:
+                tensors.update(open_state_dict(folder / Path(shard).name)[0])
+            return tensors, {}, folder
+    files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
+    files = [file for file in files if file.is_file()] or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise TimError(f"{folder}: found a folder without weights, expected model.safetensors or another of Hugging Face's layout in it")
+    return (*open_state_dict(files[0]), folder)
+
+
+def _read_beside(parts: Parts, folder: Path) -> None:
+    """What a text model or an autoencoder lacks of its own: config.json and the tokenizer in the same folder."""
+    file = folder / "config.json"
+    config = _json(file.read_bytes(), str(file)) if file.is_file() else {}
+    kind = (config.get("text_config") or config).get("model_type")
+    if TEXT_ENCODER in parts and parts.gemma_config is None and kind == "gemma3_text":
+        parts.gemma_config = config
+    if AUTOENCODER in parts and AUTOENCODER not in parts.records and "attention_head_dim" in config:
+        parts.records[AUTOENCODER] = config
+    if TEXT_ENCODER in parts and parts.tokenizer is None and (tokenizer := tokenizer_file(folder)):
+        parts.tokenizer = tokenizer.read_bytes()
+
+
+# Small things
+
+
+def _gemma_config(tensors: Mapping[str, Tensor]) -> dict:
+    """The config of a Gemma 3 1B without config.json, which is all that its shapes identify for certain."""
+    vocab, hidden = tensors["embed_tokens.weight"].shape
+    if hidden != GEMMA_1B_WIDTH:
+        raise TimError(f"found a Gemma-3 text model of width {hidden} without its config, expected config.json beside it")
+    head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": tensors["layers.0.mlp.gate_proj.weight"].shape[0],
+        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers.")),
+        "num_attention_heads": tensors["layers.0.self_attn.q_proj.weight"].shape[0] // head_dim,
+        "num_key_value_heads": tensors["layers.0.self_attn.k_proj.weight"].shape[0] // head_dim,
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": head_dim,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 32768,
+    }
+
+
+def _tim_record(metadata: Mapping[str, str], source: str) -> dict:
+    record = _json(metadata["tim"].encode("utf-8"), f"{source}: metadata") if "tim" in metadata else {}
+    if record.get("format", FORMAT) > FORMAT:
+        raise TimError(f"{source}: found checkpoint format {record['format']}, expected {FORMAT}; a newer version of this package reads it")
+    return record
+
+
+def _json(data: bytes, name: str) -> dict:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise TimError(f"{name}: found no readable JSON ({one_line(error)}), expected an object") from None
+    if not isinstance(value, dict):
+        raise TimError(f"{name}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.to(device="cpu", dtype=torch.uint8).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""The text encoder as a CLIP: transformers' Gemma 3 on a plain patcher, so it loads and unloads as a whole."""
+"""The text encoder as a CLIP: transformers' Gemma 3, which loads and unloads as a whole."""
 
 from types import SimpleNamespace
 
@@ -8,10 +8,10 @@ import torch
 from comfy.cli_args import args
 from torch import Tensor
 
-from ..tim_core.checkpoint import Parts, json_tensor, load_text_encoder
+from ..tim_core.checkpoint import Parts, json_tensor, load_text_encoder, read_parts
 from ..tim_core.text_encoder import MAX_LENGTH, TextEncoder
 from .compat import accepted
-from .model import PADDED
+from .model import PADDED, WholePatcher
 
 
 class TiMTokenizer:
@@ -60,7 +60,20 @@ class TiMTextModel(torch.nn.Module):
         return rows[:, :length], None, {PADDED: padded}
 
 
-def build_clip(parts: Parts) -> comfy.sd.CLIP:
+class TiMCLIP(comfy.sd.CLIP):
+    """Encodes with the model that its patcher holds: Select CLIP Device exchanges the patcher alone."""
+
+    def load_model(self, *args, **kwargs):
+        self.cond_stage_model = self.patcher.model
+        return super().load_model(*args, **kwargs)
+
+    def clone(self, **kwargs):
+        clip = super().clone(**kwargs)
+        clip.__class__ = TiMCLIP  # core's clone names its own class
+        return clip
+
+
+def build_clip(parts: Parts) -> TiMCLIP:
     """The CLIP of a checkpoint. TimError if it holds no text model, or transformers is missing or too old."""
     dtype = text_dtype(mm.text_encoder_device())
     encoder = load_text_encoder(parts, dtype=dtype).requires_grad_(False)
@@ -70,9 +83,16 @@ def build_clip(parts: Parts) -> comfy.sd.CLIP:
         tokenizer=lambda **kwargs: TiMTokenizer(encoder),
     )
     parameters = sum(weight.numel() for weight in encoder.parameters())
-    # transformers' layers cannot be offloaded one by one
     plain = accepted(comfy.sd.CLIP.__init__, disable_dynamic=True)
-    return comfy.sd.CLIP(target, parameters=parameters, model_options={"dtype": dtype}, **plain)
+    clip = TiMCLIP(target, parameters=parameters, model_options={"dtype": dtype}, **plain)
+    clip.patcher.__class__ = WholePatcher  # CLIP makes its patcher itself; clones are of the same class
+    clip.patcher.cached_patcher_init = (_reload_clip, (parts.source,))
+    return clip
+
+
+def _reload_clip(source: str, disable_dynamic: bool = False) -> WholePatcher:
+    """How core makes a second patcher of the same file, for another device."""
+    return build_clip(read_parts(source)).patcher
 
 
 def text_dtype(device: torch.device) -> torch.dtype:

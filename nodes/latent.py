@@ -1,13 +1,9 @@
 """Empty latents."""
 
-import logging
-
-import comfy.model_management as mm
-import torch
 from comfy_api.latest import io
 
 from .compat import schema
-from .model import tim_model
+from .model import empty_latent
 
 MAX_SIDE = 4096  # pixels: what the released model was trained up to
 
@@ -47,12 +43,4 @@ class TiMEmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, width, height, batch_size) -> io.NodeOutput:
-        inner = tim_model(model)
-        factor = inner.latent_format.spacial_downscale_ratio
-        multiple = factor * inner.diffusion_model.config.patch_size
-        rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
-        if rounded != [width, height]:
-            logging.info(f"TiMEmptyLatent: {width}x{height} becomes {rounded[0]}x{rounded[1]}, multiples of {multiple}")
-        shape = (batch_size, inner.latent_format.latent_channels, rounded[1] // factor, rounded[0] // factor)
-        samples = torch.zeros(shape, device=mm.intermediate_device())
-        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": factor})
+        return io.NodeOutput(empty_latent(model, width, height, batch_size))

@@ -1,5 +1,6 @@
-"""TiM as a MODEL: core's BaseModel around our network, and the wrappers that make core's samplers sample it as published."""
+"""TiM as a MODEL: core's BaseModel around our network, the wrappers that make core's samplers sample it as published, our own sampler."""
 
+import logging
 from dataclasses import replace
 
 import comfy.k_diffusion.sampling
@@ -7,8 +8,11 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
 import comfy.supported_models_base
 import comfy.utils
+import latent_preview
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
@@ -17,13 +21,16 @@ from torch import Tensor
 from ..tim_core.checkpoint import TRANSFORMER, Parts, json_tensor, load_transformer, read_parts
 from ..tim_core.config import TransformerConfig
 from ..tim_core.errors import TimError
+from ..tim_core.sampler import sample
 from ..tim_core.transformer import TransitionTransformer
+from .compat import accepted
 
 PADDED = "tim_padded"  # conditioning key: the 256 rows of a prompt, its padding included
 TARGET = "tim_target"  # transformer option: the time that our own sampler goes to
 TRANSITION = "tim_transition"  # transformer option: the sampler goes from each time of its schedule to the next
 INTERVAL = "tim_interval"  # key of the guidance interval's wrapper
 PUBLISHED_INTERVAL = (0.0, 1.0)
+UNGUIDED = {"cfg": 1.0, "cfg1": 1.0, "cfg2": 1.0, "neg_scale": 0.0}  # strengths of core's guiders that leave the positive alone
 
 
 class ComfyAttention:
@@ -50,8 +57,12 @@ class TiMNetwork(TransitionTransformer):
         return executor.execute(x, timesteps, context, transformer_options, **kwargs)
 
     def _forward(self, x, timesteps, context, transformer_options={}, **kwargs):
-        self.comfy_attention.options = transformer_options
-        return super().forward(x, timesteps, transformer_options.get("tim_r", timesteps), context)
+        attention = self.comfy_attention
+        outer, attention.options = attention.options, transformer_options
+        try:
+            return super().forward(x, timesteps, transformer_options.get("tim_r", timesteps), context)
+        finally:
+            attention.options = outer
 
 
 class TiMModel(comfy.model_base.BaseModel):
@@ -116,10 +127,7 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
     model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, supported))
     model = model_config.get_model(weights)
 
-    # Looked up now, not at import: at start ComfyUI puts another class in this place where it offloads dynamically.
-    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else patcher_class
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher = patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
     if not mm.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(weights, "", **({"assign": True} if is_dynamic(patcher) else {}))
@@ -142,8 +150,24 @@ def _checked(parts: Parts) -> tuple[dict[str, Tensor], TransformerConfig]:
     return weights, load_transformer(replace(parts, transformer=shapes), device="meta").config
 
 
+def patcher_class(disable_dynamic: bool = False) -> type[comfy.model_patcher.ModelPatcher]:
+    """The patcher for core's layers; looked up now, since ComfyUI puts another in this place at start where it offloads dynamically."""
+    plain = comfy.model_patcher.ModelPatcher
+    return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+
+
 def is_dynamic(patcher) -> bool:
     return getattr(patcher, "is_dynamic", lambda: False)()
+
+
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """For layers that are not core's, which can be on the device or off it, but not run in between: loads and unloads everything."""
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        return super().partially_load(device_to, 1e32, force_patch_weights=force_patch_weights)
+
+    def partially_unload(self, *args, **kwargs):
+        return 0  # bytes freed: core then unloads the whole
 
 
 def tim_model(model) -> TiMModel:
@@ -155,18 +179,24 @@ def tim_model(model) -> TiMModel:
 
 
 def with_interval(model: comfy.model_patcher.ModelPatcher, low: float, high: float) -> comfy.model_patcher.ModelPatcher:
-    """A clone that is guided only at times low < t < high; elsewhere the negative is not evaluated at all."""
+    """A clone that is guided only at times low < t < high, by CFG, Dual CFG and Perp-Neg alike.
+
+    Elsewhere the negatives have no weight, and are not evaluated unless the guider always does (Dual CFG, nested).
+    """
     low, high = torch.tensor([low, high], dtype=torch.float32).tolist()  # as the times that they are compared with
 
     def guide_inside(executor, x, timestep, *args, **kwargs):
         guider = executor.class_obj
-        if not hasattr(guider, "cfg") or low < float(timestep.flatten()[0]) < high:
+        if low < float(timestep.flatten()[0]) < high:
             return executor(x, timestep, *args, **kwargs)
-        cfg, guider.cfg = guider.cfg, 1.0
+        strengths = {name: getattr(guider, name) for name in UNGUIDED if hasattr(guider, name)}
         try:
+            for name in strengths:
+                setattr(guider, name, UNGUIDED[name])
             return executor(x, timestep, *args, **kwargs)
         finally:
-            guider.cfg = cfg
+            for name, strength in strengths.items():
+                setattr(guider, name, strength)
 
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, INTERVAL)
@@ -228,3 +258,54 @@ def _fit_conditionings(executor, *args, **kwargs):
             height, width, y, x = (side * 8 // factor for side in area)
             cond["area"] = (max(height, 1), max(width, 1), y, x)
     return executor(*args, **kwargs)
+
+
+@torch.no_grad()
+def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """tim_core's sampler in the form of a k-diffusion sampler; `model` guides, so one evaluation here is a guided one."""
+
+    def network(x, t, r, _):
+        mm.throw_exception_if_processing_interrupted()
+        return (x - model(x, t, **with_target(extra_args or {}, r[0].item()))) / t[0]
+
+    return sample(network, x, sigmas, None, callback=callback, disable=bool(disable))[0]
+
+
+def sample_latent(model, positive, negative, latent: dict, seed: int, cfg: float, times: Tensor, interval: tuple[float, float]) -> dict:
+    """A LATENT at times[0] (noise is mixed in) to a LATENT at times[-1]; unfinished ones are scaled as core's samplers scale them.
+
+    Through core's guider: masks, areas, hooks, LoRAs and previews work as in KSampler.
+    """
+    tim_model(model)
+    model = with_interval(model, *interval)
+    ratio = {"downscale_ratio_spacial": latent.get("downscale_ratio_spacial")}
+    samples = latent["samples"]
+    samples = comfy.sample.fix_empty_latent_channels(model, samples, **accepted(comfy.sample.fix_empty_latent_channels, **ratio))
+    samples = comfy.sample.sample_custom(
+        model,
+        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        cfg,
+        comfy.samplers.KSAMPLER(sample_transitions),
+        times.float(),
+        positive,
+        negative,
+        samples,
+        noise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(times) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    rest = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
+    return {**rest, "samples": samples}
+
+
+def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
+    """A LATENT of zeros for pictures of width x height pixels, rounded to what the model can draw, with a line in the log."""
+    inner = tim_model(model)
+    factor = inner.latent_format.spacial_downscale_ratio
+    multiple = factor * inner.diffusion_model.config.patch_size
+    rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
+    if rounded != [width, height]:
+        logging.info(f"TiMEmptyLatent: {width}x{height} becomes {rounded[0]}x{rounded[1]}, multiples of {multiple}")
+    shape = (batch_size, inner.latent_format.latent_channels, rounded[1] // factor, rounded[0] // factor)
+    return {"samples": torch.zeros(shape, device=mm.intermediate_device()), "downscale_ratio_spacial": factor}

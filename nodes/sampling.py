@@ -1,52 +1,10 @@
-"""Sampling along a time grid of our own, through core's guider: masks, areas, hooks, LoRAs and previews work as in KSampler."""
+"""Sampling along a time grid of our own."""
 
-import comfy.model_management as mm
-import comfy.sample
-import comfy.samplers
-import comfy.utils
-import latent_preview
-import torch
 from comfy_api.latest import io
 
-from ..tim_core import sampler, schedule
-from .compat import accepted, schema
-from .model import tim_model, with_interval, with_target
-
-
-@torch.no_grad()
-def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """tim_core's sampler in the form of a k-diffusion sampler; `model` guides, so one evaluation here is a guided one."""
-
-    def network(x, t, r, _):
-        mm.throw_exception_if_processing_interrupted()
-        return (x - model(x, t, **with_target(extra_args or {}, r[0].item()))) / t[0]
-
-    return sampler.sample(network, x, sigmas, None, callback=callback, disable=bool(disable))[0]
-
-
-def sample_latent(model, positive, negative, latent: dict, seed: int, cfg: float, times: torch.Tensor, interval) -> dict:
-    """A LATENT at times[0] (noise is mixed in) to a LATENT at times[-1]; unfinished ones are scaled as core's samplers scale them."""
-    tim_model(model)
-    model = with_interval(model, *interval)
-    ratio = {"downscale_ratio_spacial": latent.get("downscale_ratio_spacial")}
-    samples = latent["samples"]
-    samples = comfy.sample.fix_empty_latent_channels(model, samples, **accepted(comfy.sample.fix_empty_latent_channels, **ratio))
-    samples = comfy.sample.sample_custom(
-        model,
-        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
-        cfg,
-        comfy.samplers.KSAMPLER(sample_transitions),
-        times.float(),
-        positive,
-        negative,
-        samples,
-        noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(times) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
-    rest = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
-    return {**rest, "samples": samples}
+from ..tim_core import schedule
+from .compat import schema
+from .model import sample_latent
 
 
 class TiMSampler(io.ComfyNode):
@@ -129,6 +87,5 @@ class TiMSampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high, start, end
     ) -> io.NodeOutput:
-        times = schedule.uniform(steps, start, end)
-        interval = (guidance_low, guidance_high)
+        times, interval = schedule.uniform(steps, start, end), (guidance_low, guidance_high)
         return io.NodeOutput(sample_latent(model, positive, negative, latent_image, seed, cfg, times, interval))

@@ -10,8 +10,8 @@ import comfy.sd
 import torch
 
 from ..tim_core.autoencoder import Autoencoder
-from ..tim_core.checkpoint import AUTOENCODER, Parts, json_tensor, load_autoencoder
-from .model import is_dynamic
+from ..tim_core.checkpoint import AUTOENCODER, Parts, json_tensor, load_autoencoder, read_parts
+from .model import WholePatcher, is_dynamic, patcher_class
 
 TILE, OVERLAP = 1024, 128  # pixels: smaller tiles show, since the deep stages look at the whole tile
 
@@ -19,9 +19,12 @@ TILE, OVERLAP = 1024, 128  # pixels: smaller tiles show, since the deep stages l
 class TiMVAE(comfy.sd.VAE):
     """Pictures in [0, 1] <-> latents of unit variance. Float32 or bfloat16: float16 overflows in the deep stages."""
 
-    def __init__(self, parts: Parts, device: torch.device | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self, parts: Parts, device: torch.device | None = None, dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    ):
         with _without_warning("No VAE weights detected"):
             super().__init__(sd={})  # every version's own defaults
+        reload = (_reload_vae, (parts.source, device, dtype))
         self.device = device or mm.vae_device()
         self.working_dtypes = [torch.bfloat16, torch.float32]
         dtype = dtype or mm.vae_dtype(self.device, self.working_dtypes)
@@ -33,6 +36,8 @@ class TiMVAE(comfy.sd.VAE):
         loaded = load_autoencoder(parts, dtype=self.vae_dtype)
         config = loaded.config
         self.first_stage_model = Autoencoder(config, comfy.ops.disable_weight_init, dtype=self.vae_dtype).eval().requires_grad_(False)
+        # Batch norm is not one of core's layers: its tensors would stay behind when the rest is offloaded.
+        self.disable_offload = any(stage.norm == "batch_norm" for stage in (*config.encoder, *config.decoder))
         self.latent_channels = config.latent_channels
         self.downscale_ratio = self.upscale_ratio = config.factor
         # A guess, not measured on a GPU: at full resolution a block holds some eight tensors as wide as the first stage.
@@ -42,9 +47,10 @@ class TiMVAE(comfy.sd.VAE):
 
         if hasattr(mm, "archive_model_dtypes"):
             mm.archive_model_dtypes(self.first_stage_model)
-        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-        self.patcher = patcher_class(self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device())
+        chosen = WholePatcher if self.disable_offload else patcher_class(disable_dynamic)
+        self.patcher = chosen(self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device())
         self.first_stage_model.load_state_dict(loaded.state_dict(), strict=False, assign=is_dynamic(self.patcher))
+        self.patcher.cached_patcher_init = reload
         if hasattr(self, "model_size"):
             self.model_size()
 
@@ -60,6 +66,11 @@ class TiMVAE(comfy.sd.VAE):
 
     def encode_tiled_(self, pixel_samples, tile_x=TILE, tile_y=TILE, overlap=OVERLAP):
         return super().encode_tiled_(pixel_samples, tile_x=tile_x, tile_y=tile_y, overlap=overlap)
+
+
+def _reload_vae(source: str, device=None, dtype=None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """How core makes a second patcher of the same file, for another device."""
+    return TiMVAE(read_parts(source), device, dtype, disable_dynamic).patcher
 
 
 @contextmanager

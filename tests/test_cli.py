@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ def fails(run):
         found, out, err = run(*words)
         lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line and "?step" not in line]
         assert found == code and out == "" and len(lines) == 1 and lines[0].startswith("tim: error: "), (found, out, err)
-        assert "Traceback" not in err and not list(Path.cwd().glob("*.png")) and not list(Path.cwd().glob(".*"))
+        assert "Traceback" not in err and not list(Path.cwd().glob("*.png")) and not list(Path.cwd().glob("*.part"))
         return lines[0]
 
     return fails
@@ -62,12 +61,7 @@ def test_help_teaches(run):
     assert run("--version") == (0, f"tim {__version__}\n", "")
 
 
-def test_help_is_fast():
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "tim_core.cli", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - started)
+def test_help_imports_nothing_slow():
     code = """if True:
         import sys, tim_core.cli
         try:
@@ -76,7 +70,6 @@ def test_help_is_fast():
             assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert min(times) < 1.0
 
 
 # sample
@@ -161,6 +154,19 @@ def test_inspect(run, tiny, tmp_path):
     assert code == 0 and "TiM" in out and "Gemma-3" in out and "DC-AE" in out
     torch.save({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux.bin")
     assert run("inspect", tmp_path / "flux.bin")[1].startswith(f"{tmp_path / 'flux.bin'}: a Flux-like transformer")
+
+
+def test_inspect_goes_on_after_a_bad_file(run, tiny, tmp_path):
+    (tmp_path / "bad.safetensors").write_text("hello")
+    code, out, err = run("inspect", tiny, "bad.safetensors", "nothing.bin", tiny)
+    lines = err.splitlines()
+    assert code == 1 and out.count("TiM checkpoint") == 2 and len(lines) == 2
+    assert lines[0].startswith("tim: error: bad.safetensors") and lines[1].startswith("tim: error: nothing.bin")
+
+
+def test_the_example_of_train_is_of_files_that_are_there():
+    names = [word for word in cli.TRAIN_EXAMPLES.split() if word.endswith(".yaml")]
+    assert len(names) == 3 and all((ROOT / name).is_file() for name in names)
 
 
 def test_convert_and_pack(run, tiny):

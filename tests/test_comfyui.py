@@ -348,6 +348,8 @@ def reload(model, clip, vae):
     """Second patchers of the same file, as core makes them for another device, and a CLIP that has one."""
     import torch
 
+    if not hasattr(model, "deepclone_multigpu"):
+        return None
     found = {}
     for name, patcher in (("model", model), ("clip", clip.patcher), ("vae", vae.patcher)):
         function, arguments = patcher.cached_patcher_init
@@ -356,10 +358,7 @@ def reload(model, clip, vae):
             equal = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
             found[name] = [type(again) is type(patcher), again.model is not patcher.model, equal]
     moved = clip.clone()
-    if hasattr(moved.patcher, "deepclone_multigpu"):
-        moved.patcher = moved.patcher.deepclone_multigpu(torch.device("cpu"))
-    else:
-        moved.patcher = clip.patcher.cached_patcher_init[0](*clip.patcher.cached_patcher_init[1])
+    moved.patcher = moved.patcher.deepclone_multigpu(torch.device("cpu"))
     rows = [each.encode("a red circle") for each in (clip, moved)]
     found["moved"] = [moved.cond_stage_model is moved.patcher.model, moved.cond_stage_model is not clip.cond_stage_model]
     found["rows"] = torch.equal(*rows)
@@ -367,8 +366,10 @@ def reload(model, clip, vae):
 
 
 def test_core_can_make_second_patchers(comfyui):
+    if (found := inside(comfyui, reload)) is None:
+        pytest.skip("this version of ComfyUI makes none")
     whole = [True, True, True]
-    assert inside(comfyui, reload) == {"model": whole, "clip": whole, "vae": whole, "moved": [True, True], "rows": True}
+    assert found == {"model": whole, "clip": whole, "vae": whole, "moved": [True, True], "rows": True}
 
 
 def attend(model, clip, vae):

@@ -222,7 +222,7 @@ def test_other_configs_are_refused(config, tokenizer):
 def test_wrong_weights_are_refused(encoder, tokenizer):
     state = dict(encoder.transformer.state_dict())
     state["extra"] = state.pop("norm.weight")
-    with pytest.raises(TimError, match="no norm.weight; unknown extra"):
+    with pytest.raises(TimError, match="no norm.weight, unknown extra"):
         TextEncoder(OLD_CONFIG, tokenizer, device="meta").load(state)
 
 

@@ -1,2 +1,20 @@
+from collections.abc import Collection, Mapping
+
+
 class TimError(ValueError):
     """Something the user gave cannot be used; the message is one line: the thing, what was found, what was expected."""
+
+
+def one_line(error: Exception, limit: int | None = 160) -> str:
+    """Another library's message, fit to stand inside ours."""
+    return " ".join(str(error).split())[:limit]
+
+
+def misfits(own: Mapping, found: Mapping, optional: Collection[str] = ()) -> str:
+    """How the tensors `found` differ from a model's `own`, in names and shapes; empty if they agree. `optional` ones may be missing."""
+    kinds = {
+        "no": sorted(own.keys() - found.keys() - set(optional)),
+        "unknown": sorted(found.keys() - own.keys()),
+        "another shape of": [name for name in own if name in found and own[name].shape != found[name].shape],
+    }
+    return ", ".join(f"{kind} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") for kind, names in kinds.items() if names)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..autoencoder import Autoencoder
 from ..config import AutoencoderConfig, StageConfig
+from ..files import write_whole
 from .config import AutoencoderTraining
 from .data import ShapesBatches
-from .loop import train, write_then_rename
+from .loop import train
 
 
 def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
@@ -65,8 +66,8 @@ def train_autoencoder(config: AutoencoderTraining) -> Path:
 
     def export(average, step):
         tensors = {name: value.contiguous() for name, value in average.items()}
-        record = {"format": 1, "scaling_factor": model.config.scaling_factor, "head_dim": model.config.head_dim}
-        write_then_rename(path, lambda to: save_file(tensors, to, metadata={"tim": json.dumps(record)}))
+        record = {"format": 1, **model.config.record()}
+        write_whole(path, lambda to: save_file(tensors, to, metadata={"tim": json.dumps(record)}))
         return path
 
     return train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, sample, export)

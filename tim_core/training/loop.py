@@ -5,7 +5,6 @@ Everything random in step k comes from (seed, k), so a run that is killed and st
 
 import csv
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import TimError
+from ..files import write_whole
 from .config import LoopConfig
 
 AVERAGED = "ema"
@@ -110,16 +110,6 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     return made
 
 
-def write_then_rename(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls write(beside) and renames, so that `path` is either whole or not there."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
@@ -127,7 +117,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _save(folder: Path, config: LoopConfig, step: int, seconds: float, model, optims, average) -> None:
     state = {"step": step, "seconds": seconds, "model": model.state_dict(), AVERAGED: average}
     state["optimizers"] = [optimizer.state_dict() for optimizer in optims]
-    write_then_rename(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
+    write_whole(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
     for old in _checkpoints(folder)[:-config.keep]:
         old.unlink()
 
@@ -161,7 +151,7 @@ def _forget_after(path: Path, step: int) -> None:
             with beside.open("w", newline="") as file:
                 csv.writer(file).writerows([header, *kept])
 
-        write_then_rename(path, write)
+        write_whole(path, write)
 
 
 def _log(folder: Path, row: dict) -> None:

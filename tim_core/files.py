@@ -1,0 +1,28 @@
+"""Files that are either whole or not there."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import TimError, one_line
+
+
+def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Calls write(beside) and renames: a reader never sees half a file, and a failure leaves what was there. OSErrors become TimError."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.part")
+    try:
+        beside.unlink(missing_ok=True)
+        beside.touch()
+        mode = stat.S_IMODE(beside.stat().st_mode)
+        write(beside)
+        beside.chmod(mode)  # some writers (safetensors) leave the file to its owner alone
+        os.replace(beside, path)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise TimError(f"{path}: cannot be written ({reason}), expected a writable place with room for it") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

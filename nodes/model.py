@@ -114,8 +114,7 @@ class TiMConfig(comfy.supported_models_base.BASE):
 def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """The MODEL of a checkpoint. model_options: dtype, load_device, offload_device as in core's loaders. TimError if it is no TiM."""
     weights, config = _checked(parts)
-    record = {name: getattr(config, name) for name in ("num_heads", "new_condition", "null_class")}
-    record = {**parts.record(TRANSFORMER), **record, "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
+    record = {**parts.record(TRANSFORMER), **config.record(), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
     model_config = TiMConfig(config, parts.latent_factor, record)
 
     load_device = model_options.get("load_device", mm.get_torch_device())

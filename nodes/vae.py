@@ -56,8 +56,7 @@ class TiMVAE(comfy.sd.VAE):
 
     def get_sd(self):
         config = self.first_stage_model.config
-        record = {"scaling_factor": config.scaling_factor, "head_dim": config.head_dim, "force_upcast": self.exact}
-        return {**super().get_sd(), "config_json": json_tensor(record)}
+        return {**super().get_sd(), "config_json": json_tensor({**config.record(), "force_upcast": self.exact})}
 
     def decode_tiled_(self, samples, tile_x=None, tile_y=None, overlap=None):
         factor = self.upscale_ratio

@@ -50,6 +50,11 @@ class ObjectiveConfig:
         if self.weight_time_type not in TIME_WEIGHTS:
             expected = ", ".join(repr(name) for name in TIME_WEIGHTS)
             raise TimError(f"objective: weight_time_type is '{self.weight_time_type}', expected one of {expected}")
+        for name in ("diffusion_ratio", "consistency_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TimError(f"objective: {name} is {getattr(self, name)}, expected 0 to 1")
+        if not self.epsilon > 0:
+            raise TimError(f"objective: epsilon is {self.epsilon}, expected more than 0")
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,12 @@ def test_bfloat16_equals_diffusers(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tile, stride", [(64, 32), (96, 64), (64, 64)])
+@pytest.mark.parametrize("tile, stride", [(64, 32), (96, 64), (64, 64), ((64, 96), (32, 64))])
 def test_tiles_equal_diffusers(pair, tile, stride):
     oracle, ours = pair
     factor, scale = ours.config.factor, ours.config.scaling_factor
-    oracle.enable_tiling(tile, tile, stride, stride)
+    sides = [(side, side) if isinstance(side, int) else side for side in (tile, stride)]
+    oracle.enable_tiling(*sides[0], *sides[1])
     x = torch.randn(1, 3, 128, 160).clamp(-1, 1)
     raw = oracle.encode(x).latent
     torch.testing.assert_close(ours.tiled_encode(x, tile, stride), raw * scale, rtol=1e-4, atol=1e-5 * raw.std().item())

@@ -861,8 +861,7 @@ def replay_dcae(case: Case, deviated) -> None:
     settings = entry["cases"][case.name]
     if isinstance(settings, dict):
         tiles = settings["enable_tiling"]
-        tile, stride = tiles["tile_sample_min_height"], tiles["tile_sample_stride_height"]
-        assert (tile, stride) == (tiles["tile_sample_min_width"], tiles["tile_sample_stride_width"])
+        tile, stride = ((tiles[f"tile_sample_{what}_height"], tiles[f"tile_sample_{what}_width"]) for what in ("min", "stride"))
         encode = lambda x: model.tiled_encode(x, tile, stride)  # noqa: E731
         decode = lambda z: model.tiled_decode(z, tile, stride)  # noqa: E731
     ours = {}

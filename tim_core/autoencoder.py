@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .config import AutoencoderConfig, StageConfig
 from .errors import TimError
 
+Pair = tuple[int, int]
+
 
 class ChannelRMSNorm(nn.Module):
     """RMS norm over the channels of (B, C, H, W), with gain and bias; statistics in float32."""
@@ -246,50 +248,56 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z / self.config.scaling_factor)
 
-    def tiled_encode(self, x: Tensor, tile: int = 1024, stride: int = 896) -> Tensor:
-        """Encodes in tiles of `tile` pixels, one every `stride`; neighbours are blended linearly where they overlap."""
+    def tiled_encode(self, x: Tensor, tile: int | Pair = 1024, stride: int | Pair = 896) -> Tensor:
+        """Encodes in tiles of `tile` pixels (or height, width), one every `stride`; neighbours are blended linearly where they overlap."""
         self._check(x)
-        tile, stride = self._tiles(tile, stride)
-        return _tiled(self.encode, x, tile, stride, tile // self.config.factor, stride // self.config.factor)
+        return _tiled(self.encode, x, *self._tiles(tile, stride), lambda pixels: pixels, lambda pixels: pixels // self.config.factor)
 
-    def tiled_decode(self, z: Tensor, tile: int = 1024, stride: int = 896) -> Tensor:
-        """Decodes in tiles of `tile` pixels, one every `stride`; neighbours are blended linearly where they overlap."""
-        tile, stride = self._tiles(tile, stride)
-        return _tiled(self.decode, z, tile // self.config.factor, stride // self.config.factor, tile, stride)
+    def tiled_decode(self, z: Tensor, tile: int | Pair = 1024, stride: int | Pair = 896) -> Tensor:
+        """Decodes in tiles of `tile` pixels (or height, width), one every `stride`; neighbours are blended linearly where they overlap."""
+        return _tiled(self.decode, z, *self._tiles(tile, stride), lambda pixels: pixels // self.config.factor, lambda pixels: pixels)
 
     def _check(self, x: Tensor) -> None:
         factor = self.config.factor
         if x.shape[-2] % factor or x.shape[-1] % factor:
             raise TimError(f"picture to encode: found {x.shape[-1]}x{x.shape[-2]} pixels, expected multiples of {factor}")
 
-    def _tiles(self, tile: int, stride: int) -> tuple[int, int]:
+    def _tiles(self, tile: int | Pair, stride: int | Pair) -> tuple[Pair, Pair]:
+        """Both as (height, width) in pixels."""
+        tile, stride = ((side, side) if isinstance(side, int) else tuple(side) for side in (tile, stride))
         factor = self.config.factor
-        if tile % factor or stride % factor or not 0 < stride <= tile:
+        if any(t % factor or s % factor or not 0 < s <= t for t, s in zip(tile, stride)):
             raise TimError(f"tiles: found tile {tile} and stride {stride}, expected multiples of {factor} with 0 < stride <= tile")
         return tile, stride
 
 
-def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, stride: int, out_tile: int, out_stride: int) -> Tensor:
-    """Runs `function` on overlapping tiles and blends each into its upper and left neighbour over out_tile - out_stride."""
+def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: Pair, stride: Pair, into: Callable[[int], int],
+           out: Callable[[int], int]) -> Tensor:
+    """Runs `function` on overlapping tiles and blends each into its upper and left neighbour.
+
+    Tile and stride are in pixels; `into` and `out` turn pixels into cells of what goes in and what comes out.
+    """
     height, width = x.shape[-2:]
-    if height <= tile and width <= tile:
+    (tile_h, tile_w), (stride_h, stride_w) = map(into, tile), map(into, stride)
+    if height <= tile_h and width <= tile_w:
         return function(x)
-    blend = out_tile - out_stride
+    keep_h, keep_w = map(out, stride)
+    blend_h, blend_w = out(tile[0]) - keep_h, out(tile[1]) - keep_w
     above: list[Tensor] = []
     rows = []
-    for top in range(0, height, stride):
+    for top in range(0, height, stride_h):
         row: list[Tensor] = []
-        for j, left in enumerate(range(0, width, stride)):
-            out = function(x[..., top:top + tile, left:left + tile])
+        for j, left in enumerate(range(0, width, stride_w)):
+            made = function(x[..., top:top + tile_h, left:left + tile_w])
             if above:
-                out = _blend(above[j], out, blend, -2)
+                made = _blend(above[j], made, blend_h, -2)
             if row:
-                out = _blend(row[-1], out, blend, -1)
-            row.append(out)
-        rows.append(torch.cat([out[..., :out_stride, :out_stride] for out in row], -1))
+                made = _blend(row[-1], made, blend_w, -1)
+            row.append(made)
+        rows.append(torch.cat([made[..., :keep_h, :keep_w] for made in row], -1))
         above = row
-    out = torch.cat(rows, -2)
-    return out[..., :height * out_tile // tile, :width * out_tile // tile]
+    whole = torch.cat(rows, -2)
+    return whole[..., :height * out(tile[0]) // tile_h, :width * out(tile[1]) // tile_w]
 
 
 def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:

@@ -48,12 +48,11 @@ def train_autoencoder(config: AutoencoderTraining) -> Path:
     if config.start:
         model.load_state_dict(checkpoint.load_autoencoder(Path(config.start).expanduser()).state_dict())
     model.encoder.requires_grad_(not config.freeze_encoder)
-    run = torch.compile(model, dynamic=False) if False else model
 
     def loss_of(batch, step):
         pictures = batch[0].contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=loop.autocast):
-            return losses(run, pictures, config, step)
+            return losses(model, pictures, config, step)
 
     def sample(model, step):
         held_out = ShapesBatches(config.data, 8, loop.seed + 1)[0][0]

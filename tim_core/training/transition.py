@@ -48,7 +48,8 @@ def gemma_config(shape: TextShape) -> dict:
     """A Gemma-3 text config for the small world's vocabulary: local and global layers in turn, the last one global."""
     kinds = ["full_attention" if (shape.layers - 1 - i) % 2 == 0 else "sliding_attention" for i in range(shape.layers)]
     return {
-        "model_type": "gemma3_text", "vocab_size": VOCABULARY_SIZE, "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
+        "model_type": "gemma3_text", "vocab_size": VOCABULARY_SIZE, "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": 1, "head_dim": shape.head_dim,
         "query_pre_attn_scalar": shape.head_dim, "sliding_window": 512, "max_position_embeddings": 512, "layer_types": kinds,
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},

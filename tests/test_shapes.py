@@ -134,7 +134,7 @@ def test_shapes_cover_their_share_of_the_box(shape, share):
 # The detector
 
 
-@pytest.mark.parametrize("width, height, n", [(64, 64, 200), (48, 48, 60), (128, 128, 40), (48, 96, 40)])
+@pytest.mark.parametrize("width, height, n", [(64, 64, 200), (48, 48, 150), (128, 128, 40), (48, 96, 150)])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_detector_is_right_about_the_truth(task, width, height, n):
     rng = np.random.default_rng([3, TASKS.index(task), width])

@@ -84,23 +84,28 @@ def sample_training_prompt(rng: np.random.Generator) -> Prompt:
 def place(rng: np.random.Generator, prompt: Prompt, width: int = 64, height: int = 64) -> list[Placed]:
     """Draws a scene that the prompt describes; the whole scene is redrawn until it fits the canvas."""
     side, n = min(width, height), len(prompt.things)
+    free = rng.choice(list(COLORS), n).tolist()
+    if "counting" in prompt.task:
+        free = free[:1] * n
     while True:
-        free = [str(rng.choice(list(COLORS))) for _ in prompt.things]
-        if "counting" in prompt.task:
-            free = free[:1] * n
-        r = side * rng.uniform(MIN_RADIUS, MAX_RADIUS[n], n)
+        r = side * rng.uniform(MIN_RADIUS, MAX_RADIUS[n], (32, n))  # 32 scenes at once, of which the first that fits is taken
         x, y = rng.uniform(r, width - r), rng.uniform(r, height - r)
-        if _apart(x, y, r, side * GAP) and (prompt.relation is None or _related(prompt.relation, x, y, r.max())):
-            return [Placed(t.shape, t.color or c, *map(float, p)) for t, c, *p in zip(prompt.things, free, x, y, r)]
+        fits = _apart(x, y, r, side * GAP)
+        if prompt.relation is not None:
+            fits &= _related(prompt.relation, x, y, r.max(-1))
+        if fits.any():
+            i = fits.argmax()
+            return [Placed(t.shape, t.color or c, *map(float, p)) for t, c, *p in zip(prompt.things, free, x[i], y[i], r[i])]
 
 
-def _apart(x, y, r, gap: float) -> bool:
-    i, j = np.triu_indices(len(r), 1)
-    return bool(np.all(np.maximum(abs(x[i] - x[j]), abs(y[i] - y[j])) - (r[i] + r[j]) >= gap))
+def _apart(x, y, r, gap: float) -> np.ndarray:
+    i, j = np.triu_indices(x.shape[-1], 1)
+    distance = np.maximum(abs(x[..., i] - x[..., j]), abs(y[..., i] - y[..., j]))
+    return np.all(distance - (r[..., i] + r[..., j]) >= gap, axis=-1)
 
 
-def _related(relation: str, x, y, margin: float) -> bool:
-    dx, dy = x[1] - x[0], y[1] - y[0]
+def _related(relation: str, x, y, margin):
+    dx, dy = x[..., 1] - x[..., 0], y[..., 1] - y[..., 0]
     return {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation] >= margin
 
 

@@ -131,6 +131,7 @@ class TransitionTraining:
 
     output: str
     autoencoder: str                             # safetensors file of the DC-AE, which stays as it is
+    start: str | None = None                     # a checkpoint of the same architecture whose two networks to begin from
     checkpoint: str | None = None                # where the one-file model goes; none: model.safetensors in output
     transformer: TransformerShape = TransformerShape()
     text: TextShape = TextShape()

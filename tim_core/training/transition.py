@@ -66,6 +66,10 @@ def train_transition(config: TransitionTraining) -> Path:
     autoencoder: Autoencoder = checkpoint.load_autoencoder(Path(config.autoencoder).expanduser()).to(memory_format=torch.channels_last)
     torch.manual_seed(loop.seed)
     model = TextToImage(config, autoencoder.config.latent_channels)
+    if config.start:
+        start = Path(config.start).expanduser()
+        model.transformer.load_state_dict(checkpoint.load_transformer(start, dtype=torch.float32).state_dict())
+        model.text.load_state_dict(checkpoint.load_text_encoder(start, dtype=torch.float32).state_dict())
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     if loop.compile:
         # one block at a time: they share their code, so it is compiled once for all of them

@@ -182,6 +182,8 @@ def with_interval(model: comfy.model_patcher.ModelPatcher, low: float, high: flo
 
     Elsewhere the negatives have no weight, and are not evaluated unless the guider always does (Dual CFG, nested).
     """
+    if low >= high:
+        raise TimError(f"guidance interval: found {low:g} to {high:g}, expected the first to be smaller (cfg 1 is no guidance)")
     low, high = torch.tensor([low, high], dtype=torch.float32).tolist()  # as the times that they are compared with
 
     def guide_inside(executor, x, timestep, *args, **kwargs):

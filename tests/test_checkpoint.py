@@ -493,3 +493,58 @@ def test_bundled_names(tmp_path, monkeypatch):
     (tmp_path / "absent.safetensors").write_bytes(b"x")
     assert resolve("tim-shapes") == tmp_path / "absent.safetensors"
     assert isinstance(read_parts(Parts("x")), Parts)
+
+
+# What a careless hand leaves
+
+
+@pytest.mark.parametrize("stray", ["{not JSON", "[1, 2]", '{"text_config": 3}', '{"model_type": "llama"}'])
+def test_a_stray_config_beside_a_whole_file_is_not_read(stray, one_file, tmp_path):
+    path = shutil.copy(one_file, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(stray)
+    assert load_checkpoint(path).text_encoder is not None
+
+
+def test_a_broken_config_that_is_needed_is_named(modules, tmp_path):
+    save_file(modules["text_encoder"].transformer.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{not JSON")
+    assert "config.json" in refused(load_text_encoder, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("part, load", [("transformer", load_transformer), ("autoencoder", load_autoencoder), ("text_encoder", load_text_encoder)])
+def test_whole_numbers_are_no_weights(part, load, one_file, tmp_path):
+    prefix = {"transformer": "model.diffusion_model.", "autoencoder": "vae.", "text_encoder": "text_encoders.transformer."}[part]
+    tensors = load_file(one_file)
+    key = next(key for key in tensors if key.startswith(prefix) and key.endswith("norm.weight") or key == prefix + "x_embedder.proj.bias")
+    with safe_open(one_file, "pt") as file:
+        save_file({**tensors, key: tensors[key].to(torch.int8)}, tmp_path / "int8.safetensors", metadata=file.metadata())
+    message = refused(load, tmp_path / "int8.safetensors")
+    assert "int8.safetensors" in message and "whole numbers in " + key.removeprefix(prefix) in message
+
+
+@pytest.mark.parametrize("form", ['"two"', "[1]", "99"])
+def test_an_unknown_format_is_refused(form, weights, tmp_path):
+    save_file(weights, tmp_path / "new.safetensors", metadata={"tim": f'{{"format": {form}}}'})
+    assert "checkpoint format" in refused(load_transformer, tmp_path / "new.safetensors")
+
+
+@pytest.mark.parametrize("harm, said", [
+    (lambda w: w.pop("blocks.1.mlp.fc1_g.weight"), "no blocks.1.mlp.fc1_g.weight"),
+    (lambda w: w.update({"blocks.1.spare": torch.zeros(2)}), "unknown blocks.1.spare"),
+    (lambda w: w.update({"blocks.1.mlp.fc1_g.bias": torch.zeros(3)}), "another shape of blocks.1.mlp.fc1_g.bias"),
+    (lambda w: w.update({"blocks.1.mlp.fc1_g.bias": w["blocks.1.mlp.fc1_g.bias"].to(torch.int32)}), "whole numbers in blocks.1.mlp.fc1_g.bias"),
+])
+def test_inspection_says_what_does_not_load(harm, said, weights, tmp_path):
+    save_file(weights, tmp_path / "whole.safetensors")
+    assert "does not load" not in str(describe(tmp_path / "whole.safetensors"))
+    harm(weights)
+    save_file(weights, tmp_path / "harmed.safetensors")
+    assert f"does not load: found {said}" in str(describe(tmp_path / "harmed.safetensors"))
+
+
+def test_heads_that_no_shape_tells_are_asked_for(weights, tmp_path):
+    bare = {key: tensor for key, tensor in weights.items() if "q_norm" not in key and "k_norm" not in key}
+    save_file(bare, tmp_path / "bare.safetensors")
+    assert "num_heads" in refused(load_transformer, tmp_path / "bare.safetensors")
+    save_file(bare, tmp_path / "said.safetensors", metadata={"tim": '{"num_heads": 2}'})
+    assert load_transformer(tmp_path / "said.safetensors").config.num_heads == 2

@@ -51,6 +51,18 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: autoencoder\noutput: x\nloop: {compile: true}", "loop.compile"),
     ("kind: tim\noutput: x\nautoencoder: y\ndata: {sizes: {64: 1}}", "data.sizes"),
     ("kind: autoencoder\noutput: x\nencoder_widths: [8, 8]", "encoder_widths"),
+    ("kind: autoencoder\noutput: x\nlatent_channels: 0", "latent_channels"),
+    ("kind: autoencoder\noutput: x\nencoder_layers: [0, -1, 1, 1]", "encoder_layers"),
+    ("kind: autoencoder\noutput: x\ndata: {sizes: {60x60: 1}}", "data.sizes"),
+    ("kind: tim\noutput: x\nautoencoder: y\ntext: {heads: 0}", "text.heads"),
+    ("kind: tim\noutput: x\nautoencoder: y\ntransformer: {lora_hidden_size: 0}", "lora_hidden_size"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {betas: [0.9, 1.0]}", "loop.betas"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {final_lr: 2.0}", "loop.final_lr"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {seed: -1}", "loop.seed"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {lr: .inf}", "loop.lr"),
+    ("kind: tim\noutput: x\nautoencoder: y\np_mean: .nan", "p_mean"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {w_start: 0.9, w_end: 0.1}", "w_start"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {proj_coeff: 0.5}", "proj_coeff"),
     ("- a list", "expected keys and values"),
     ("kind: [", "not YAML"),
 ])
@@ -142,9 +154,9 @@ def test_a_run_killed_before_its_last_export_still_makes_its_file(tmp_path, monk
         run([tim_yaml(tmp_path)])
     monkeypatch.setattr(training_loop, "_save", real)
     file = tmp_path / "tim" / "model.safetensors"
-    assert checkpoint.read_parts(file).metadata["training"]["steps"] == 4
+    assert checkpoint.read_parts(file).metadata["training"]["step"] == 4
     assert run([tim_yaml(tmp_path)]) == [file]
-    assert checkpoint.read_parts(file).metadata["training"]["steps"] == 6
+    assert checkpoint.read_parts(file).metadata["training"]["step"] == 6
 
 
 def test_metrics_hold_every_step_once_after_a_resume(tmp_path, monkeypatch):
@@ -194,9 +206,52 @@ def test_the_objective_may_change_at_a_step(tmp_path):
     assert [config.objective_at(step).diffusion_ratio for step in (0, 9, 10, 19, 20, 99)] == [0.5, 0.5, 0.7, 0.7, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("change, named", [
+    ("sizes: {32x32: 0.5, 32x64: 0.5}", "data.sizes: found '40x32', expected multiples of 24 pixels"),
+    ("num_heads: 2", "3 heads"),
+])
+def test_what_does_not_fit_is_said_before_the_first_step(tmp_path, change, named):
+    run([autoencoder_yaml(tmp_path)])
+    path = tim_yaml(tmp_path)
+    other = {"sizes": "sizes: {48x48: 1, 40x32: 1}", "num_heads": "num_heads: 3"}[change.partition(":")[0]]
+    text = path.read_text().replace(change, other)
+    path.write_text(text.replace("depth: 2", "depth: 2, patch_size: 3") if "sizes" in change else text)
+    with pytest.raises(TimError) as error:
+        run([path])
+    assert named in str(error.value) and not (tmp_path / "tim").exists()
+
+
+def test_model_guidance_trains_with_the_averaged_network(tmp_path):
+    """Eq. 51 at w_gt 1 is the plain target; below 1 the averaged network's answers for the text and for none are mixed in."""
+    run([autoencoder_yaml(tmp_path)])
+    losses = {}
+    for w_gt, w_cond in ((1.0, 0.0), (0.5, 0.0), (0.5, 0.5)):
+        path = tim_yaml(tmp_path, output=f"guided-{w_gt}-{w_cond}")
+        text = path.read_text().replace("{epsilon: 0.01}", f"{{enhance_target: true, w_gt: {w_gt}, w_cond: {w_cond}}}")
+        path.write_text(text.replace("warmup: 2", "warmup: 2, ema: 0, lr: 0.05"))  # fast enough for text to matter
+        run([path])
+        losses[w_gt, w_cond] = [row["loss"] for row in csv.DictReader((path.with_suffix("") / "metrics.csv").open())]
+    plain = tim_yaml(tmp_path, output="plain")
+    plain.write_text(plain.read_text().replace("{epsilon: 0.01}", "{}").replace("warmup: 2", "warmup: 2, ema: 0, lr: 0.05"))
+    run([plain])
+    assert losses[1.0, 0.0] == [row["loss"] for row in csv.DictReader((tmp_path / "plain" / "metrics.csv").open())]
+    assert len({tuple(some) for some in losses.values()}) == 3
+
+
+def test_a_run_may_begin_from_another_ones_weights(tmp_path):
+    first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
+    more = tim_yaml(tmp_path, output="more")
+    text = more.read_text().replace(f"{tmp_path}/autoencoder/autoencoder.safetensors", str(first))  # bfloat16, as packed
+    more.write_text(f"start: {first}\n" + text.replace("warmup: 2", "warmup: 2, lr: 1e-12, muon_lr: 1e-12, weight_decay: 0"))
+    before, after = (checkpoint.open_state_dict(file)[0] for file in (first, run([more])[0]))
+    assert all(torch.equal(before[key], after[key]) for key in before if not key.endswith("config_json"))
+
+
 def test_the_made_file_is_a_whole_model(tmp_path):
     files = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
     parts = checkpoint.load_checkpoint(files[1])
+    made = parts.metadata["training"]["configuration"]
+    assert made["objective"]["epsilon"] == 0.01 and made["p_std"] == 1.6 and made["loop"]["lr"] == 1e-3 and "output" not in made
     assert parts.latent_factor == 8 and parts.autoencoder.config.latent_channels == 4
     cond, null = parts.text_encoder.conditioning(["a red circle"])
     assert cond.shape == null.shape == (1, 4, 16)

@@ -236,7 +236,7 @@ def _write(tensors: StateDict, dst: str | Path, record: dict) -> Path:
 
 @dataclass(frozen=True)
 class PartDescription:
-    """One part of a file; `parameters` leaves out the REPA projector, which is counted apart."""
+    """One part of a file; `parameters` leaves out the REPA projector, which is counted apart. `problem`: why it does not load, or none."""
 
     part: str
     title: str
@@ -246,6 +246,7 @@ class PartDescription:
     parameters: int
     projector_parameters: int
     dtypes: dict[str, int]  # name -> parameters
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,8 @@ class Description:
             under = f" under {part.prefix}" if part.prefix else ""
             lines.append(f"  {part.title}: {part.parameters:,} parameters{extra}, {part.tensors} tensors, {dtypes}{under}")
             lines.append(f"    {_summary(part)}")
+            if part.problem:
+                lines.append(f"    does not load: {part.problem}")
         if self.latent_factor:
             lines.append(f"  latent factor: {self.latent_factor}")
         if any(part.part == TEXT_ENCODER for part in self.parts):
@@ -323,7 +326,19 @@ def _describe_part(parts: Parts, part: str) -> PartDescription:
         sum(dtypes.values()) - projector,
         projector,
         dict(dtypes.most_common()),
+        "" if no_config else _problem(parts, part),
     )
+
+
+def _problem(parts: Parts, part: str) -> str:
+    """What loading a part would say, without its weights; empty if it loads."""
+    meta = {name: tensor.to("meta") for name, tensor in parts.tensors(part).items()}
+    try:
+        {TRANSFORMER: load_transformer, TEXT_ENCODER: load_text_encoder, AUTOENCODER: load_autoencoder}[part](
+            replace(parts, **{part: meta}), device="meta")
+    except TimError as error:
+        return str(error).removeprefix(f"{parts.source}: ")
+    return ""
 
 
 def _summary(part: PartDescription) -> str:

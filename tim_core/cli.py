@@ -363,7 +363,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command -> 0, 1 after one line `tim: error: ...`, 130 when interrupted; SystemExit(2) for wrong usage."""
+    """Runs one command -> 0, or 1 after one line `tim: error: ...`; SystemExit(2) for wrong usage."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may lack a prompt's characters
@@ -373,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return failed("interrupted", args, 130)
+        return failed("interrupted", args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left: say nothing more
         return 1
@@ -387,11 +387,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failed(f"{type(error).__name__}: {error} (-v shows where)", args)
 
 
-def failed(message: str, args: argparse.Namespace, code: int = 1) -> int:
+def failed(message: str, args: argparse.Namespace) -> int:
     if getattr(args, "verbose", False):
         traceback.print_exc()
     print(f"tim: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    return 1
 
 
 if __name__ == "__main__":

@@ -109,11 +109,11 @@ class TransformerConfig:
 
         def shape(name: str, *expected: int | None) -> tuple[int, ...]:
             """The shape of a tensor that must be there; None in `expected` stands for any length."""
+            wanted = "(" + ", ".join("any" if length is None else str(length) for length in expected) + ")"
             if name not in state_dict:
-                raise TimError(f"not a TiM transformer: no tensor '{name}' among {len(state_dict)} tensors, expected {list(expected)}")
+                raise TimError(f"not a TiM transformer: no tensor '{name}' among {len(state_dict)} tensors, expected one of shape {wanted}")
             found = tuple(getattr(state_dict[name], "shape", ()))
             if len(found) != len(expected) or any(b is not None and a != b for a, b in zip(found, expected)):
-                wanted = ["any" if length is None else length for length in expected]
                 raise TimError(f"not a TiM transformer: tensor '{name}' has shape {list(found)}, expected {wanted}")
             return found
 
@@ -149,6 +149,8 @@ class TransformerConfig:
                 raise TimError(f"not a TiM transformer: heads of width {head_dim} in a hidden size of {hidden}, expected a divisor of it")
         else:
             num_heads = number("num_heads", 16)
+            if "num_heads" not in metadata and hidden % (4 * num_heads):
+                raise TimError(f"TiM transformer of width {hidden} without qk-norm: found no num_heads in the metadata, expected it there")
 
         has_projector = "projector.0.weight" in state_dict
         projector_dim, _ = shape("projector.0.weight", None, hidden) if has_projector else (2048, hidden)

@@ -92,6 +92,9 @@ def evaluate(
     for name, values in (("steps", steps), ("prompts per task", [prompts_per_task]), ("images", [images]), ("batch", [batch])):
         if not values or any(value < 1 for value in values):
             raise TimError(f"{name}: found {', '.join(map(str, values)) or 'none'}, expected whole numbers of at least 1")
+    for name, value in (("seed", seed), ("cfg", cfg)):
+        if not (math.isfinite(value) and value >= 0):
+            raise TimError(f"{name}: found {value}, expected a number of at least 0")
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
         try:

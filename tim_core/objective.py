@@ -55,6 +55,8 @@ class ObjectiveConfig:
                 raise TimError(f"objective: {name} is {getattr(self, name)}, expected 0 to 1")
         if not self.epsilon > 0:
             raise TimError(f"objective: epsilon is {self.epsilon}, expected more than 0")
+        if not self.w_start <= self.w_end:
+            raise TimError(f"objective: w_start is {self.w_start} and w_end {self.w_end}, expected w_start to be no greater")
 
 
 @dataclass(frozen=True)

@@ -392,12 +392,15 @@ def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
 def _read_beside(parts: Parts, folder: Path) -> None:
     """What a text model or an autoencoder lacks of its own: config.json and the tokenizer in the same folder."""
     file = folder / "config.json"
-    config = _json(file.read_bytes(), str(file)) if file.is_file() else {}
-    kind = (config.get("text_config") or config).get("model_type")
-    if TEXT_ENCODER in parts and parts.gemma_config is None and kind == "gemma3_text":
-        parts.gemma_config = config
-    if AUTOENCODER in parts and AUTOENCODER not in parts.records and "attention_head_dim" in config:
-        parts.records[AUTOENCODER] = config
+    text = TEXT_ENCODER in parts and parts.gemma_config is None
+    pixels = AUTOENCODER in parts and AUTOENCODER not in parts.records and not parts.metadata
+    if (text or pixels) and file.is_file():
+        config = _json(file.read_bytes(), str(file))
+        inner = config.get("text_config", config)
+        if text and isinstance(inner, dict) and inner.get("model_type") == "gemma3_text":
+            parts.gemma_config = config
+        if pixels and "attention_head_dim" in config:
+            parts.records[AUTOENCODER] = config
     if TEXT_ENCODER in parts and parts.tokenizer is None and (tokenizer := tokenizer_file(folder)):
         parts.tokenizer = tokenizer.read_bytes()
 
@@ -432,8 +435,9 @@ def _gemma_config(tensors: Mapping[str, Tensor]) -> dict:
 
 def _tim_record(metadata: Mapping[str, str], source: str) -> dict:
     record = _json(metadata["tim"].encode("utf-8"), f"{source}: metadata") if "tim" in metadata else {}
-    if record.get("format", FORMAT) > FORMAT:
-        raise TimError(f"{source}: found checkpoint format {record['format']}, expected {FORMAT}; a newer version of this package reads it")
+    form = record.get("format", FORMAT)
+    if not isinstance(form, int) or form > FORMAT:
+        raise TimError(f"{source}: found checkpoint format {form!r}, expected {FORMAT}; a newer version of this package may read it")
     return record
 
 

@@ -103,6 +103,8 @@ class Pipeline:
         for name, value in (("cfg", cfg), ("guidance interval", low), ("guidance interval", high), ("stochasticity", stochasticity)):
             if not math.isfinite(value) or value < 0:
                 raise TimError(f"{name}: found {value}, expected a number of at least 0")
+        if low >= high:
+            raise TimError(f"guidance interval: found {low:g} to {high:g}, expected the first to be smaller (cfg 1 is no guidance)")
         text = self._conditioning(prompts, negatives)
         rows = torch.arange(2 * len(prompts))  # the sampler carries row numbers; the model looks the features up
         latent, self.nfe = sample(

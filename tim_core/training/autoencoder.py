@@ -49,7 +49,7 @@ def train_autoencoder(config: AutoencoderTraining) -> Path:
         model.load_state_dict(checkpoint.load_autoencoder(Path(config.start).expanduser()).state_dict())
     model.encoder.requires_grad_(not config.freeze_encoder)
 
-    def loss_of(batch, step):
+    def loss_of(batch, step, average):
         pictures = batch[0].contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=loop.autocast):
             return losses(model, pictures, config, step)

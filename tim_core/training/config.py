@@ -1,5 +1,6 @@
 """Typed training configurations, read from YAML; unknown keys, wrong types and impossible values name the key."""
 
+import math
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -44,8 +45,12 @@ class LoopConfig:
             _check(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), "1 or more")
         for name in ("lr", "muon_lr", "clip"):
             _check(getattr(self, name) > 0, f"loop.{name}", getattr(self, name), "more than 0")
-        for name in ("warmup", "workers", "seconds", "weight_decay"):
+        for name in ("warmup", "workers", "seconds", "seed", "weight_decay"):
             _check(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "0 or more")
+        for name in ("lr", "muon_lr", "clip", "weight_decay"):
+            _check(math.isfinite(getattr(self, name)), f"loop.{name}", getattr(self, name), "a finite number")
+        _check(0 <= self.final_lr <= 1, "loop.final_lr", self.final_lr, "0 to 1")
+        _check(all(0 <= beta < 1 for beta in self.betas), "loop.betas", list(self.betas), "two numbers from 0 to below 1")
         _check(0 <= self.ema < 1, "loop.ema", self.ema, "0 to below 1")
         _check(self.optimizer in ("adamw", "muon"), "loop.optimizer", self.optimizer, "adamw or muon (which needs torch 2.9)")
         _check(self.schedule in ("cosine", "constant"), "loop.schedule", self.schedule, "cosine or constant")
@@ -69,6 +74,11 @@ class SizesConfig:
         total = sum(self.sizes.values())
         return [tuple(map(int, s.split("x"))) for s in self.sizes], [w / total for w in self.sizes.values()]
 
+    def check_multiples(self, unit: int) -> None:
+        """TimError for a size that is no whole number of latent cells (or of the transformer's patches) of `unit` pixels."""
+        for size, (width, height) in zip(self.sizes, self.table()[0]):
+            _check(width % unit == 0 and height % unit == 0, "data.sizes", size, f"multiples of {unit} pixels")
+
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
@@ -90,8 +100,14 @@ class AutoencoderTraining:
     data: SizesConfig = SizesConfig()
 
     def __post_init__(self):
+        for name in ("head_dim", "latent_channels"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("encoder_widths", "decoder_widths", "encoder_layers", "decoder_layers"):
+            least = 0 if name.endswith("layers") else 1
+            _check(min(getattr(self, name), default=-1) >= least, name, list(getattr(self, name)), f"numbers of {least} or more")
         n = {len(getattr(self, f"{side}_{what}")) for side in ("encoder", "decoder") for what in ("widths", "layers")}
-        _check(len(n) == 1, "encoder_widths", n, "widths and layers of equal number")
+        _check(len(n) == 1, "encoder_widths", sorted(n), "widths and layers of equal number")
+        self.data.check_multiples(2 ** (len(self.encoder_widths) - 1))
         _check(self.encoder_widths[-1] % self.latent_channels == 0 and self.decoder_widths[-1] % self.latent_channels == 0,
                "latent_channels", self.latent_channels, "a divisor of the deepest widths")
         _check(not self.loop.compile, "loop.compile", True, "false for an autoencoder")
@@ -113,6 +129,9 @@ class TransformerShape:
     distance_aware: bool = True
     qk_norm: bool = True
 
+    def __post_init__(self):
+        _check(self.lora_hidden_size >= 1, "transformer.lora_hidden_size", self.lora_hidden_size, "1 or more")
+
 
 @dataclass(frozen=True)
 class TextShape:
@@ -123,6 +142,11 @@ class TextShape:
     heads: int = 2
     head_dim: int = 64
     intermediate_size: int = 256
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            _check(value >= 1, f"text.{name}", value, "1 or more")
+        _check(self.head_dim % 2 == 0, "text.head_dim", self.head_dim, "an even number")
 
 
 @dataclass(frozen=True)
@@ -148,6 +172,10 @@ class TransitionTraining:
             _check(step.isdigit(), "objective_from", step, "steps, and the objective from each on")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
+        _check(math.isfinite(self.p_mean), "p_mean", self.p_mean, "a finite number")
+        for objective in (self.objective, *self.objective_from.values()):
+            _check(objective.proj_coeff == ObjectiveConfig.proj_coeff, "objective.proj_coeff", objective.proj_coeff,
+                   "none: the REPA term needs an image encoder, which this training has not")
 
     def objective_at(self, step: int) -> ObjectiveConfig:
         begun = [int(first) for first in self.objective_from if int(first) <= step]

@@ -51,12 +51,12 @@ def optimizers(config: LoopConfig, model: nn.Module) -> list[torch.optim.Optimiz
     return found
 
 
-def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: Callable[[object, int], dict[str, Tensor]],
+def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: Callable[[object, int, dict[str, Tensor]], dict[str, Tensor]],
           folder: Path, sample: Callable[[nn.Module, int], None], export: Callable[[dict[str, Tensor], int], Path]) -> Path:
     """Trains `model` to `config.steps` and returns what the last export wrote. TimError where `config.seconds` ended the run before.
 
-    batches[k] is the batch of step k; loss_of(batch, k) gives named scalars, of which "loss" is minimised. At every checkpoint
-    sample(model, k) draws pictures and export(averaged weights, k) writes the model. Checkpoints and metrics.csv go to `folder`; a run
+    batches[k] is the batch of step k; loss_of(batch, k, averaged weights) gives named scalars, of which "loss" is minimised. At every
+    checkpoint sample(model, k) draws pictures and export(averaged weights, k) writes the model. Checkpoints and metrics.csv go to `folder`; a run
     found there is resumed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
         torch.manual_seed(config.seed * 1_000_003 + step)
-        losses = loss_of(batch, step)
+        losses = loss_of(batch, step, average)
         losses["loss"].backward()
         losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip)
         for optimizer in optims:

@@ -1,5 +1,6 @@
 """Trains a TiM transformer together with its text model (arXiv 2509.04394, Algorithm 1)."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,11 @@ class TextToImage(nn.Module):
             in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)), attention=math)
         self.transformer.initialize_weights()
 
-    def features(self, prompts: list[str]) -> Tensor:
-        """(B, M, D), M the longest prompt of the batch (the official trimming)."""
+    def features(self, prompts: list[str], length: int | None = None) -> Tensor:
+        """(B, M, D), M the longest prompt of the batch (the official trimming), or `length`."""
         ids, mask = self.text.tokenize(prompts)
-        longest = int(mask.sum(1).max())
-        return self.text.encode_ids(ids[:, :longest], mask[:, :longest])
+        length = length or int(mask.sum(1).max())
+        return self.text.encode_ids(ids[:, :length], mask[:, :length])
 
 
 def gemma_config(shape: TextShape) -> dict:
@@ -63,7 +64,8 @@ def train_transition(config: TransitionTraining) -> Path:
     loop, folder = config.loop, Path(config.output).expanduser()
     if config.checkpoint and not Path(config.checkpoint).expanduser().parent.is_dir():
         raise TimError(f"training config: checkpoint: found no folder for {config.checkpoint}, expected one to write into")
-    autoencoder: Autoencoder = checkpoint.load_autoencoder(Path(config.autoencoder).expanduser()).to(memory_format=torch.channels_last)
+    autoencoder: Autoencoder = checkpoint.load_autoencoder(
+        Path(config.autoencoder).expanduser(), dtype=torch.float32).to(memory_format=torch.channels_last)
     torch.manual_seed(loop.seed)
     model = TextToImage(config, autoencoder.config.latent_channels)
     if config.start:
@@ -77,15 +79,27 @@ def train_transition(config: TransitionTraining) -> Path:
         for block in model.transformer.blocks:
             block.compile(dynamic=True)
 
-    def loss_of(batch: tuple[Tensor, list[str]], step: int) -> dict[str, Tensor]:
+    config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
+    bare = TransitionTransformer(model.transformer.config, attention=math, device="meta")  # what the averaged weights run in
+
+    def guidance(y: Tensor, average: dict[str, Tensor]) -> dict:
+        """What the enhanced target asks for: the averaged network and the features of no text."""
+        weights = {name.removeprefix("transformer."): value for name, value in average.items() if name.startswith("transformer.")}
+        return {"ema_model": lambda *inputs: torch.func.functional_call(bare, weights, inputs),
+                "y_null": model.features([""], y.shape[1]).expand_as(y)}
+
+    def loss_of(batch: tuple[Tensor, list[str]], step: int, average: dict[str, Tensor]) -> dict[str, Tensor]:
         pictures, prompts = batch
+        objective = config.objective_at(step)
         dropped = torch.rand(len(prompts)) < config.text_dropout
         with torch.autocast("cpu", torch.bfloat16, enabled=loop.autocast):
             with torch.no_grad():
                 latents = autoencoder.encode(pictures.contiguous(memory_format=torch.channels_last)).float()
             y = model.features(["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)])
+            with torch.no_grad():
+                guided = guidance(y, average) if objective.enhance_target else {}
             losses = transition_loss(
-                model.transformer, latents, torch.randn_like(latents), y, transport=transport, config=config.objective_at(step))
+                model.transformer, latents, torch.randn_like(latents), y, transport=transport, config=objective, **guided)
         n = losses.n_diffusion
         error = losses.denoising_loss.detach()
         return {"loss": losses.total, "diffusion": error[:n].mean() if n else error.sum() * 0,
@@ -105,13 +119,15 @@ def train_transition(config: TransitionTraining) -> Path:
         grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2).add(1).mul(127.5).clamp(0, 255).byte()
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(folder / f"sample-{step:08d}.png")
 
+    settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
+
     def export(average: dict[str, Tensor], step: int) -> Path:
         """The averaged weights, packed with the autoencoder into one file."""
         trained = TextToImage(config, autoencoder.config.latent_channels)
         trained.load_state_dict({**trained.state_dict(), **average})
         target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
-                  "training": {"steps": step, "batch": loop.batch, "seed": loop.seed, "objective": vars(config.objective_at(step))}}
+                  "training": {"step": step, "configuration": settings}}
         return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder}, target,
                                dtype=torch.bfloat16, metadata=record)
 

@@ -2,11 +2,27 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .conditioning import TiMClassLabel
 from .latent import TiMEmptyLatent
-from .loaders import TiMCheckpointLoader
-from .sampling import TiMSampler
+from .loaders import TiMCheckpointLoader, TiMModelLoader, TiMTextEncoderLoader, TiMVAELoader
+from .sampling import TiMGuidanceInterval, TiMSampler, TiMSamplerSelect, TiMScheduler
+from .sweep import TiMStepSweep
+from .upscale import TiMNativeUpscale
 
-NODES: list[type[io.ComfyNode]] = [TiMCheckpointLoader, TiMEmptyLatent, TiMSampler]
+NODES: list[type[io.ComfyNode]] = [
+    TiMCheckpointLoader,
+    TiMModelLoader,
+    TiMTextEncoderLoader,
+    TiMVAELoader,
+    TiMEmptyLatent,
+    TiMClassLabel,
+    TiMSampler,
+    TiMSamplerSelect,
+    TiMScheduler,
+    TiMGuidanceInterval,
+    TiMNativeUpscale,
+    TiMStepSweep,
+]
 
 
 class TiMExtension(ComfyExtension):

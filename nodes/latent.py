@@ -2,10 +2,24 @@
 
 from comfy_api.latest import io
 
+from ..tim_core.errors import TimError
 from .compat import schema
 from .model import empty_latent
 
 MAX_SIDE = 4096  # pixels: what the released model was trained up to
+NAMES = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "5:2", "2:5")
+RATIOS = {name: tuple(map(int, name.split(":"))) for name in NAMES}
+MEGAPIXELS = {"0.25": 512**2, "1": 1024**2, "2": 2 * 1024**2, "4": 2048**2, "16": 4096**2}
+CUSTOM = "as below"
+
+
+def preset(ratio: str, megapixels: str) -> tuple[int, int]:
+    """Width and height of a preset, which shrinks until its long side is within MAX_SIDE; TimError for one that there is not."""
+    if ratio not in RATIOS or megapixels not in MEGAPIXELS:
+        raise TimError(f"preset: found {ratio} at {megapixels} megapixels, expected one of {', '.join(RATIOS)} at {', '.join(MEGAPIXELS)}")
+    across, down = RATIOS[ratio]
+    unit = min((MEGAPIXELS[megapixels] / (across * down)) ** 0.5, MAX_SIDE / max(across, down))
+    return round(across * unit), round(down * unit)
 
 
 class TiMEmptyLatent(io.ComfyNode):
@@ -16,9 +30,21 @@ class TiMEmptyLatent(io.ComfyNode):
             display_name="Empty TiM Latent",
             category="TiM",
             description="An empty latent of the model's own channels and factor, for TiMSampler or KSampler.",
-            search_aliases=["transition models", "empty latent image", "resolution"],
+            search_aliases=["transition models", "empty latent image", "resolution", "aspect ratio"],
             inputs=[
                 io.Model.Input("model", tooltip="A TiM model: it says how many pixels a latent cell is."),
+                io.Combo.Input(
+                    "aspect_ratio",
+                    options=[CUSTOM, *RATIOS],
+                    tooltip="Width to height. 'as below' takes width and height; any other sets both, with the megapixels.",
+                ),
+                io.Combo.Input(
+                    "megapixels",
+                    options=list(MEGAPIXELS),
+                    default="1",
+                    tooltip="Size of a preset, 1 being 1024x1024. A preset shrinks until its long side is within 4096. The released model "
+                    "is at its best from 1 to 4.",
+                ),
                 io.Int.Input(
                     "width",
                     default=64,
@@ -42,5 +68,7 @@ class TiMEmptyLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, width, height, batch_size) -> io.NodeOutput:
+    def execute(cls, model, aspect_ratio, megapixels, width, height, batch_size) -> io.NodeOutput:
+        if aspect_ratio != CUSTOM:
+            width, height = preset(aspect_ratio, megapixels)
         return io.NodeOutput(empty_latent(model, width, height, batch_size))

@@ -1,5 +1,7 @@
 """Files to MODEL, CLIP and VAE."""
 
+from pathlib import Path
+
 import folder_paths
 from comfy_api.latest import io
 
@@ -7,10 +9,40 @@ from ..tim_core.checkpoint import AUTOENCODER, BUNDLED, TEXT_ENCODER, TRANSFORME
 from ..tim_core.errors import TimError
 from .clip import build_clip
 from .compat import schema
-from .model import build_model
+from .model import WEIGHT_DTYPES, build_model
 from .vae import TiMVAE
 
 BUNDLED_NAMES = {f"{name} (bundled)": name for name in BUNDLED}
+
+
+def files(folder: str) -> list[str]:
+    """The bundled models first, then what ComfyUI lists of a models folder."""
+    return [*BUNDLED_NAMES, *folder_paths.get_filename_list(folder)]
+
+
+def folders(folder: str) -> list[str]:
+    """Folders in Hugging Face layout (weights and their config.json) inside a models folder, by relative name with a / behind."""
+    found = set()
+    for root in map(Path, folder_paths.get_folder_paths(folder)):
+        for config in root.glob("*/config.json"):
+            if any(config.parent.glob("*.safetensors")) or any(config.parent.glob("*.bin")):
+                found.add(f"{config.parent.name}/")
+    return sorted(found)
+
+
+def parts_of(folder: str, name: str, *wanted: str):
+    """The parts of a listed file or folder; TimError naming it unless all `wanted` ones are in it."""
+    if name.endswith("/"):
+        places = [Path(root) / name for root in folder_paths.get_folder_paths(folder)]
+        source = next((str(place) for place in places if place.is_dir()), None)
+    else:
+        source = BUNDLED_NAMES.get(name) or folder_paths.get_full_path(folder, name)
+    if source is None:
+        raise TimError(f"{name}: found no such file, expected one in models/{folder} or {', '.join(BUNDLED_NAMES)}")
+    parts = read_parts(source)
+    for part in wanted:
+        parts.tensors(part)
+    return parts
 
 
 class TiMCheckpointLoader(io.ComfyNode):
@@ -25,7 +57,7 @@ class TiMCheckpointLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
-                    options=[*BUNDLED_NAMES, *folder_paths.get_filename_list("checkpoints")],
+                    options=files("checkpoints"),
                     tooltip="The bundled model, which draws simple shapes at 64x64, or a one-file TiM checkpoint in models/checkpoints "
                     "(`tim pack` makes one of the released weights).",
                 ),
@@ -39,11 +71,88 @@ class TiMCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name) -> io.NodeOutput:
-        source = BUNDLED_NAMES.get(ckpt_name) or folder_paths.get_full_path("checkpoints", ckpt_name)
-        if source is None:
-            raise TimError(f"{ckpt_name}: found no such file, expected one in models/checkpoints or {', '.join(BUNDLED_NAMES)}")
-        parts = read_parts(source)
-        for part in (TRANSFORMER, TEXT_ENCODER, AUTOENCODER):
-            parts.tensors(part)
+        parts = parts_of("checkpoints", ckpt_name, TRANSFORMER, TEXT_ENCODER, AUTOENCODER)
         parts.check_fit()
         return io.NodeOutput(build_model(parts), build_clip(parts), TiMVAE(parts))
+
+
+class TiMModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TiMModelLoader",
+            display_name="Load TiM Model",
+            category="TiM",
+            description="Loads a TiM transformer alone, text-to-image or class-conditional, as released or converted.",
+            search_aliases=["transition models", "tim model", "load diffusion model", "unet loader"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=files("diffusion_models"),
+                    tooltip="A transformer in models/diffusion_models: t2i_model.bin and c2i_model_*.safetensors as released, what `tim "
+                    "convert` made of them, or the bundled model's.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    tooltip="How the weights are kept: default lets ComfyUI choose, bf16 is half of float32, fp8 half of bf16 at some "
+                    "loss of quality. The fast kind also computes in fp8, on GPUs that can.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The transformer, for TiMSampler or KSampler (euler, simple).")],
+        )
+
+    @classmethod
+    def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
+        if weight_dtype not in WEIGHT_DTYPES:
+            raise TimError(f"weight dtype: found '{weight_dtype}', expected {', '.join(WEIGHT_DTYPES)}")
+        return io.NodeOutput(build_model(parts_of("diffusion_models", model_name, TRANSFORMER), WEIGHT_DTYPES[weight_dtype]))
+
+
+class TiMTextEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TiMTextEncoderLoader",
+            display_name="Load TiM Text Encoder",
+            category="TiM",
+            description="Loads the Gemma-3 text encoder of a TiM text-to-image model.",
+            search_aliases=["transition models", "gemma", "load clip"],
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder_name",
+                    options=[*files("text_encoders"), *folders("text_encoders")],
+                    tooltip="In models/text_encoders: the folder gemma-3-1b-it as Hugging Face has it, or one file with the tokenizer in "
+                    "it or beside it.",
+                ),
+            ],
+            outputs=[io.Clip.Output(display_name="CLIP", tooltip="The text encoder, for CLIPTextEncode.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder_name) -> io.NodeOutput:
+        return io.NodeOutput(build_clip(parts_of("text_encoders", text_encoder_name, TEXT_ENCODER)))
+
+
+class TiMVAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TiMVAELoader",
+            display_name="Load TiM VAE",
+            category="TiM",
+            description="Loads the DC-AE of a TiM model. Class-conditional models at 256 have Stable Diffusion's VAE instead: Load VAE.",
+            search_aliases=["transition models", "dc-ae", "load vae"],
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=[*files("vae"), *folders("vae")],
+                    tooltip="In models/vae: the folder dc-ae-f32c32-sana-1.1-diffusers, or its diffusion_pytorch_model.safetensors.",
+                ),
+            ],
+            outputs=[io.Vae.Output(display_name="VAE", tooltip="The DC-AE, for VAEDecode and VAEEncode.")],
+        )
+
+    @classmethod
+    def execute(cls, vae_name) -> io.NodeOutput:
+        return io.NodeOutput(TiMVAE(parts_of("vae", vae_name, AUTOENCODER)))

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..tim_core.checkpoint import TRANSFORMER, Parts, json_tensor, load_transformer, read_parts
 from ..tim_core.config import TransformerConfig
 from ..tim_core.errors import TimError
-from ..tim_core.sampler import sample
+from ..tim_core.sampler import fresh_noise, sample
 from ..tim_core.transformer import TransitionTransformer
 from .compat import accepted
 
@@ -30,6 +30,13 @@ TARGET = "tim_target"  # transformer option: the time that our own sampler goes 
 TRANSITION = "tim_transition"  # transformer option: the sampler goes from each time of its schedule to the next
 INTERVAL = "tim_interval"  # key of the guidance interval's wrapper
 PUBLISHED_INTERVAL = (0.0, 1.0)
+LABEL_BASE = 32
+WEIGHT_DTYPES = {
+    "default": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+}
 UNGUIDED = {"cfg": 1.0, "cfg1": 1.0, "cfg2": 1.0, "neg_scale": 0.0}  # strengths of core's guiders that leave the positive alone
 
 
@@ -57,12 +64,29 @@ class TiMNetwork(TransitionTransformer):
         return executor.execute(x, timesteps, context, transformer_options, **kwargs)
 
     def _forward(self, x, timesteps, context, transformer_options={}, **kwargs):
+        context = self._condition(context)
         attention = self.comfy_attention
         outer, attention.options = attention.options, transformer_options
         try:
             return super().forward(x, timesteps, transformer_options.get("tim_r", timesteps), context)
         finally:
             attention.options = outer
+
+    def _condition(self, context: Tensor | None) -> Tensor:
+        """What the network takes: text features as they are, labels from the two digits that `class_label` writes."""
+        config = self.config
+        wanted = f"text of width {config.text_dim}, from CLIPTextEncode" if config.text_dim else "a label, from TiMClassLabel"
+        if context is None or context.shape[-1] != (config.text_dim or 2):
+            found = "none" if context is None else f"features of width {context.shape[-1]}" if context.shape[-1] != 2 else "a class label"
+            raise TimError(f"conditioning: found {found}, expected {wanted}")
+        if config.text_dim:
+            return context
+        label = (context[:, 0] * context.new_tensor([LABEL_BASE, 1])).sum(-1).round().long()
+        if int(label.max()) >= config.num_classes:
+            raise TimError(f"class label: found {int(label.max())}, expected 0 to {config.num_classes - 1}")
+        if int(label.min()) < 0 and not config.null_class:
+            raise TimError("class label: found the null class, which this model has not, expected cfg 1 or another class")
+        return torch.where(label < 0, config.num_classes, label)
 
 
 class TiMModel(comfy.model_base.BaseModel):
@@ -81,11 +105,20 @@ class TiMModel(comfy.model_base.BaseModel):
 
 
 class TiMLatent(comfy.latent_formats.LatentFormat):
-    """Latents of unit variance; the VAE applies DC-AE's scale."""
+    """Latents of unit variance: DC-AE's scale is applied by the VAE, that of the stock SD VAE (4 channels) here.
 
-    def __init__(self, channels: int, factor: int):
+    `preview` is None or {"factors": (C, 3), "bias": (3)}: a linear picture of the latent, for live previews.
+    """
+
+    def __init__(self, channels: int, factor: int, preview: dict | None = None):
         self.latent_channels = channels
         self.spacial_downscale_ratio = factor
+        if preview is not None:
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = preview["factors"], preview["bias"]
+        elif channels == 4:
+            stock = comfy.latent_formats.SD15()
+            self.scale_factor, self.latent_rgb_factors = stock.scale_factor, stock.latent_rgb_factors
+            self.taesd_decoder_name = stock.taesd_decoder_name
 
 
 class TiMConfig(comfy.supported_models_base.BASE):
@@ -97,7 +130,7 @@ class TiMConfig(comfy.supported_models_base.BASE):
     latent_format = None
 
     def __init__(self, config: TransformerConfig, factor: int, record: dict):
-        self.latent_format = lambda: TiMLatent(config.in_channels, factor)  # BASE calls it
+        self.latent_format = lambda: TiMLatent(config.in_channels, factor, record.get("preview"))  # BASE calls it
         super().__init__({"config": config})
         self.record = record
         # A guess, not measured on a GPU: at the peak a token holds some 30 tensors of the hidden width (the gated MLP, q, k, v), at
@@ -112,7 +145,10 @@ class TiMConfig(comfy.supported_models_base.BASE):
 
 
 def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The MODEL of a checkpoint. model_options: dtype, load_device, offload_device as in core's loaders. TimError if it is no TiM."""
+    """The MODEL of a checkpoint. TimError if it is no TiM.
+
+    model_options: dtype, fp8_optimizations, load_device, offload_device as in core's loaders.
+    """
     weights, config = _checked(parts)
     record = {**parts.record(TRANSFORMER), **config.record(), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
     model_config = TiMConfig(config, parts.latent_factor, record)
@@ -124,6 +160,8 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
         model_params=comfy.utils.calculate_parameters(weights), supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(weights)
     )
     model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, supported))
+    if model_options.get("fp8_optimizations"):
+        model_config.optimizations = {**model_config.optimizations, "fp8": True}
     model = model_config.get_model(weights)
 
     patcher = patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
@@ -262,20 +300,45 @@ def _fit_conditionings(executor, *args, **kwargs):
 
 
 @torch.no_grad()
-def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable=None):
+def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable=None, mode="transition", stochasticity=0.0):
     """tim_core's sampler in the form of a k-diffusion sampler; `model` guides, so one evaluation here is a guided one."""
+    extra_args = extra_args or {}
 
     def network(x, t, r, _):
         mm.throw_exception_if_processing_interrupted()
-        return (x - model(x, t, **with_target(extra_args or {}, r[0].item()))) / t[0]
+        return (x - model(x, t, **with_target(extra_args, r[0].item()))) / t[0]
 
-    return sample(network, x, sigmas, None, callback=callback, disable=bool(disable))[0]
+    fresh = fresh_noise(x.shape, extra_args.get("seed") or 0)
+    options = dict(mode=mode, stochasticity=stochasticity, noise_sampler=fresh)
+    return sample(network, x, sigmas, None, callback=callback, disable=bool(disable), **options)[0]
 
 
-def sample_latent(model, positive, negative, latent: dict, seed: int, cfg: float, times: Tensor, interval: tuple[float, float]) -> dict:
+def transition_sampler(mode: str = "transition", stochasticity: float = 0.0) -> comfy.samplers.KSAMPLER:
+    """The SAMPLER that takes TiM's steps; TimError for a mode or a share of noise that there is not."""
+    if mode not in ("transition", "diffusion"):
+        raise TimError(f"mode: found '{mode}', expected transition or diffusion")
+    if not 0 <= stochasticity <= 1:
+        raise TimError(f"stochasticity: found {stochasticity}, expected 0 to 1")
+    return comfy.samplers.KSAMPLER(sample_transitions, {"mode": mode, "stochasticity": stochasticity})
+
+
+def sample_latent(
+    model,
+    positive,
+    negative,
+    latent: dict,
+    seed: int,
+    cfg: float,
+    times: Tensor,
+    interval: tuple[float, float],
+    stochasticity: float = 0.0,
+    add_noise: bool = True,
+    callback=None,
+) -> dict:
     """A LATENT at times[0] (noise is mixed in) to a LATENT at times[-1]; unfinished ones are scaled as core's samplers scale them.
 
-    Through core's guider: masks, areas, hooks, LoRAs and previews work as in KSampler.
+    Through core's guider: masks, areas, hooks, LoRAs and previews work as in KSampler. Without add_noise the latent is one that another
+    sampler left unfinished at times[0]. `callback` in place of the progress bar and previews of core.
     """
     tim_model(model)
     model = with_interval(model, *interval)
@@ -284,15 +347,15 @@ def sample_latent(model, positive, negative, latent: dict, seed: int, cfg: float
     samples = comfy.sample.fix_empty_latent_channels(model, samples, **accepted(comfy.sample.fix_empty_latent_channels, **ratio))
     samples = comfy.sample.sample_custom(
         model,
-        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if add_noise else torch.zeros_like(samples),
         cfg,
-        comfy.samplers.KSAMPLER(sample_transitions),
+        transition_sampler(stochasticity=stochasticity),
         times.float(),
         positive,
         negative,
         samples,
         noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(times) - 1),
+        callback=callback or latent_preview.prepare_callback(model, len(times) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
@@ -300,11 +363,45 @@ def sample_latent(model, positive, negative, latent: dict, seed: int, cfg: float
     return {**rest, "samples": samples}
 
 
+def shared_progress(model, steps: int):
+    """One progress bar over several samplings of `steps` steps in all -> the callback of the sampling after `done` steps."""
+    shown = latent_preview.prepare_callback(model, steps)
+    return lambda done: lambda step, x0, x, total: shown(done + step, x0, x, steps)
+
+
+def counted(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int]]:
+    """A clone of the model, and a list to which each of its network calls adds the number of pictures that it evaluated."""
+    rows: list[int] = []
+
+    def count(executor, x, *args, **kwargs):
+        rows.append(len(x))
+        return executor(x, *args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "tim_count", count)
+    return model, rows
+
+
+def stacked(images: list[Tensor]) -> Tensor:
+    """Pictures (H, W, 3) as an IMAGE."""
+    return torch.stack(images)
+
+
+def class_label(label: int) -> Tensor:
+    """A class as a conditioning (1, 1, 2): two digits, which no rounding to half precision changes. -1 is the null class."""
+    return torch.tensor([[[label // LABEL_BASE, label % LABEL_BASE]]], dtype=torch.float32)
+
+
+def unit(model) -> int:
+    """Pixels that the sides of a picture are multiples of."""
+    inner = tim_model(model)
+    return inner.latent_format.spacial_downscale_ratio * inner.diffusion_model.config.patch_size
+
+
 def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
     """A LATENT of zeros for pictures of width x height pixels, rounded to what the model can draw, with a line in the log."""
     inner = tim_model(model)
-    factor = inner.latent_format.spacial_downscale_ratio
-    multiple = factor * inner.diffusion_model.config.patch_size
+    factor, multiple = inner.latent_format.spacial_downscale_ratio, unit(model)
     rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
     if rounded != [width, height]:
         logging.info(f"TiMEmptyLatent: {width}x{height} becomes {rounded[0]}x{rounded[1]}, multiples of {multiple}")

@@ -1,10 +1,51 @@
-"""Sampling along a time grid of our own."""
+"""Sampling along a time grid of our own: in one node, in several that share a trajectory, or in the parts of custom sampling."""
 
 from comfy_api.latest import io
 
 from ..tim_core import schedule
 from .compat import schema
-from .model import sample_latent
+from .model import sample_latent, tim_model, transition_sampler, with_interval
+
+MODES = ("transition", "diffusion")
+
+
+def time_input(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=tooltip)
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+
+
+def cfg_input() -> io.Float.Input:
+    return io.Float.Input(
+        "cfg",
+        default=2.5,
+        min=1.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+        tooltip="Strength of the guidance; 1 is none. Guided steps cost two evaluations.",
+    )
+
+
+def interval_inputs() -> list[io.Float.Input]:
+    high = "Steps are guided only where their time is below this. At 1, as published, the first step from pure noise is not guided, "
+    return [
+        time_input("guidance_low", 0.0, "Steps are guided only where their time is above this."),
+        time_input("guidance_high", 1.0, high + "so a one-step picture has no guidance."),
+    ]
+
+
+def stochasticity_input() -> io.Float.Input:
+    return io.Float.Input(
+        "stochasticity",
+        default=0.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="Share of fresh noise in every step but the first and the last; 0 is deterministic. A little can help at many steps.",
+    )
 
 
 class TiMSampler(io.ComfyNode):
@@ -15,21 +56,14 @@ class TiMSampler(io.ComfyNode):
             display_name="TiM Sampler",
             category="TiM",
             description="Samples a TiM model in any number of equal steps, each a transition from one time to the next. "
-            "Time runs from 1 (noise) to 0 (picture).",
-            search_aliases=["transition models", "ksampler", "few-step"],
+            "Time runs from 1 (noise) to 0 (picture); several of these nodes can share it, each with its own steps.",
+            search_aliases=["transition models", "ksampler", "ksampler advanced", "few-step"],
             inputs=[
                 io.Model.Input("model", tooltip="A TiM model, patched or not."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input("negative", tooltip="What guidance leads away from; an empty prompt is the usual one."),
                 io.Latent.Input("latent_image", tooltip="An empty latent, or one to start from. A noise mask keeps what it leaves out."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The noise. The same seed and settings give the same picture in `tim sample`.",
-                ),
+                seed_input("The noise. The same seed and settings give the same picture in `tim sample`."),
                 io.Int.Input(
                     "steps",
                     default=4,
@@ -37,47 +71,21 @@ class TiMSampler(io.ComfyNode):
                     max=10000,
                     tooltip="Steps of equal length between start and end. One is enough for a picture; more are better.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=2.5,
-                    min=1.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Strength of the guidance; 1 is none. Guided steps cost two evaluations.",
+                cfg_input(),
+                *interval_inputs(),
+                stochasticity_input(),
+                time_input("start", 1.0, "The first time: 1 starts from noise, less keeps part of the latent. All steps run either way."),
+                time_input("end", 0.0, "The last time: 0 is the finished picture, more is for another sampler to go on from."),
+                io.Boolean.Input(
+                    "add_noise",
+                    default=True,
+                    tooltip="On for an empty latent or a picture; off for what another sampler left unfinished at the time `start`.",
                 ),
-                io.Float.Input(
-                    "guidance_low",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Steps are guided only where their time is above this.",
-                ),
-                io.Float.Input(
-                    "guidance_high",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Steps are guided only where their time is below this. At 1, as published, the first step from pure noise "
-                    "is not guided, so a one-step picture has no guidance.",
-                ),
-                io.Float.Input(
-                    "start",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The first time: 1 starts from noise, less keeps part of the latent. All steps are taken either way.",
-                ),
-                io.Float.Input(
-                    "end",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The last time: 0 is the finished picture, more leaves noise for another sampler.",
+                io.Boolean.Input(
+                    "return_with_leftover_noise",
+                    default=True,
+                    tooltip="Matters only where end is above 0. On: the latent keeps its noise, for the next sampler, ours or "
+                    "KSamplerAdvanced. Off: the last step goes to 0 instead of to end, and the picture is finished.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The sampled latent, for VAEDecode.")],
@@ -85,7 +93,95 @@ class TiMSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high, start, end
+        cls, model, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high, stochasticity, start, end, add_noise,
+        return_with_leftover_noise,
     ) -> io.NodeOutput:
         times, interval = schedule.uniform(steps, start, end), (guidance_low, guidance_high)
-        return io.NodeOutput(sample_latent(model, positive, negative, latent_image, seed, cfg, times, interval))
+        if not return_with_leftover_noise:
+            times[-1] = 0.0
+        return io.NodeOutput(
+            sample_latent(model, positive, negative, latent_image, seed, cfg, times, interval, stochasticity, add_noise)
+        )
+
+
+class TiMSamplerSelect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TiMSamplerSelect",
+            display_name="TiM Sampler Select",
+            category="TiM",
+            description="TiM's own sampler for SamplerCustom and SamplerCustomAdvanced.",
+            search_aliases=["transition models", "ksampler select", "custom sampling"],
+            inputs=[
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    tooltip="transition: the network is told where each step goes, as it should be. diffusion: it is not, as in ordinary "
+                    "flow matching, which needs many steps.",
+                ),
+                stochasticity_input(),
+            ],
+            outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, mode, stochasticity) -> io.NodeOutput:
+        return io.NodeOutput(transition_sampler(mode, stochasticity))
+
+
+class TiMScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TiMScheduler",
+            display_name="TiM Scheduler",
+            category="TiM",
+            description="The times of TiM's steps, as SIGMAS for SamplerCustom and SamplerCustomAdvanced.",
+            search_aliases=["transition models", "sigmas", "timesteps", "basic scheduler"],
+            inputs=[
+                io.Int.Input("steps", default=4, min=1, max=10000, tooltip="Number of steps between start and end."),
+                time_input("start", 1.0, "The first time: 1 is noise, less keeps part of the latent."),
+                time_input("end", 0.0, "The last time: 0 is the finished picture."),
+                io.Float.Input(
+                    "shift",
+                    default=1.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="1: steps of equal length, as published. Above 1 more of them are near noise, below 1 near the picture.",
+                ),
+                io.String.Input(
+                    "times",
+                    default="",
+                    tooltip="A list of times of your own, such as 1, 0.7, 0.3, 0, each smaller than the one before; the inputs above are "
+                    "then not used.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="The times, one more than there are steps.")],
+        )
+
+    @classmethod
+    def execute(cls, steps, start, end, shift, times) -> io.NodeOutput:
+        grid = schedule.parse(times) if times.strip() else schedule.shifted(steps, shift, start, end)
+        return io.NodeOutput(grid.float())
+
+
+class TiMGuidanceInterval(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TiMGuidanceInterval",
+            display_name="TiM Guidance Interval",
+            category="TiM",
+            description="The times at which a TiM model is guided, in KSampler and custom sampling. TiM Sampler has its own.",
+            search_aliases=["transition models", "cfg interval", "guidance limit"],
+            inputs=[io.Model.Input("model", tooltip="A TiM model."), *interval_inputs()],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, guided inside the interval only; elsewhere cfg is 1.")],
+        )
+
+    @classmethod
+    def execute(cls, model, guidance_low, guidance_high) -> io.NodeOutput:
+        tim_model(model)
+        return io.NodeOutput(with_interval(model, guidance_low, guidance_high))

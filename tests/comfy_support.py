@@ -86,7 +86,8 @@ class Server:
     def __init__(self, base: Path, path: Path, python: Path):
         self.base = base
         custom_nodes = base / "custom_nodes"
-        for folder in (custom_nodes, base / "models" / "checkpoints", base / "models" / "loras", base / "output", base / "user"):
+        models = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras")
+        for folder in (custom_nodes, base / "output", base / "user", *(base / "models" / name for name in models)):
             folder.mkdir(parents=True)
         (custom_nodes / FOLDER).symlink_to(ROOT, target_is_directory=True)
         (custom_nodes / "probe.py").write_text(PROBE)
@@ -145,9 +146,12 @@ class Server:
     def queue(self, prompt: dict) -> str:
         """Queues an API-format prompt -> its id; Failed if it does not validate."""
         try:
-            return json.loads(self.read("prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex}))["prompt_id"]
+            answer = json.loads(self.read("prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex}))
         except urllib.error.HTTPError as error:
             raise Failed(error.read().decode()) from None
+        if answer["node_errors"]:  # the rest is queued all the same
+            raise Failed(json.dumps(answer["node_errors"]))
+        return answer["prompt_id"]
 
     def wait(self, prompt_id: str) -> dict:
         """The finished prompt's history entry."""
@@ -184,6 +188,27 @@ def comfyui(tmp_path_factory, tiny):
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def class_files(comfyui, tmp_path_factory) -> None:
+    """What the template class-conditional asks for, small and random: a transformer for 1000 classes and a DC-AE of factor 32."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tim_core.autoencoder import Autoencoder
+    from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
+    from tim_core.transformer import TransitionTransformer
+
+    torch.manual_seed(0)
+    config = TransformerConfig(in_channels=32, hidden_size=32, depth=2, num_heads=2, num_classes=1000, lora_hidden_size=8)
+    stages = (StageConfig(8, 1),) * 4 + (StageConfig(32, 1), StageConfig(32, 1, "EfficientViTBlock", (5,)))
+    vae = Autoencoder(AutoencoderConfig(stages, stages, latent_channels=32, head_dim=8, scaling_factor=0.41407))
+    folder = tmp_path_factory.mktemp("class")
+    save_file(TransitionTransformer(config).state_dict(), folder / "model.safetensors")
+    save_file(vae.state_dict(), folder / "vae.safetensors")
+    comfyui.add("diffusion_models", folder / "model.safetensors", "c2i_model_512.safetensors")
+    comfyui.add("vae", folder / "vae.safetensors", "diffusion_pytorch_model.safetensors")
+
+
 def to_api(workflow: dict, object_info: dict) -> dict:
     """A workflow as the editor saves it -> the prompt that the editor queues. No subgraphs, reroutes or bypassed nodes."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
@@ -196,7 +221,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         linked = {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry.get("link") is not None}
         order = info["input_order"]
         for name in [*order.get("required", []), *order.get("optional", [])]:
-            kind, options = (info["input"].get("required", {}) | info["input"].get("optional", {}))[name]
+            kind, options = ((info["input"].get("required", {}) | info["input"].get("optional", {}))[name] + [{}])[:2]
             if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
                 value = values.pop(0)
                 if options.get("control_after_generate") or name in ("seed", "noise_seed"):

@@ -511,8 +511,9 @@ def test_a_broken_config_that_is_needed_is_named(modules, tmp_path):
     assert "config.json" in refused(load_text_encoder, tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("part, load", [("transformer", load_transformer), ("autoencoder", load_autoencoder), ("text_encoder", load_text_encoder)])
-def test_whole_numbers_are_no_weights(part, load, one_file, tmp_path):
+@pytest.mark.parametrize("part", ["transformer", "autoencoder", "text_encoder"])
+def test_whole_numbers_are_no_weights(part, one_file, tmp_path):
+    load = {"transformer": load_transformer, "autoencoder": load_autoencoder, "text_encoder": load_text_encoder}[part]
     prefix = {"transformer": "model.diffusion_model.", "autoencoder": "vae.", "text_encoder": "text_encoders.transformer."}[part]
     tensors = load_file(one_file)
     key = next(key for key in tensors if key.startswith(prefix) and key.endswith("norm.weight") or key == prefix + "x_embedder.proj.bias")
@@ -532,7 +533,7 @@ def test_an_unknown_format_is_refused(form, weights, tmp_path):
     (lambda w: w.pop("blocks.1.mlp.fc1_g.weight"), "no blocks.1.mlp.fc1_g.weight"),
     (lambda w: w.update({"blocks.1.spare": torch.zeros(2)}), "unknown blocks.1.spare"),
     (lambda w: w.update({"blocks.1.mlp.fc1_g.bias": torch.zeros(3)}), "another shape of blocks.1.mlp.fc1_g.bias"),
-    (lambda w: w.update({"blocks.1.mlp.fc1_g.bias": w["blocks.1.mlp.fc1_g.bias"].to(torch.int32)}), "whole numbers in blocks.1.mlp.fc1_g.bias"),
+    (lambda w: w.update({"blocks.1.mlp.fc1_g.bias": w["blocks.1.mlp.fc1_g.bias"].int()}), "whole numbers in blocks.1.mlp.fc1_g.bias"),
 ])
 def test_inspection_says_what_does_not_load(harm, said, weights, tmp_path):
     save_file(weights, tmp_path / "whole.safetensors")

@@ -1,4 +1,4 @@
-"""The pack in the real ComfyUI, over HTTP, against tim_core."""
+"""The pack in the real ComfyUI, over HTTP, against tim_core: the common ways, core's own nodes, memory, errors."""
 
 import ast
 import asyncio
@@ -9,99 +9,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.comfy_support import FOLDER, ROOT, Failed, probe, to_api
+from tests.comfy_graph import (
+    BUNDLED_NAME,
+    PROMPT,
+    Graph,
+    close,
+    inside,
+    latent_of,
+    pictures_of,
+    refusal,
+    run_latents,
+    run_pictures,
+    same_picture,
+)
+from tests.comfy_support import FOLDER, ROOT, probe
 from tim_core import Pipeline, sampler, schedule
-from tim_core.checkpoint import BUNDLED, describe
+from tim_core.checkpoint import describe
 
 pytestmark = pytest.mark.comfyui
 
-NODES = ("TiMCheckpointLoader", "TiMEmptyLatent", "TiMSampler")
-BUNDLED_NAME = "tim-shapes (bundled)"
-PROMPT = "a red circle left of a blue square"
-
-
-class Graph:
-    """A prompt in API format, built node by node; what a method returns is a link."""
-
-    def __init__(self, checkpoint: str = "tiny.safetensors"):
-        self.prompt = {}
-        self.model, self.clip, self.vae = ([self.add("TiMCheckpointLoader", ckpt_name=checkpoint)[0], i] for i in range(3))
-
-    def add(self, kind: str, **inputs) -> list:
-        self.prompt[str(len(self.prompt) + 1)] = {"class_type": kind, "inputs": inputs}
-        return [str(len(self.prompt)), 0]
-
-    def text(self, text: str) -> list:
-        return self.add("CLIPTextEncode", text=text, clip=self.clip)
-
-    def empty(self, width: int = 64, height: int = 64, batch_size: int = 1) -> list:
-        return self.add("TiMEmptyLatent", model=self.model, width=width, height=height, batch_size=batch_size)
-
-    def tim(self, latent=None, positive=None, negative=None, **settings) -> list:
-        settings = dict(seed=0, steps=4, cfg=2.5, guidance_low=0.0, guidance_high=1.0, start=1.0, end=0.0) | settings
-        links = dict(model=self.model, positive=positive or self.text(PROMPT), negative=negative or self.text(""))
-        return self.add("TiMSampler", **links, latent_image=latent or self.empty(), **settings)
-
-    def stock(self, latent=None, positive=None, negative=None, kind: str = "KSampler", **settings) -> list:
-        settings = dict(steps=4, cfg=2.5, sampler_name="euler", scheduler="simple") | settings
-        settings = (dict(seed=0, denoise=1.0) if kind == "KSampler" else dict(noise_seed=0)) | settings
-        links = dict(model=self.model, positive=positive or self.text(PROMPT), negative=negative or self.text(""))
-        return self.add(kind, **links, latent_image=latent or self.empty(), **settings)
-
-    def guided(self, guider: list, steps: int) -> list:
-        """Core's sampler by parts: euler, simple."""
-        sigmas = self.add("BasicScheduler", model=self.model, scheduler="simple", steps=steps, denoise=1.0)
-        parts = dict(noise=self.add("RandomNoise", noise_seed=0), sampler=self.add("KSamplerSelect", sampler_name="euler"), sigmas=sigmas)
-        return self.add("SamplerCustomAdvanced", **parts, guider=guider, latent_image=self.empty())
-
-    def save(self, latent: list) -> str:
-        return self.add("SaveLatent", samples=latent, filename_prefix="latent")[0]
-
-    def picture(self, latent: list) -> str:
-        image = self.add("VAEDecode", samples=latent, vae=self.vae)
-        return self.add("SaveImage", images=image, filename_prefix="picture")[0]
-
-
-def latent_of(server, outputs: dict, node: str) -> torch.Tensor:
-    return load_file(server.file(outputs[node]["latents"][0]))["latent_tensor"]
-
-
-def pictures_of(server, outputs: dict, node: str) -> torch.Tensor:
-    """(B, H, W, 3) in 0..255."""
-    from PIL import Image
-
-    images = [Image.open(server.file(image)) for image in outputs[node]["images"]]
-    return torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(i.height, i.width, 3) for i in images]).float()
-
-
-def run_latents(server, graph: Graph, *latents: list) -> list[torch.Tensor]:
-    nodes = [graph.save(latent) for latent in latents]
-    outputs = server.run(graph.prompt)
-    return [latent_of(server, outputs, node) for node in nodes]
-
-
-def run_pictures(server, graph: Graph, latent: list) -> torch.Tensor:
-    node = graph.picture(latent)
-    return pictures_of(server, server.run(graph.prompt), node)
-
-
-def inside(server, function, checkpoint: str = "tiny.safetensors"):
-    """What the function returns when it is called inside ComfyUI with the checkpoint's model, clip and vae."""
-    graph = Graph(checkpoint)
-    node = graph.add("TiMTestProbe", **probe(function), model=graph.model, clip=graph.clip, vae=graph.vae)[0]
-    return json.loads(server.run(graph.prompt)[node]["text"][0])
-
-
-def close(a: torch.Tensor, b: torch.Tensor, bound: float = 1e-4) -> None:
-    assert a.shape == b.shape
-    assert b.isfinite().all() and b.std() > 0
-    assert (a - b).abs().max() <= bound * b.std(), f"{(a - b).abs().max()} against a deviation of {b.std()}"
-
-
-def same_picture(a: torch.Tensor, b: torch.Tensor) -> None:
-    """a from the graph, in 0..255; b from Pipeline, in [0, 1]."""
-    assert a.shape == b.shape and (a - 255 * b).abs().max() <= 2
-    assert b.std() > 0.02
+NODES = (
+    "TiMCheckpointLoader", "TiMModelLoader", "TiMTextEncoderLoader", "TiMVAELoader", "TiMEmptyLatent", "TiMClassLabel", "TiMSampler",
+    "TiMSamplerSelect", "TiMScheduler", "TiMGuidanceInterval", "TiMNativeUpscale", "TiMStepSweep",
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,21 +76,6 @@ def test_templates_help_and_words_are_served(comfyui):
 
 
 # The same picture as tim_core
-
-
-@pytest.mark.parametrize("name", ["tiny.safetensors", BUNDLED_NAME])
-def test_shipped_workflow(comfyui, tiny, name):
-    source = tiny if name != BUNDLED_NAME else "tim-shapes"
-    if name == BUNDLED_NAME and not BUNDLED["tim-shapes"].is_file():
-        pytest.skip("the bundled model is not in this tree")
-    workflow = json.loads((ROOT / "workflows" / "text-to-image.json").read_text())
-    prompt = to_api(workflow, comfyui.object_info)
-    loader = next(node for node in prompt.values() if node["class_type"] == "TiMCheckpointLoader")
-    assert loader["inputs"]["ckpt_name"] == BUNDLED_NAME
-    loader["inputs"]["ckpt_name"] = name
-    node = next(key for key, node in prompt.items() if node["class_type"] == "SaveImage")
-    pictures = pictures_of(comfyui, comfyui.run(prompt), node)
-    same_picture(pictures, Pipeline.load(source, device="cpu")([PROMPT], steps=4, cfg=2.5, width=64, height=64, seed=0))
 
 
 CASES = {
@@ -464,13 +379,6 @@ def test_sizes_are_rounded_with_one_line(comfyui, wide_vae, name, size, shape):
 
 
 # When things go wrong
-
-
-def refusal(server, graph: Graph, latent: list) -> str:
-    graph.save(latent)
-    with pytest.raises(Failed) as error:
-        server.run(graph.prompt)
-    return str(error.value)
 
 
 def test_wrong_file_is_one_line(comfyui, tiny, tmp_path):

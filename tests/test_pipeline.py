@@ -166,7 +166,8 @@ def test_class_conditional_models_are_refused(tiny, tmp_path):
 BAD = {
     "width": {"width": 60}, "height": {"height": 0}, "a broken width": {"width": 64.5}, "steps": {"steps": 0}, "half steps": {"steps": 2.5},
     "no prompts": {"prompts": []}, "a number": {"prompts": [3]}, "negatives": {"negative": ["a", "b"]}, "cfg": {"cfg": float("nan")},
-    "seed": {"seed": -1}, "mode": {"mode": "leap"}, "interval": {"guidance_interval": (-1, 1)}, "inverted": {"guidance_interval": (0.9, 0.1)}, "stochasticity": {"stochasticity": -0.1},
+    "seed": {"seed": -1}, "mode": {"mode": "leap"}, "interval": {"guidance_interval": (-1, 1)},
+    "inverted": {"guidance_interval": (0.9, 0.1)}, "stochasticity": {"stochasticity": -0.1},
     "times": {"times": "1, 2"}, "times without an end": {"times": [1, 0.5]}, "noise": {"noise": torch.zeros(1, 16, 3, 3)},
 }
 

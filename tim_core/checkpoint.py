@@ -163,14 +163,17 @@ def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_
     return _write(tensors, dst, _whole_record(parts, records, metadata or {}))
 
 
-def convert(src, dst: str | Path, dtype=None) -> Path:
-    """Any file of ours as safetensors: several parts in the one-file layout, a lone part under its official names; nothing is dropped."""
-    parts = read_parts(src)
+def convert(src, dst: str | Path, dtype=None, metadata: dict | None = None) -> Path:
+    """Any file of ours as safetensors: several parts in the one-file layout, a lone part under its official names; nothing is dropped.
+
+    `metadata` adds to the record.
+    """
+    parts, extra = read_parts(src), metadata or {}
     there = [part for part in TITLES if part in parts]
     if len(there) > 1 or there == [TEXT_ENCODER]:  # a lone text model keeps its tokenizer with it
-        return pack(parts, dst, dtype, keep_projector=True)
-    records = {part: _record_of(parts, part, {}) for part in there}
-    return _write(_cast(dict(parts.tensors(there[0])), dtype), dst, _whole_record(parts, records, {}))
+        return pack(parts, dst, dtype, extra, keep_projector=True)
+    records = {part: _record_of(parts, part, extra) for part in there}
+    return _write(_cast(dict(parts.tensors(there[0])), dtype), dst, _whole_record(parts, records, extra))
 
 
 def json_tensor(record: dict) -> Tensor:
@@ -185,6 +188,8 @@ def _record_of(parts: Parts, part: str, extra: dict) -> dict:
     record = config.record()
     if part == TRANSFORMER:
         record["latent_factor"] = int(extra.get("latent_factor") or parts.latent_factor)
+        if preview := extra.get("preview", parts.record(TRANSFORMER).get("preview")):
+            record["preview"] = preview
         if config.text_dim is not None:
             record["escape_prompts"] = bool(extra.get("escape_prompts", parts.escape))
     return record

@@ -1,4 +1,4 @@
-"""The prompt line: `tim sample | sweep | evaluate | inspect | convert | pack | train`."""
+"""The prompt line: `tim sample | sweep | upscale | evaluate | inspect | convert | pack | previews | train`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ examples:
   tim sweep "a red circle and a blue square" --steps 1,2,4,8,16,32 -o sweep.png
   tim sweep "a circle" --steps 1,2,4,8 --mode diffusion      the same network as an ordinary flow-matching model"""
 
+UPSCALE = """\
+Draws a picture again at a larger size, by the same prompt: it is enlarged, noised to the time --strength, and sampled at the new size
+as a whole, no tiles. A low strength keeps more of the picture, a high one draws more of it anew; all steps run either way."""
+
+UPSCALE_EXAMPLES = """\
+examples:
+  tim upscale picture.png "a red circle left of a blue square" -o large.png            twice as large
+  tim upscale picture.png "a red circle left of a blue square" --size 256x256 --stages 2 --steps 8,4 -o huge.png"""
+
 EVALUATE = """\
 Scores a model in the small world as GenEval does: prompts of six tasks, several pictures a prompt, each judged by an exact detector.
 
@@ -84,6 +93,15 @@ Joins a transformer, a text model and an autoencoder into one file, which `--mod
 PACK_EXAMPLES = """\
 example:
   tim pack --model t2i_model.bin --text-encoder gemma-3-1b-it --vae dc-ae-f32c32-sana-1.1 tim-t2i.safetensors --dtype bf16"""
+
+PREVIEWS = """\
+Fits what ComfyUI's live previews show of a latent, and writes it into a model file (which is written whole or stays as it is).
+Where the autoencoder is not in the same file, --vae names it. --images names a folder of pictures such as the model makes; without it
+the small world's are taken, which suits tim-shapes."""
+
+PREVIEWS_EXAMPLES = """\
+example:
+  tim previews tim-t2i.safetensors --images photographs"""
 
 TRAIN = """\
 Trains from YAML configurations (`kind: tim` or `kind: autoencoder`), one after another. A run that was stopped goes on from its last
@@ -140,15 +158,18 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--dtype", default="auto", help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16")
     group.add_argument("--attention", default="auto", choices=["auto", "sdpa", "flash"], help="flash needs the flash-attn package")
 
-    sampling = argparse.ArgumentParser(add_help=False)
-    group = sampling.add_argument_group("sampling")
+    guided = argparse.ArgumentParser(add_help=False)
+    group = guided.add_argument_group("sampling")
     group.add_argument("--negative", default="", metavar="N", help="what guidance leads away from (nothing)")
     group.add_argument("--cfg", type=float, default=2.5, help="strength of guidance, 1 is none (2.5)")
-    group.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (64x64)")
     group.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     group.add_argument("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH",
                        help="times between which guidance acts, ends excluded (0,1)")
     group.add_argument("--stochasticity", type=float, default=0.0, metavar="S", help="share of fresh noise at each step (0)")
+
+    sampling = argparse.ArgumentParser(add_help=False)
+    group = sampling.add_argument_group("the picture")
+    group.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (64x64)")
     group.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
                        help="diffusion: the network is not told where it jumps to, as in ordinary flow matching")
 
@@ -163,18 +184,28 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("sample", run_sample, "pictures of a prompt", SAMPLE, SAMPLE_EXAMPLES, [model, sampling])
+    sub = command("sample", run_sample, "pictures of a prompt", SAMPLE, SAMPLE_EXAMPLES, [model, guided, sampling])
     sub.add_argument("prompt", metavar="PROMPT")
     sub.add_argument("--steps", type=int, default=4, help="number of transitions (4)")
     sub.add_argument("--times", metavar="LIST", help="times of your own from 1 to 0, in place of --steps")
     sub.add_argument("--batch", type=int, default=1, metavar="B", help="number of pictures; more than one are numbered: out-0.png ... (1)")
     sub.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE", help=".png, .jpg or .webp (out.png)")
 
-    sub = command("sweep", run_sweep, "one labelled sheet over numbers of steps", SWEEP, SWEEP_EXAMPLES, [model, sampling])
+    sub = command("sweep", run_sweep, "one labelled sheet over numbers of steps", SWEEP, SWEEP_EXAMPLES, [model, guided, sampling])
     sub.add_argument("prompt", metavar="PROMPT")
     sub.add_argument("--steps", type=whole_numbers, default=[1, 2, 4, 8, 16, 32], metavar="LIST", help="(1,2,4,8,16,32)")
     sub.add_argument("--columns", type=int, metavar="C", help="pictures in a row (up to 4)")
     sub.add_argument("-o", "--output", type=Path, default=Path("sweep.png"), metavar="FILE", help=".png, .jpg or .webp (sweep.png)")
+
+    sub = command("upscale", run_upscale, "a picture at a larger size", UPSCALE, UPSCALE_EXAMPLES, [model, guided])
+    sub.add_argument("image", type=Path, metavar="IMAGE", help="a picture of any kind that Pillow reads")
+    sub.add_argument("prompt", metavar="PROMPT")
+    sub.add_argument("--size", type=size, metavar="WxH", help="in pixels; what other proportions leave over is cut off")
+    sub.add_argument("--factor", type=float, default=2.0, metavar="F", help="in place of --size (2)")
+    sub.add_argument("--steps", default="4", metavar="N", help="number of transitions, or one for each stage: 8,4 (4)")
+    sub.add_argument("--stages", type=int, default=1, metavar="K", help="enlargements on the way, by equal factors (1)")
+    sub.add_argument("--strength", type=float, default=0.5, metavar="T", help="the time that the picture is noised to, up to 1 (0.5)")
+    sub.add_argument("-o", "--output", type=Path, default=Path("upscaled.png"), metavar="FILE", help=".png, .jpg or .webp (upscaled.png)")
 
     sub = command("evaluate", run_evaluate, "scores and a curve", EVALUATE, EVALUATE_EXAMPLES, [model])
     sub.add_argument("--steps", type=whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST", help="(1,2,4,8,16,32,64)")
@@ -202,6 +233,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--text-encoder", metavar="FILE", help="the Gemma-3 text model: a folder with its tokenizer, or a one-file checkpoint")
     sub.add_argument("--vae", metavar="FILE", help="the DC-AE")
     sub.add_argument("target", type=Path, metavar="DST", help="a .safetensors file")
+
+    sub = command("previews", run_previews, "live previews for a model file", PREVIEWS, PREVIEWS_EXAMPLES)
+    sub.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file with a TiM transformer")
+    sub.add_argument("--vae", metavar="FILE", help="the DC-AE, if it is not in FILE")
+    sub.add_argument("--images", type=Path, metavar="FOLDER", help="pictures to fit on, up to 200")
 
     sub = command("train", run_train, "weights from a configuration", TRAIN, TRAIN_EXAMPLES)
     sub.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.yaml")
@@ -244,6 +280,30 @@ def run_sweep(args: argparse.Namespace) -> None:
     print(args.output)
     for label in labels:
         print(label.replace(" · ", ", "))
+
+
+def run_upscale(args: argparse.Namespace) -> None:
+    check_picture(args.output)
+    picture = read_picture(args.image)
+    from .upscale import stage_steps
+
+    total = sum(stage_steps(args.steps, args.stages)) if args.stages > 0 else 0
+    pipe = load_pipeline(args)
+    from tqdm import tqdm
+
+    from .contact_sheet import to_pil
+
+    width, height = args.size or (0, 0)
+    options = {name: getattr(args, name) for name in ("negative", "cfg", "seed", "guidance_interval", "stochasticity")}
+    with tqdm(total=total, unit="step", leave=False) as bar:
+        started = time.perf_counter()
+        image = pipe.upscale(
+            picture, args.prompt, width=width, height=height, steps=args.steps, strength=args.strength, factor=args.factor,
+            stages=args.stages, callback=lambda state: bar.update(), **options)[0]
+        seconds = time.perf_counter() - started
+    write_picture(to_pil(image), args.output)
+    print(args.output)
+    print(f"{image.shape[1]}x{image.shape[0]}, {pipe.nfe} NFE, {seconds:.2f} s")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -289,6 +349,22 @@ def run_pack(args: argparse.Namespace) -> None:
 
     sources = {"model": args.model, "text-encoder": args.text_encoder, "vae": args.vae}
     print(pack({name: source for name, source in sources.items() if source is not None}, args.target, storage_dtype(args.dtype)))
+
+
+def run_previews(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from . import previews
+    from .checkpoint import TRANSFORMER, convert, load_autoencoder, read_parts
+
+    parts = read_parts(args.file)
+    parts.tensors(TRANSFORMER)
+    autoencoder = load_autoencoder(args.vae or parts)
+    side = 8 * autoencoder.config.factor
+    pictures = previews.photographs(args.images, side) if args.images else previews.drawn(200, side)
+    preview = previews.fit(autoencoder, tqdm(pictures, unit="picture", leave=False))
+    print(convert(parts, args.file, metadata={"preview": preview}))
+    print(f"{100 * preview['r2']:.1f} % of the colours' variance explained")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -348,6 +424,21 @@ def check_picture(path: Path) -> None:
         raise TimError(f"{path}: found no folder {path.parent}, expected one to write into")
     if not os.access(path.parent, os.W_OK):
         raise TimError(f"{path}: cannot be written, expected a folder that allows it")
+
+
+def read_picture(path: Path):
+    """-> (1, H, W, 3) in [0, 1]; an alpha channel is left out."""
+    from PIL import Image, UnidentifiedImageError
+
+    from .contact_sheet import to_tensor
+
+    try:
+        with Image.open(path) as picture:
+            return to_tensor(picture)
+    except UnidentifiedImageError:
+        raise TimError(f"{path}: found no picture, expected a file that Pillow reads, such as a PNG") from None
+    except OSError as error:
+        raise TimError(f"{path}: cannot be read ({error.strerror or 'a damaged picture'}), expected a picture") from None
 
 
 def write_picture(picture, path: Path) -> None:

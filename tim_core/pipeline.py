@@ -14,7 +14,8 @@ from . import schedule
 from .attention import get_attention
 from .checkpoint import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, load_autoencoder, load_text_encoder, load_transformer, read_parts
 from .errors import TimError
-from .sampler import sample
+from .sampler import check_seed, fresh_noise, sample
+from .upscale import stage_sizes, stage_steps, target_size, upscale
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,60 +97,116 @@ class Pipeline:
         callback: gets the sampler's dict before each step. TimError for anything that cannot be used.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        negatives = [negative] if isinstance(negative, str) else list(negative)
         grid = self._grid(steps, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
-        low, high = guidance_interval
-        for name, value in (("cfg", cfg), ("guidance interval", low), ("guidance interval", high), ("stochasticity", stochasticity)):
+        options = dict(mode=mode, cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
+        text = self._conditioning(prompts, [negative] if isinstance(negative, str) else list(negative))
+        latent, self.nfe = self._sample(noise, grid, text, seed, **options)
+        return self.decode(latent)
+
+    @torch.no_grad()
+    def upscale(
+        self,
+        images: Tensor,
+        prompts: str | Sequence[str],
+        negative: str | Sequence[str] = "",
+        cfg: float = 2.5,
+        width: int = 0,
+        height: int = 0,
+        steps: int | str | Sequence[int] = 4,
+        strength: float = 0.5,
+        seed: int = 0,
+        *,
+        factor: float = 2.0,
+        stages: int = 1,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        stochasticity: float = 0.0,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Tensor:
+        """Pictures (B, h, w, 3) in [0, 1] at another size -> (B, height, width, 3) float32 in [0, 1], on the CPU.
+
+        width, height: in pixels, rounded to the model's unit; 0 is by the proportions, both 0 by `factor`. strength: the time that
+        the enlarged picture is noised to; all steps run from there. stages: enlargements on the way, by equal factors, `steps` each or
+        a number of steps for each. One prompt a picture, or one for all. The rest is as in a call; TimError for what cannot be used.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+            raise TimError(f"images: found shape {list(images.shape)}, expected pictures (B, H, W, 3)")
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        if len(prompts) != len(images):
+            raise TimError(f"prompts: found {len(prompts)} for {len(images)} pictures, expected one for each, or one")
+        size = images.shape[2], images.shape[1]
+        sizes = stage_sizes(size, target_size(*size, width, height, factor), stages, self.unit)
+        options = dict(cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
+        text = self._conditioning(prompts, [negative] if isinstance(negative, str) else list(negative))
+        counts = stage_steps(steps, stages)
+        self.nfe = 0
+
+        def resample(latents: Tensor, times: Tensor, stage: int) -> Tensor:
+            noise = self.noise(len(latents), *sizes[stage], seed).to(latents)
+            start = float(times[0])
+            latents, evaluations = self._sample(start * noise + (1 - start) * latents, times, text, seed, **options)
+            self.nfe += evaluations
+            return latents
+
+        return upscale(images, sizes, counts, strength, encode=self.encode, sample=resample, decode=self.decode)[0]
+
+    def _sample(self, latent: Tensor, grid: Tensor, text: list[Tensor], seed: int, **options) -> tuple[Tensor, int]:
+        """Latents at grid[0] to latents at grid[-1], and the evaluations it took; `text` as _conditioning gives it."""
+        low, high = options["guidance_interval"]
+        for name, value in (("cfg", options["cfg"]), ("guidance interval", low), ("guidance interval", high),
+                            ("stochasticity", options["stochasticity"])):
             if not math.isfinite(value) or value < 0:
                 raise TimError(f"{name}: found {value}, expected a number of at least 0")
         if low >= high:
             raise TimError(f"guidance interval: found {low:g} to {high:g}, expected the first to be smaller (cfg 1 is no guidance)")
-        text = self._conditioning(prompts, negatives)
-        rows = torch.arange(2 * len(prompts))  # the sampler carries row numbers; the model looks the features up
-        latent, self.nfe = sample(
-            self._model(text),
-            noise.to(self.device),
-            grid,
-            rows[: len(prompts)],
-            rows[len(prompts) :],
-            mode=mode,
-            cfg=cfg,
-            guidance_interval=(low, high),
-            stochasticity=stochasticity,
-            noise_sampler=fresh_noise(noise.shape, seed),
-            callback=callback,
-        )
-        return self.decode(latent)
+        rows = torch.arange(len(text))  # the sampler carries row numbers; the model looks the features up
+        fresh = fresh_noise(latent.shape, seed)
+        return sample(self._model(text), latent.to(self.device), grid, *rows.chunk(2), noise_sampler=fresh, **options)
 
     def noise(self, batch: int, width: int, height: int, seed: int) -> Tensor:
         """What ComfyUI draws: (B, C, H / factor, W / factor) float32 on the CPU, the whole batch at once."""
-        return torch.randn(self._shape(batch, width, height), generator=torch.Generator().manual_seed(_check_seed(seed)))
+        return torch.randn(self._shape(batch, width, height), generator=torch.Generator().manual_seed(check_seed(seed)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) in [0, 1] -> latents (B, C, H / factor, W / factor) float32, on the CPU; in blended tiles where memory is short."""
+        pixels = images.movedim(-1, 1) * 2 - 1
+        return self._in_parts(pixels, images.shape[1] * images.shape[2], self.autoencoder.encode, self.autoencoder.tiled_encode)
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, H, W, 3) float32 in [0, 1], on the CPU; in blended tiles where memory is short."""
-        latent = latent.to(self.device, next(self.autoencoder.parameters()).dtype)
-        together = max(1, 2**20 // (latent.shape[-1] * latent.shape[-2] * self.factor**2))  # a megapixel at a time
-        pictures = []
-        for some in latent.split(together):
+        area = latent.shape[-1] * latent.shape[-2] * self.factor**2
+        pixels = self._in_parts(latent, area, self.autoencoder.decode, self.autoencoder.tiled_decode)
+        return pixels.add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
+
+    @torch.no_grad()
+    def _in_parts(self, batch: Tensor, area: int, whole: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]) -> Tensor:
+        """The autoencoder over a batch, a megapixel at a time, `area` pixels an item."""
+        batch = batch.to(self.device, next(self.autoencoder.parameters()).dtype)
+        parts = []
+        for some in batch.split(max(1, 2**20 // area)):
             short = False
             try:
-                decoded = self.autoencoder.decode(some)
+                done = whole(some)
             except torch.cuda.OutOfMemoryError:
                 short = True  # inside this block the exception keeps the failed attempt's tensors alive
             if short:
                 torch.cuda.empty_cache()
-                decoded = torch.cat([self.autoencoder.tiled_decode(one, *self._tiles()) for one in some.split(1)])
-            pictures.append(decoded.float().cpu())
-        return torch.cat(pictures).add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
+                done = torch.cat([tiled(one, *self._tiles()) for one in some.split(1)])
+            parts.append(done.float().cpu())
+        return torch.cat(parts)
 
     def _tiles(self) -> tuple[int, int]:
         """Tile and stride in pixels for a picture that does not fit: 512 and 448, in whole latent cells."""
         return 512 // self.factor * self.factor, 448 // self.factor * self.factor
 
+    @property
+    def unit(self) -> int:
+        """Pixels that sides are multiples of: the latent factor times the patch size."""
+        return self.factor * self.transformer.config.patch_size
+
     def _shape(self, batch: int, width: int, height: int) -> tuple[int, int, int, int]:
         """The latent's; TimError for a size that the model cannot make."""
-        unit = self.factor * self.transformer.config.patch_size
+        unit = self.unit
         for name, value in (("width", width), ("height", height)):
             if isinstance(value, bool) or not isinstance(value, int) or value < unit or value % unit:
                 nearest = max(1, round(value / unit)) * unit if isinstance(value, (int, float)) and math.isfinite(value) else unit
@@ -197,18 +254,6 @@ class Pipeline:
             return out
 
         return model
-
-
-def fresh_noise(shape: Sequence[int], seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The noise sampler of a seed: float32 on the CPU, another stream than the first noise's (seed + 1, as k-diffusion does)."""
-    generator = torch.Generator().manual_seed((_check_seed(seed) + 1) % 2**64)
-    return lambda t, r: torch.randn(tuple(shape), generator=generator)
-
-
-def _check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise TimError(f"seed: found {seed}, expected a whole number from 0 to 2^64 - 1")
-    return seed
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:

@@ -103,6 +103,18 @@ def sample(
     return state.float(), evaluations
 
 
+def fresh_noise(shape: Sequence[int], seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The noise sampler of a seed: float32 on the CPU, another stream than the first noise's (seed + 1, as k-diffusion does)."""
+    generator = torch.Generator().manual_seed((check_seed(seed) + 1) % 2**64)
+    return lambda t, r: torch.randn(tuple(shape), generator=generator)
+
+
+def check_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise TimError(f"seed: found {seed}, expected a whole number from 0 to 2^64 - 1")
+    return seed
+
+
 def _steps(count: int, disable: bool) -> Any:
     if disable:
         return range(count)

@@ -51,13 +51,16 @@ def optimizers(config: LoopConfig, model: nn.Module) -> list[torch.optim.Optimiz
     return found
 
 
-def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: Callable[[object, int, dict[str, Tensor]], dict[str, Tensor]],
-          folder: Path, sample: Callable[[nn.Module, int], None], export: Callable[[dict[str, Tensor], int], Path]) -> Path:
+LossOf = Callable[[object, int, dict[str, Tensor]], dict[str, Tensor]]
+
+
+def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: LossOf, folder: Path,
+          sample: Callable[[nn.Module, int], None], export: Callable[[dict[str, Tensor], int], Path]) -> Path:
     """Trains `model` to `config.steps` and returns what the last export wrote. TimError where `config.seconds` ended the run before.
 
     batches[k] is the batch of step k; loss_of(batch, k, averaged weights) gives named scalars, of which "loss" is minimised. At every
-    checkpoint sample(model, k) draws pictures and export(averaged weights, k) writes the model. Checkpoints and metrics.csv go to `folder`; a run
-    found there is resumed.
+    checkpoint sample(model, k) draws pictures and export(averaged weights, k) writes the model. Checkpoints and metrics.csv go to
+    `folder`; a run found there is resumed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optims = optimizers(config, model)

@@ -9,7 +9,7 @@ import torch._dynamo
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import checkpoint, shapes
+from .. import checkpoint, previews, shapes
 from ..attention import math
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
@@ -126,8 +126,9 @@ def train_transition(config: TransitionTraining) -> Path:
         trained = TextToImage(config, autoencoder.config.latent_channels)
         trained.load_state_dict({**trained.state_dict(), **average})
         target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
+        preview = previews.fit(autoencoder, previews.drawn(100, 8 * autoencoder.config.factor, loop.seed))
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
-                  "training": {"step": step, "configuration": settings}}
+                  "preview": preview, "training": {"step": step, "configuration": settings}}
         return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder}, target,
                                dtype=torch.bfloat16, metadata=record)
 

@@ -1,0 +1,69 @@
+"""One prompt and one noise at several numbers of steps."""
+
+import time
+
+from comfy_api.latest import io
+
+from ..tim_core import schedule
+from ..tim_core.contact_sheet import contact_sheet, step_label, to_tensor
+from ..tim_core.errors import TimError
+from .compat import schema
+from .model import counted, sample_latent, shared_progress, stacked
+from .sampling import cfg_input, interval_inputs, seed_input
+
+
+def step_counts(text: str) -> list[int]:
+    """ "1, 2, 4" -> [1, 2, 4]; TimError for anything else than whole numbers of at least 1."""
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise TimError(f"steps: found '{text}', expected whole numbers of at least 1, such as 1, 2, 4, 8")
+    return [int(word) for word in words]
+
+
+class TiMStepSweep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="TiMStepSweep",
+            display_name="TiM Step Sweep",
+            category="TiM",
+            description="The same picture, from the same noise, at several numbers of steps: what more steps buy, on one labelled sheet.",
+            search_aliases=["transition models", "xy plot", "compare steps", "grid"],
+            inputs=[
+                io.Model.Input("model", tooltip="A TiM model."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input("negative", tooltip="What guidance leads away from; an empty prompt is the usual one."),
+                io.Latent.Input("latent_image", tooltip="An empty latent: the size. Of a batch the first is taken."),
+                seed_input("The noise, the same for every number of steps."),
+                io.String.Input("steps", default="1, 2, 4, 8, 16, 32", tooltip="Numbers of steps to compare."),
+                cfg_input(),
+                *interval_inputs(),
+            ],
+            outputs=[
+                io.Image.Output(display_name="SHEET", tooltip="All pictures, with steps, network evaluations and seconds under each."),
+                io.Image.Output(display_name="IMAGES", tooltip="The pictures as a batch, in the order of the steps."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, vae, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high
+    ) -> io.NodeOutput:
+        counts = step_counts(steps)
+        model, rows = counted(model)
+        latent, interval = {**latent_image, "samples": latent_image["samples"][:1]}, (guidance_low, guidance_high)
+        progress = shared_progress(model, 1 + sum(counts))
+
+        def run(count: int, done: int):
+            rows.clear()
+            began = time.perf_counter()
+            sampled = sample_latent(
+                model, positive, negative, latent, seed, cfg, schedule.uniform(count), interval, callback=progress(done)
+            )
+            return vae.decode(sampled["samples"])[0], step_label(count, sum(rows), time.perf_counter() - began)
+
+        run(1, 0)  # the first run of all loads the model, and would count as slow
+        shown = [run(count, 1 + sum(counts[:i])) for i, count in enumerate(counts)]
+        images = [image for image, _ in shown]
+        return io.NodeOutput(to_tensor(contact_sheet(images, [label for _, label in shown])), stacked(images))

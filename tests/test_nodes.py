@@ -1,0 +1,474 @@
+"""Each node beyond the spine in the real ComfyUI: what it does, with which of core's nodes, what it says when it cannot."""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.comfy_graph import PROMPT, Graph, close, inside, latent_of, pictures_of, refusal, run_latents, run_pictures, same_picture
+from tim_core import Pipeline, schedule
+from tim_core.checkpoint import load_text_encoder, pack, read_parts
+
+pytestmark = pytest.mark.comfyui
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return Pipeline.load(tiny, device="cpu")
+
+
+def custom(graph: Graph, latent: list | None = None, cfg: float = 2.5, mode="transition", stochasticity=0.0, **times) -> list:
+    """SamplerCustom with TiM's sampler and times."""
+    settings = dict(steps=4, start=1.0, end=0.0, shift=1.0, times="") | times
+    parts = dict(
+        sampler=graph.add("TiMSamplerSelect", mode=mode, stochasticity=stochasticity), sigmas=graph.add("TiMScheduler", **settings),
+        positive=graph.text(PROMPT), negative=graph.text(""), latent_image=latent or graph.empty(),
+    )
+    return graph.add("SamplerCustom", model=graph.model, add_noise=True, noise_seed=0, cfg=cfg, **parts)
+
+
+# One trajectory, several nodes
+
+
+def test_nodes_share_a_trajectory(comfyui):
+    graph = Graph()
+    draft = graph.tim(steps=2, end=0.6)
+    refined = graph.tim(draft, steps=6, start=0.6, add_noise=False)
+    joined = custom(graph, times="1, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0")
+    close(*run_latents(comfyui, graph, refined, joined))
+
+
+def test_tim_sampler_goes_on_from_a_stock_sampler(comfyui):
+    graph = Graph()
+    rest = dict(add_noise="enable", start_at_step=0, end_at_step=2, return_with_leftover_noise="enable")
+    half = graph.stock(kind="KSamplerAdvanced", steps=4, **rest)
+    close(*run_latents(comfyui, graph, graph.tim(half, steps=2, start=0.5, add_noise=False), graph.tim(steps=4)))
+
+
+def test_without_leftover_noise_the_last_step_ends_at_0(comfyui):
+    graph = Graph()
+    cut = graph.tim(steps=2, end=0.5, return_with_leftover_noise=False)
+    close(*run_latents(comfyui, graph, cut, custom(graph, times="1, 0.75, 0")))
+
+
+def test_stochasticity_equals_pipeline(comfyui, pipe):
+    graph = Graph()
+    ours, parts = graph.tim(steps=5, stochasticity=0.4), custom(graph, steps=5, stochasticity=0.4)
+    close(*run_latents(comfyui, graph, ours, parts))
+    pictures = run_pictures(comfyui, graph := Graph(), graph.tim(steps=5, stochasticity=0.4))
+    same_picture(pictures, pipe(PROMPT, steps=5, stochasticity=0.4))
+    assert (pictures - 255 * pipe(PROMPT, steps=5)).abs().max() > 2
+
+
+def test_diffusion_mode_equals_pipeline(comfyui, pipe):
+    graph = Graph()
+    same_picture(run_pictures(comfyui, graph, custom(graph, mode="diffusion", steps=6)), pipe(PROMPT, steps=6, mode="diffusion"))
+
+
+def test_shifted_times(comfyui, pipe):
+    graph = Graph()
+    pictures = run_pictures(comfyui, graph, custom(graph, steps=5, shift=3.0))
+    same_picture(pictures, pipe(PROMPT, times=schedule.shifted(5, 3.0).tolist()))
+
+
+@pytest.mark.parametrize("times, said", [
+    ("1, half, 0", "'half'"), ("1, 0.5, 0.5", "0.5 after 0.5"), ("1", "at least two"), ("2, 0", "from 0 to 1"),
+])
+def test_bad_times_are_refused(comfyui, times, said):
+    graph = Graph()
+    message = refusal(comfyui, graph, custom(graph, times=times))
+    assert said in message and "expected" in message
+
+
+def test_the_interval_of_a_stock_sampler(comfyui):
+    graph = Graph()
+    wanted = graph.tim(steps=4, cfg=4.0, guidance_low=0.3, guidance_high=0.6)
+    graph.model = graph.add("TiMGuidanceInterval", model=graph.model, guidance_low=0.3, guidance_high=0.6)
+    inner, outer = run_latents(comfyui, graph, graph.stock(steps=4, cfg=4.0), wanted)
+    close(inner, outer)
+    plain = run_latents(comfyui, graph := Graph(), graph.stock(steps=4, cfg=4.0))[0]
+    assert (plain - inner).abs().max() > 1e-3
+    graph = Graph()
+    assert "0.6 to 0.3" in refusal(comfyui, graph, graph.tim(guidance_low=0.6, guidance_high=0.3))
+
+
+# Core's conditionings, latents, models
+
+
+def test_conditioning_nodes(comfyui):
+    """Every stock node on conditionings changes the latent, and only as it should."""
+    graph = Graph()
+    a, b = graph.text(PROMPT), graph.text("two yellow triangles")
+    mask = graph.add("SolidMask", value=1.0, width=64, height=64)
+    made = {
+        "Combine": graph.add("ConditioningCombine", conditioning_1=a, conditioning_2=b),
+        "Average": graph.add("ConditioningAverage", conditioning_to=a, conditioning_from=b, conditioning_to_strength=0.5),
+        "Concat": graph.add("ConditioningConcat", conditioning_to=a, conditioning_from=b),
+        "SetArea": graph.add("ConditioningCombine", conditioning_1=a, conditioning_2=graph.add(
+            "ConditioningSetArea", conditioning=b, width=64, height=64, x=64, y=0, strength=1.0)),
+        "TimestepRange": graph.add("ConditioningCombine", conditioning_1=a, conditioning_2=graph.add(
+            "ConditioningSetTimestepRange", conditioning=b, start=0.0, end=0.5)),
+        "plain": a,
+        "whole mask": graph.add("ConditioningSetMask", conditioning=a, mask=mask, strength=1.0, set_cond_area="default"),
+    }
+    wide = graph.empty(128, 64)
+    latents = dict(zip(made, run_latents(comfyui, graph, *(graph.tim(wide, cond) for cond in made.values()))))
+    plain = latents.pop("plain")
+    close(latents.pop("whole mask"), plain)
+    for name, latent in latents.items():
+        assert latent.isfinite().all() and (latent - plain).abs().max() > 1e-3, name
+
+
+def test_a_repeated_latent_and_one_of_a_batch(comfyui):
+    graph = Graph()
+    repeated = graph.add("RepeatLatentBatch", samples=graph.empty(), amount=3)
+    whole = graph.tim(repeated, seed=7)
+    one = graph.add("LatentFromBatch", samples=graph.empty(batch_size=3), batch_index=2, length=1)
+    whole, batch, one = run_latents(comfyui, graph, whole, graph.tim(graph.empty(batch_size=3), seed=7), graph.tim(one, seed=7))
+    assert whole.shape[0] == 3
+    close(whole, batch)
+    close(one, batch[2:])
+
+
+def test_merged_and_saved_models(comfyui, tiny, tmp_path):
+    weights = load_file(tiny)
+    other = {key: value + 0.05 * torch.randn_like(value) if value.is_floating_point() else value for key, value in weights.items()}
+    half = {key: (value + other[key]) / 2 if value.is_floating_point() else value for key, value in weights.items()}
+    same = {key: half[key] if key.startswith("model.") else value for key, value in weights.items()}
+    save_file(other, tmp_path / "other.safetensors")
+    save_file(same, tmp_path / "half.safetensors")
+    for name in ("other", "half"):
+        comfyui.add("checkpoints", tmp_path / f"{name}.safetensors", f"{name}.safetensors")
+    graph = Graph()
+    second = graph.add("TiMCheckpointLoader", ckpt_name="other.safetensors")
+    graph.model = graph.add("ModelMergeSimple", model1=graph.model, model2=second, ratio=0.5)
+    graph.add("ModelSave", model=graph.model, filename_prefix="saved/merged")
+    merged = run_latents(comfyui, graph, graph.tim())[0]
+    expected = run_latents(comfyui, graph := Graph("half.safetensors"), graph.tim())[0]
+    close(merged, expected)
+    comfyui.add("diffusion_models", next((comfyui.base / "output" / "saved").glob("merged*")), "merged.safetensors")
+    graph = Graph()
+    graph.model = graph.add("TiMModelLoader", model_name="merged.safetensors", weight_dtype="default")
+    close(run_latents(comfyui, graph, graph.tim())[0], merged)
+
+
+# Loading part by part
+
+
+@pytest.fixture(scope="module")
+def parts(comfyui, tiny, tmp_path_factory):
+    """The tiny model's parts as files in their folders, the text model also as a folder in Hugging Face layout."""
+    weights, folder, models = load_file(tiny), tmp_path_factory.mktemp("parts"), comfyui.base / "models"
+    for name, prefix, place in (("model", "model.diffusion_model.", "diffusion_models"), ("vae", "vae.", "vae")):
+        save_file({key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}, folder / name)
+        comfyui.add(place, folder / name, f"part-{name}.safetensors")
+    encoder = load_text_encoder(tiny)
+    pack({"text-encoder": encoder}, models / "text_encoders" / "part-text.safetensors", metadata={"escape_prompts": False})
+    layout = models / "text_encoders" / "tiny-gemma"
+    layout.mkdir()
+    save_file(dict(encoder.transformer.state_dict()), layout / "model.safetensors")
+    (layout / "config.json").write_text(json.dumps({**encoder.gemma_config, "model_type": "gemma3_text"}))
+    (layout / "tokenizer.json").write_bytes(encoder.tokenizer.data)
+    return models
+
+
+def separately(text: str = "part-text.safetensors", weight_dtype: str = "default") -> Graph:
+    graph = Graph()
+    graph.model = graph.add("TiMModelLoader", model_name="part-model.safetensors", weight_dtype=weight_dtype)
+    graph.clip = graph.add("TiMTextEncoderLoader", text_encoder_name=text)
+    graph.vae = graph.add("TiMVAELoader", vae_name="part-vae.safetensors")
+    return graph
+
+
+def test_parts_are_listed(comfyui, parts):
+    def options(node: str, name: str) -> list[str]:
+        return comfyui.get(f"object_info/{node}")[node]["input"]["required"][name][1]["options"]
+
+    text = options("TiMTextEncoderLoader", "text_encoder_name")
+    assert {"part-text.safetensors", "tiny-gemma/"} <= set(text) and text[0] == "tim-shapes (bundled)"
+    assert "part-model.safetensors" in options("TiMModelLoader", "model_name")
+    assert "part-vae.safetensors" in options("TiMVAELoader", "vae_name")
+    assert options("TiMModelLoader", "weight_dtype") == ["default", "bf16", "fp8_e4m3fn", "fp8_e4m3fn_fast"]
+
+
+def test_parts_make_the_same_picture(comfyui, parts):
+    whole = run_pictures(comfyui, graph := Graph(), graph.tim())
+    graph = separately()
+    assert torch.equal(run_pictures(comfyui, graph, graph.tim()), whole)
+
+
+def test_a_folder_of_hugging_face(comfyui, parts):
+    """Its prompts are escaped, as for the released weights; a prompt without special characters is the same either way."""
+    close(*(run_latents(comfyui, graph := separately(text), graph.tim())[0] for text in ("tiny-gemma/", "part-text.safetensors")))
+
+
+def test_the_bundled_parts(comfyui):
+    graph = Graph("tim-shapes (bundled)")
+    whole = graph.picture(graph.tim())
+    name = "tim-shapes (bundled)"
+    graph.model = graph.add("TiMModelLoader", model_name=name, weight_dtype="default")
+    graph.clip, graph.vae = graph.add("TiMTextEncoderLoader", text_encoder_name=name), graph.add("TiMVAELoader", vae_name=name)
+    parts = graph.picture(graph.tim())
+    outputs = comfyui.run(graph.prompt)
+    assert torch.equal(*(pictures_of(comfyui, outputs, node) for node in (whole, parts)))
+
+
+def weight_kinds(model):
+    network = model.model.diffusion_model
+    return [str(network.blocks[0].attn.qkv.weight.dtype), bool(model.model.model_config.optimizations.get("fp8"))]
+
+
+@pytest.mark.parametrize("weight_dtype, kind, bound", [("bf16", "bfloat16", 0.05), ("fp8_e4m3fn", "float8_e4m3fn", 0.5),
+                                                       ("fp8_e4m3fn_fast", "float8_e4m3fn", 0.5)])
+def test_weight_dtypes(comfyui, parts, weight_dtype, kind, bound):
+    from tests.comfy_support import probe
+
+    exact = run_latents(comfyui, graph := separately(), graph.tim())[0]
+    graph = separately(weight_dtype=weight_dtype)
+    node = graph.add("TiMTestProbe", **probe(weight_kinds), model=graph.model)[0]
+    save = graph.save(graph.tim())
+    outputs = comfyui.run(graph.prompt)
+    assert json.loads(outputs[node]["text"][0]) == [f"torch.{kind}", weight_dtype.endswith("fast")]
+    difference = (latent_of(comfyui, outputs, save) - exact).std() / exact.std()
+    assert 0 < difference < bound, difference
+
+
+@pytest.mark.parametrize("kind, name, folder, wanted", [
+    ("TiMModelLoader", "model_name", "diffusion_models", "TiM transformer"),
+    ("TiMTextEncoderLoader", "text_encoder_name", "text_encoders", "Gemma-3 text model"),
+    ("TiMVAELoader", "vae_name", "vae", "DC-AE"),
+])
+def test_a_loader_says_what_the_wrong_file_is(comfyui, tiny, tmp_path, kind, name, folder, wanted):
+    strange = {"decoder.conv_in.weight": torch.zeros(4), "encoder.down.0.block.0.conv1.weight": torch.zeros(4)}
+    save_file(strange, tmp_path / "kl.safetensors")
+    weights = load_file(tiny)
+    ours = {"TiMModelLoader": "vae.", "TiMTextEncoderLoader": "vae.", "TiMVAELoader": "model."}[kind]
+    save_file({key: value for key, value in weights.items() if key.startswith(ours)}, tmp_path / "other.safetensors")
+    for file, found in (("kl", "a KL autoencoder"), ("other", "a DC-AE" if ours == "vae." else "a TiM transformer")):
+        comfyui.add(folder, tmp_path / f"{file}.safetensors", f"wrong-{file}.safetensors")
+        more = {"weight_dtype": "default"} if kind == "TiMModelLoader" else {}
+        graph = Graph()
+        loaded = graph.add(kind, **{name: f"wrong-{file}.safetensors"}, **more)
+        setattr(graph, {"TiMModelLoader": "model", "TiMTextEncoderLoader": "clip", "TiMVAELoader": "vae"}[kind], loaded)
+        result = graph.add("VAEEncode", pixels=graph.add("EmptyImage", width=64, height=64, batch_size=1, color=0), vae=graph.vae)
+        message = refusal(comfyui, graph, result if kind == "TiMVAELoader" else graph.tim())
+        assert f"wrong-{file}.safetensors" in message and found in message and wanted in message.partition("expected")[2]
+
+
+# Latents
+
+
+@pytest.mark.parametrize("ratio, megapixels, size", [
+    ("1:1", "0.25", (512, 512)), ("16:9", "1", (1368, 768)), ("2:5", "4", (1296, 3240)), ("21:9", "16", (4096, 1752)),
+    ("5:2", "16", (4096, 1640)),
+])
+def test_presets(comfyui, ratio, megapixels, size):
+    graph = Graph()
+    latent = graph.add("TiMEmptyLatent", model=graph.model, aspect_ratio=ratio, megapixels=megapixels, width=64, height=64, batch_size=1)
+    assert run_latents(comfyui, graph, latent)[0].shape == (1, 16, size[1] // 8, size[0] // 8)
+
+
+# Upscaling
+
+
+def upscaled(graph: Graph, **inputs) -> list:
+    settings = dict(
+        seed=0, factor=2.0, width=0, height=0, stages=1, steps="4", strength=0.5, cfg=2.5, guidance_low=0.0, guidance_high=1.0,
+        stochasticity=0.0,
+    ) | inputs
+    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""))
+    return graph.add("TiMNativeUpscale", **links, **settings)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(factor=1.5, steps="2", strength=0.8), dict(width=96, stages=2, steps="2, 3"), dict(width=128, height=64, cfg=1.0),
+])
+def test_upscale_equals_pipeline(comfyui, pipe, settings):
+    graph = Graph()
+    small = graph.add("VAEDecode", samples=graph.tim(), vae=graph.vae)
+    result = upscaled(graph, image=small, **settings)
+    save = graph.add("SaveImage", images=result, filename_prefix="large")[0]
+    latent = graph.save([result[0], 1])
+    outputs = comfyui.run(graph.prompt)
+    expected = pipe.upscale(pipe(PROMPT), PROMPT, **settings)
+    same_picture(pictures_of(comfyui, outputs, save), expected)
+    same_picture(255 * pipe.decode(latent_of(comfyui, outputs, latent)), expected)
+
+
+def test_upscale_takes_a_latent_or_an_image(comfyui):
+    graph = Graph()
+    sampled = graph.tim()
+    image = graph.add("VAEDecode", samples=sampled, vae=graph.vae)
+    a, b = upscaled(graph, image=image), upscaled(graph, latent=sampled)
+    close(*run_latents(comfyui, graph, [a[0], 1], [b[0], 1]))
+    for links, found in (({}, "neither"), ({"image": image, "latent": sampled}, "both")):
+        fresh = Graph()
+        fresh.prompt, fresh.model, fresh.vae = {**graph.prompt}, graph.model, graph.vae
+        assert f"found {found}" in refusal(comfyui, fresh, [upscaled(fresh, **links)[0], 1])
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(steps="4, 4"), "1 of them"), (dict(steps="none"), "'none'"), (dict(factor=16.0, width=0), "at most 4096"),
+    (dict(stages=2, steps="1, 2, 3"), "2 of them"),
+])
+def test_upscale_refuses(comfyui, settings, said):
+    graph = Graph()
+    image = graph.add("EmptyImage", width=512, height=512, batch_size=1, color=0)
+    assert said in refusal(comfyui, graph, [upscaled(graph, image=image, **settings)[0], 1])
+
+
+# Looking
+
+
+def test_sweep_equals_pipeline(comfyui, pipe):
+    graph = Graph()
+    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""))
+    links["latent_image"] = graph.empty(batch_size=2)
+    sweep = graph.add("TiMStepSweep", **links, seed=3, steps="1, 2, 5", cfg=2.5, guidance_low=0.0, guidance_high=1.0)
+    sheet = graph.add("SaveImage", images=sweep, filename_prefix="sheet")[0]
+    each = graph.add("SaveImage", images=[sweep[0], 1], filename_prefix="each")[0]
+    outputs = comfyui.run(graph.prompt)
+    same_picture(pictures_of(comfyui, outputs, each), torch.cat([pipe(PROMPT, steps=n, seed=3) for n in (1, 2, 5)]))
+    found = pictures_of(comfyui, outputs, sheet)
+    assert found.shape[0] == 1 and found.shape[2] > 3 * 192
+    graph = Graph()
+    assert "'1, x'" in refusal(comfyui, graph, sweep_latent(graph, "1, x"))
+
+
+def sweep_latent(graph: Graph, steps: str) -> list:
+    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""), latent_image=graph.empty())
+    sweep = graph.add("TiMStepSweep", **links, seed=0, steps=steps, cfg=2.5, guidance_low=0.0, guidance_high=1.0)
+    return graph.add("VAEEncode", pixels=sweep, vae=graph.vae)
+
+
+def count_evaluations(model, clip, vae):
+    """The labels under a sweep of 1, 2 and 5 steps, read before they become pixels, and whether the clone left the model alone."""
+    import sys
+
+    sweep = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.sweep"))
+    labels, real = [], sweep.contact_sheet
+    sweep.contact_sheet = lambda images, texts: labels.extend(texts) or real(images, texts)
+    try:
+        conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a red circle", "")]
+        latent = sys.modules[sweep.__name__.replace(".sweep", ".model")].empty_latent(model, 64, 64, 1)
+        sweep.TiMStepSweep.execute(model, vae, *conds, latent, 0, "1, 2, 5", 2.5, 0.0, 1.0)
+    finally:
+        sweep.contact_sheet = real
+    return labels
+
+
+def test_the_sweep_counts_evaluations(comfyui):
+    labels = inside(comfyui, count_evaluations)
+    assert [label.split(" · ")[:2] for label in labels] == [["1 step", "1 NFE"], ["2 steps", "3 NFE"], ["5 steps", "9 NFE"]]
+
+
+async def events_of(server, prompt: dict) -> list:
+    """All that the server tells the editor of one prompt: dicts, and bytes for previews."""
+    import aiohttp
+
+    events = []
+    async with aiohttp.ClientSession() as session:
+        async with session.ws_connect(f"http://127.0.0.1:{server.port}/ws?clientId=nodes", max_msg_size=0) as socket:
+            async with session.post(f"http://127.0.0.1:{server.port}/prompt", json={"prompt": prompt, "client_id": "nodes"}) as answer:
+                assert answer.status == 200, await answer.text()
+            while True:
+                message = await asyncio.wait_for(socket.receive(), 300)
+                events.append(message.data if message.type == aiohttp.WSMsgType.BINARY else json.loads(message.data))
+                if isinstance(events[-1], dict) and events[-1]["type"] in ("execution_success", "execution_error"):
+                    return events
+
+
+@pytest.mark.parametrize("kind", ["upscale", "sweep"])
+def test_progress_covers_all_samplings(comfyui, kind):
+    pytest.importorskip("aiohttp")
+    graph = Graph()
+    image = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=200)
+    node = upscaled(graph, image=image, stages=2, steps="3, 4", seed=99) if kind == "upscale" else sweep_latent(graph, "2, 4")
+    graph.save([node[0], 1] if kind == "upscale" else node)
+    key = node[0] if kind == "upscale" else graph.prompt[node[0]]["inputs"]["pixels"][0]
+    events = asyncio.run(events_of(comfyui, graph.prompt))
+    assert events[-1]["type"] == "execution_success", events[-1]
+    steps = [e["data"] for e in events if isinstance(e, dict) and e["type"] == "progress" and e["data"].get("node") == key]
+    values = [step["value"] for step in steps]
+    assert values == sorted(values) and values[-1] == 7 and {step["max"] for step in steps} == {7}
+
+
+def test_previews_look_like_the_picture(comfyui, tmp_path):
+    """The last preview of the bundled model is the picture, small."""
+    pytest.importorskip("aiohttp")
+    import io
+
+    from PIL import Image
+
+    graph = Graph("tim-shapes (bundled)")
+    save = graph.picture(graph.tim(seed=77, steps=6))
+    events = asyncio.run(events_of(comfyui, graph.prompt))
+    previews = [event for event in events if isinstance(event, bytes)]
+    assert previews, "no preview was sent"
+    start = next(i for i in range(len(previews[-1])) if previews[-1][i : i + 3] == b"\xff\xd8\xff" or previews[-1][i : i + 4] == b"\x89PNG")
+    shown = Image.open(io.BytesIO(previews[-1][start:])).convert("RGB").resize((8, 8), Image.Resampling.BOX)
+    done = next(e for e in events if isinstance(e, dict) and e["type"] == "executed" and e["data"]["node"] == save)["data"]["output"]
+    picture = Image.open(comfyui.file(done["images"][0])).convert("RGB").resize((8, 8), Image.Resampling.BOX)
+    a, b = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() for image in (shown, picture))
+    assert torch.corrcoef(torch.stack((a, b)))[0, 1] > 0.9
+
+
+# Classes
+
+
+@pytest.fixture(scope="module")
+def classes(class_files):
+    graph = Graph()
+    graph.model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
+    graph.vae = graph.add("TiMVAELoader", vae_name="diffusion_pytorch_model.safetensors")
+    return graph
+
+
+def copy(graph: Graph) -> Graph:
+    other = Graph()
+    other.prompt, other.model, other.clip, other.vae = {**graph.prompt}, graph.model, graph.clip, graph.vae
+    return other
+
+
+def labelled(graph: Graph, label: str, **settings) -> list:
+    positive, negative = graph.add("TiMClassLabel", label=label), graph.add("TiMClassLabel", label="")
+    return graph.tim(graph.empty(64, 64), positive, negative, **settings)
+
+
+def test_a_name_and_its_number_are_one_class(comfyui, classes):
+    graph = copy(classes)
+    by_name, by_number, other, stock = run_latents(
+        comfyui, graph, labelled(graph, "Golden_Retriever"), labelled(graph, "207"), labelled(graph, "tench"),
+        graph.stock(graph.empty(64, 64), graph.add("TiMClassLabel", label="207"), graph.add("TiMClassLabel", label="null")),
+    )
+    assert torch.equal(by_name, by_number) and (by_name - other).abs().max() > 1e-3
+    close(stock, by_name)
+
+
+@pytest.mark.parametrize("label, said", [("golden retreiver", "golden retriever"), ("1000", "expected 0 to 999")])
+def test_unknown_classes_are_refused(comfyui, classes, label, said):
+    graph = copy(classes)
+    assert said in refusal(comfyui, graph, labelled(graph, label))
+
+
+def test_text_and_classes_do_not_mix(comfyui, classes):
+    graph = copy(classes)
+    assert "expected a label, from TiMClassLabel" in refusal(comfyui, graph, graph.tim(graph.empty(64, 64)))
+    graph = Graph()
+    message = refusal(comfyui, graph, labelled(graph, "207"))
+    assert "found a class label, expected text of width 32" in message
+
+
+def test_paths_of_other_folders(comfyui, parts):
+    """What the loaders list is ComfyUI's, whose extra_model_paths point anywhere."""
+    folder = Path(comfyui.base) / "models" / "diffusion_models" / "deep"
+    folder.mkdir()
+    shutil.copyfile(parts / "diffusion_models" / "part-model.safetensors", folder / "inner.safetensors")
+    graph = separately()
+    graph.model = graph.add("TiMModelLoader", model_name="deep/inner.safetensors", weight_dtype="default")
+    close(run_latents(comfyui, graph, graph.tim())[0], run_latents(comfyui, other := separately(), other.tim())[0])
+    assert read_parts(folder / "inner.safetensors").latent_factor == 8

@@ -1,0 +1,145 @@
+"""Every shipped workflow in the real ComfyUI, its pictures against tim_core's."""
+
+import json
+
+import pytest
+import torch
+
+from tests.comfy_graph import pictures_of, same_picture
+from tests.comfy_support import ROOT, to_api
+from tim_core import Pipeline, sampler, schedule
+from tim_core.checkpoint import load_autoencoder, load_transformer
+from tim_core.contact_sheet import MARGIN, contact_sheet, to_tensor
+from tim_core.imagenet import class_number
+
+pytestmark = pytest.mark.comfyui
+STEMS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.load("tim-shapes", device="cpu")
+
+
+class Template:
+    """A workflow, run: pictures by the SaveImage's prefix, and what its nodes are set to."""
+
+    def __init__(self, server, stem: str):
+        workflow = json.loads((ROOT / "workflows" / f"{stem}.json").read_text())
+        titles = {str(node["id"]): node.get("title", node["type"]) for node in workflow["nodes"]}
+        prompt = to_api(workflow, server.object_info)
+        self.inputs = {titles[key]: node["inputs"] for key, node in prompt.items()}
+        outputs = server.run(prompt)
+        saves = {key: node["inputs"]["filename_prefix"] for key, node in prompt.items() if node["class_type"] == "SaveImage"}
+        self.pictures = {prefix: pictures_of(server, outputs, key) for key, prefix in saves.items()}
+
+    def settings(self, title: str) -> dict:
+        """The sampler's settings as Pipeline names them."""
+        node = self.inputs[title]
+        return {"cfg": node["cfg"], "seed": node["seed"], "guidance_interval": (node["guidance_low"], node["guidance_high"])}
+
+
+def text_to_image(run: Template, pipe: Pipeline) -> dict:
+    settings = run.settings("TiMSampler")
+    return {"TiM": pipe(run.inputs["Positive"]["text"], steps=run.inputs["TiMSampler"]["steps"], **settings)}
+
+
+def few_steps_to_many(run: Template, pipe: Pipeline) -> dict:
+    """The labels say seconds, so only what stands above them is compared."""
+    counts = [int(word) for word in run.inputs["TiMStepSweep"]["steps"].split(",")]
+    images = [pipe(run.inputs["Positive"]["text"], steps=count, **run.settings("TiMStepSweep"))[0] for count in counts]
+    expected, found = to_tensor(contact_sheet(images, ["1 step · 1 NFE · 0.00 s"] * len(counts))), run.pictures["TiM-sweep"]
+    assert found.shape == expected.shape and len(counts) == 6  # two rows of three
+    row = expected.shape[1] // 2
+    above = [range(top + MARGIN, top + MARGIN + 192) for top in (0, row - MARGIN // 2)]
+    rows = torch.tensor([y for some in above for y in some])
+    run.pictures["TiM-sweep"] = found[:, rows]
+    return {"TiM-sweep": expected[:, rows]}
+
+
+def draft_and_refine(run: Template, pipe: Pipeline) -> dict:
+    prompt, settings = run.inputs["Positive"]["text"], run.settings("Draft: 2 steps, time 1 to 0.6")
+    draft, refine, look = (run.inputs[title] for title in run.inputs if "time" in title)
+    assert draft["end"] == refine["start"] == look["start"] == 0.6
+
+    def times(node):
+        return [*schedule.uniform(draft["steps"], 1, 0.6).tolist()[:-1], *schedule.uniform(node["steps"], 0.6, 0).tolist()]
+
+    return {"TiM-refined": pipe(prompt, times=times(refine), **settings), "TiM-draft": pipe(prompt, times=times(look), **settings)}
+
+
+def native_upscale(run: Template, pipe: Pipeline) -> dict:
+    prompt, node = run.inputs["Positive"]["text"], run.inputs["TiMNativeUpscale"]
+    small = pipe(prompt, steps=run.inputs["TiMSampler"]["steps"], **run.settings("TiMSampler"))
+    options = {name: node[name] for name in ("factor", "stages", "steps", "strength")}
+    large = pipe.upscale(small, prompt, **options, **run.settings("TiMNativeUpscale"))
+    assert large.shape[1:3] == (128, 128) and node["stages"] == 2
+    return {"TiM-small": small, "TiM-large": large}
+
+
+def again(run: Template, pipe: Pipeline, mask: torch.Tensor | None = None) -> dict:
+    """A first picture, then a second sampler on its latent by a new prompt; core keeps the latent where the mask is 0."""
+    first, second = run.inputs["A picture to start from"], run.inputs["TiMSampler"]
+    before = pipe(run.inputs["Positive"]["text"], steps=first["steps"], **run.settings("A picture to start from"))
+    latent, noise, start = pipe.encode(before), pipe.noise(1, 64, 64, second["seed"]), second["start"]
+    mask = torch.ones_like(latent) if mask is None else mask
+    cond, null = pipe.text_encoder.conditioning([run.inputs["New prompt"]["text"]], [""])
+
+    def network(x, t, r, y):
+        t4 = t.view(-1, 1, 1, 1)
+        x_in = x * mask + (t4 * noise + (1 - t4) * latent) * (1 - mask)
+        denoised = x_in - t4 * pipe.transformer(x_in, t, r, y)
+        return (x - denoised * mask - latent * (1 - mask)) / t4
+
+    x = start * noise + (1 - start) * latent
+    after, _ = sampler.sample(network, x, schedule.uniform(second["steps"], start), cond, null, cfg=second["cfg"])
+    return {"TiM-before": before, "TiM-after": pipe.decode(after)}
+
+
+def inpainting(run: Template, pipe: Pipeline) -> dict:
+    assert run.inputs["Its left half, to keep"]["width"] == 32
+    mask = torch.ones(1, 1, 8, 8)
+    mask[..., :4] = 0
+    expected = again(run, pipe, mask)
+    change = (expected["TiM-after"] - expected["TiM-before"]).abs()
+    assert 5 * change[:, :, :24].mean() < change[:, :, 32:].mean()
+    return expected
+
+
+def custom_sampling(run: Template, pipe: Pipeline) -> dict:
+    interval = run.inputs["TiMGuidanceInterval"]["guidance_low"], run.inputs["TiMGuidanceInterval"]["guidance_high"]
+    times, cfg, seed = run.inputs["TiMScheduler"]["times"], run.inputs["CFGGuider"]["cfg"], run.inputs["RandomNoise"]["noise_seed"]
+    assert run.inputs["TiMSamplerSelect"] == {"mode": "transition", "stochasticity": 0.0}
+    return {"TiM-custom": pipe(run.inputs["Positive"]["text"], times=times, cfg=cfg, seed=seed, guidance_interval=interval)}
+
+
+def class_conditional(run: Template, pipe: Pipeline, server) -> dict:
+    node, models = run.inputs["TiMSampler"], server.base / "models"
+    transformer = load_transformer(models / "diffusion_models" / "c2i_model_512.safetensors", dtype=torch.float32)
+    autoencoder = load_autoencoder(models / "vae" / "diffusion_pytorch_model.safetensors", dtype=torch.float32)
+    noise = torch.randn(1, 32, 16, 16, generator=torch.Generator().manual_seed(node["seed"]))
+    label = torch.tensor([class_number(run.inputs["Class"]["label"])])
+    assert label == 207 and run.inputs["No class"]["label"] == ""
+    settings = dict(cfg=node["cfg"], guidance_interval=(node["guidance_low"], node["guidance_high"]), stochasticity=node["stochasticity"])
+    fresh = sampler.fresh_noise(noise.shape, node["seed"])
+    null = torch.full_like(label, transformer.config.num_classes)
+    latent, _ = sampler.sample(transformer, noise, schedule.uniform(node["steps"]), label, null, noise_sampler=fresh, **settings)
+    with torch.no_grad():
+        return {"TiM-class": autoencoder.decode(latent).add(1).div(2).clamp(0, 1).movedim(1, -1)}
+
+
+EXPECTED = {
+    "text-to-image": text_to_image, "few-steps-to-many": few_steps_to_many, "draft-and-refine": draft_and_refine,
+    "native-upscale": native_upscale, "image-to-image": again, "inpainting": inpainting, "custom-sampling": custom_sampling,
+    "class-conditional": class_conditional,
+}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_template(comfyui, pipe, class_files, stem):
+    more = {"server": comfyui} if stem == "class-conditional" else {}
+    run = Template(comfyui, stem)
+    expected = EXPECTED[stem](run, pipe, **more)
+    assert run.pictures.keys() == expected.keys()
+    for prefix, pictures in expected.items():
+        same_picture(run.pictures[prefix], pictures)

@@ -1,0 +1,63 @@
+"""A linear picture of a latent: what live previews show before a picture is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import shapes
+from .errors import TimError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@torch.no_grad()
+def fit(autoencoder, pictures: Iterable[Tensor]) -> dict:
+    """Least squares from latents to the mean colours of their cells -> {"factors": C rows of 3, "bias": 3, "r2": share explained}.
+
+    pictures: (3, H, W) in [-1, 1], sides multiples of the factor. RGB in [-1, 1] is about latent @ factors + bias, as in core's
+    latent formats. TimError if there is none.
+    """
+    weight, latents, colours = next(autoencoder.parameters()), [], []
+    for picture in pictures:
+        latent = autoencoder.encode(picture[None].to(weight)).float().cpu()
+        latents.append(latent[0].flatten(1).T)
+        colours.append(F.avg_pool2d(picture[None].float(), autoencoder.config.factor)[0].flatten(1).T)
+    if not latents:
+        raise TimError("previews: found no pictures, expected some to fit on")
+    x, y = torch.cat(latents).double(), torch.cat(colours).double()
+    x = torch.cat((x, torch.ones(len(x), 1, dtype=x.dtype)), 1)
+    solution = torch.linalg.lstsq(x, y, driver="gelsd").solution
+    explained = 1 - ((y - x @ solution) ** 2).sum() / ((y - y.mean(0)) ** 2).sum().clamp_min(1e-12)
+    rounded = [[round(value, 4) for value in row] for row in solution.tolist()]
+    return {"factors": rounded[:-1], "bias": rounded[-1], "r2": round(explained.item(), 3)}
+
+
+def drawn(count: int, side: int, seed: int = 0) -> Iterable[Tensor]:
+    """Pictures of the small world, (3, side, side) in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        prompt = shapes.sample_training_prompt(rng)
+        picture = shapes.render(shapes.place(rng, prompt, side, side), side, side)
+        yield torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1
+
+
+def photographs(folder: str | Path, side: int, most: int = 200) -> Iterable[Tensor]:
+    """The pictures of a folder, scaled and cut to side x side, (3, side, side) in [-1, 1]. TimError if there is none."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in ENDINGS)[:most]
+    if not files:
+        raise TimError(f"{folder}: found no pictures, expected a folder with some ({', '.join(ENDINGS)})")
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                picture = ImageOps.fit(picture.convert("RGB"), (side, side))
+        except (UnidentifiedImageError, OSError) as error:
+            raise TimError(f"{file}: found a damaged picture ({error}), expected a whole one") from None
+        yield torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1) / 127.5 - 1

@@ -1,0 +1,117 @@
+"""Upscaling: sizes and steps of the stages, enlarging, the stages in a row, the prompt line."""
+
+import pytest
+import torch
+
+from tim_core import Pipeline
+from tim_core.cli import main
+from tim_core.contact_sheet import to_pil
+from tim_core.errors import TimError
+from tim_core.upscale import enlarge, stage_sizes, stage_steps, target_size, upscale
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return Pipeline.load(tiny, device="cpu")
+
+
+@pytest.mark.parametrize("asked, size", [
+    (dict(), (128, 96)), (dict(factor=1.5), (96, 72)), (dict(new_width=256), (256, 192)), (dict(new_height=96), (128, 96)),
+    (dict(new_width=100, new_height=100), (100, 100)),
+])
+def test_target_size(asked, size):
+    assert target_size(64, 48, **asked) == size
+
+
+def test_stages_enlarge_by_equal_factors():
+    assert stage_sizes((1024, 1024), (4096, 4096), 2, 32) == [(2048, 2048), (4096, 4096)]
+    assert stage_sizes((64, 32), (512, 256), 3, 8) == [(128, 64), (256, 128), (512, 256)]
+    assert stage_sizes((64, 64), (128, 128), 1, 8) == [(128, 128)]
+    assert stage_sizes((100, 60), (250, 150), 2, 32)[-1] == (256, 160)
+
+
+@pytest.mark.parametrize("steps, stages, counts", [
+    (4, 1, [4]), (4, 3, [4, 4, 4]), ("8, 4", 2, [8, 4]), ([2, 1], 2, [2, 1]), ("5", 2, [5, 5]),
+])
+def test_steps_of_the_stages(steps, stages, counts):
+    assert stage_steps(steps, stages) == counts
+
+
+@pytest.mark.parametrize("call", [
+    lambda: stage_steps("4, 4", 3), lambda: stage_steps("0", 1), lambda: stage_steps("four", 1), lambda: stage_steps("", 1),
+    lambda: stage_sizes((64, 64), (128, 128), 0, 8), lambda: stage_sizes((64, 64), (128, 128), 9, 8),
+    lambda: stage_sizes((1, 1), (0, 4), 1, 8),
+    lambda: target_size(64, 64, factor=float("nan")), lambda: target_size(64, 64, factor=0.0), lambda: target_size(64, 64, -1),
+])
+def test_what_makes_no_sense_is_refused(call):
+    with pytest.raises(TimError, match="found .*, expected"):
+        call()
+
+
+def test_enlarging_keeps_colours_and_cuts_evenly():
+    ramp = torch.linspace(0, 1, 64).view(1, 1, 64, 1).expand(1, 32, 64, 3)
+    assert torch.allclose(enlarge(ramp, 128, 64)[0, 10, ::2, 0], ramp[0, 0, :, 0], atol=0.02)
+    square = enlarge(ramp, 64, 64)  # half of the width is left over: a quarter goes at each end
+    assert square.shape == (1, 64, 64, 3)
+    assert square[0, 32, 0, 0] == pytest.approx(0.25, abs=0.02) and square[0, 32, -1, 0] == pytest.approx(0.75, abs=0.02)
+
+
+def test_every_stage_sees_its_own_size_and_times():
+    seen = []
+
+    def sample(latents, times, stage):
+        seen.append((stage, tuple(latents.shape), times.tolist()))
+        return latents
+
+    images, latents = upscale(
+        torch.rand(2, 8, 8, 3), [(16, 8), (32, 16)], [1, 2], 0.5, encode=lambda x: x.movedim(-1, 1), sample=sample,
+        decode=lambda x: x.movedim(1, -1))
+    assert seen == [(0, (2, 3, 8, 16), [0.5, 0.0]), (1, (2, 3, 16, 32), [0.5, 0.25, 0.0])]
+    assert images.shape == (2, 16, 32, 3) and torch.equal(images, latents.movedim(1, -1))
+
+
+def test_pipeline_counts_the_evaluations_of_all_stages(pipe):
+    images = pipe(["a red circle", "a square"], steps=1)
+    large = pipe.upscale(images, ["a red circle", "a square"], width=96, steps="2, 3", stages=2)
+    assert large.shape == (2, 96, 96, 3) and large.isfinite().all() and pipe.nfe == 10
+    assert pipe.upscale(images[:1], "a red circle", steps=3, strength=1.0, cfg=1.0).shape == (1, 128, 128, 3) and pipe.nfe == 3
+
+
+def test_all_steps_run_whatever_the_strength(pipe):
+    times = []
+    pipe.upscale(pipe("a circle", steps=1), "a circle", steps=4, strength=0.2, callback=lambda state: times.append(float(state["sigma"])))
+    assert times == pytest.approx([0.2, 0.15, 0.1, 0.05])
+
+
+def test_a_low_strength_keeps_the_picture():
+    """On the bundled model, whose autoencoder is a real one."""
+    pipe = Pipeline.load("tim-shapes", device="cpu")
+    image = pipe("a red circle", steps=8)
+    plain = enlarge(image, 128, 128)
+    little, much = (pipe.upscale(image, "a red circle", steps=4, strength=s) for s in (0.1, 0.95))
+    assert (little - plain).abs().mean() < 0.03 and (little - plain).abs().mean() < (much - plain).abs().mean()
+
+
+@pytest.mark.parametrize("options", [
+    dict(strength=0.0), dict(strength=1.5), dict(prompts=["a", "b"]), dict(steps="2, 2"), dict(images=torch.zeros(8, 8, 3)), dict(cfg=-1.0),
+])
+def test_pipeline_refuses(pipe, options):
+    settings = dict(images=torch.rand(1, 64, 64, 3), prompts="a circle") | options
+    with pytest.raises(TimError, match="found .*, expected"):
+        pipe.upscale(**settings)
+
+
+def test_prompt_line(tiny, tmp_path, capsys):
+    to_pil(torch.rand(32, 48, 3)).save(tmp_path / "small.png")
+    command = ["upscale", str(tmp_path / "small.png"), "a circle", "--model", str(tiny), "--device", "cpu"]
+    assert main([*command, "--factor", "2", "--steps", "2,1", "--stages", "2", "-o", str(tmp_path / "large.png")]) == 0
+    assert "96x64, 6 NFE" in capsys.readouterr().out
+    from PIL import Image
+
+    assert Image.open(tmp_path / "large.png").size == (96, 64)
+    (tmp_path / "text.png").write_text("no picture")
+    for bad in ("nothing.png", "text.png"):
+        assert main(["upscale", str(tmp_path / bad), "a circle", "-o", str(tmp_path / "out.png")]) == 1
+        assert bad in capsys.readouterr().err and not (tmp_path / "out.png").exists()
+    assert main([*command, "--stages", "0", "-o", str(tmp_path / "out.png")]) == 1
+    assert "stages: found 0" in capsys.readouterr().err

@@ -29,21 +29,22 @@ class TiMEmptyLatent(io.ComfyNode):
             node_id="TiMEmptyLatent",
             display_name="Empty TiM Latent",
             category="TiM",
-            description="An empty latent of the model's own channels and factor, for TiMSampler or KSampler.",
+            description="An empty latent of the model's own channels and pixels a cell, for TiMSampler or KSampler.",
             search_aliases=["transition models", "empty latent image", "resolution", "aspect ratio"],
             inputs=[
                 io.Model.Input("model", tooltip="A TiM model: it says how many pixels a latent cell is."),
                 io.Combo.Input(
                     "aspect_ratio",
                     options=[CUSTOM, *RATIOS],
-                    tooltip="Width to height. 'as below' takes width and height; any other sets both, with the megapixels.",
+                    tooltip="Width to height. 'as below' takes width and height; any other sets both, with the megapixels, for the "
+                    "released model (the smallest is 512x512).",
                 ),
                 io.Combo.Input(
                     "megapixels",
                     options=list(MEGAPIXELS),
                     default="1",
-                    tooltip="Size of a preset, 1 being 1024x1024. A preset shrinks until its long side is within 4096. The released model "
-                    "is at its best from 1 to 4.",
+                    tooltip="Size of an aspect ratio's picture, 1 being 1024x1024; not used with 'as below'. It shrinks until the long "
+                    "side is within 4096. The released model is at its best from 1 to 4.",
                 ),
                 io.Int.Input(
                     "width",
@@ -51,7 +52,7 @@ class TiMEmptyLatent(io.ComfyNode):
                     min=8,
                     max=MAX_SIDE,
                     step=8,
-                    tooltip="Width of the picture in pixels, rounded to the model's factor (32, the bundled model 8). "
+                    tooltip="Width of the picture in pixels, with 'as below', rounded to a multiple of 32 (of 8 for the bundled model). "
                     "The bundled model draws at 64, the released one at 1024 and up to 4096.",
                 ),
                 io.Int.Input(
@@ -60,7 +61,7 @@ class TiMEmptyLatent(io.ComfyNode):
                     min=8,
                     max=MAX_SIDE,
                     step=8,
-                    tooltip="Height of the picture in pixels, rounded like the width.",
+                    tooltip="Height of the picture in pixels, with 'as below', rounded like the width.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many pictures to sample at once."),
             ],

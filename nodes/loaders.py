@@ -52,7 +52,7 @@ class TiMCheckpointLoader(io.ComfyNode):
             node_id="TiMCheckpointLoader",
             display_name="Load TiM Checkpoint",
             category="TiM",
-            description="Loads a TiM text-to-image model from one file. The MODEL, CLIP and VAE work with every core node.",
+            description="Loads a TiM text-to-image model from one file, as core's own MODEL, CLIP and VAE.",
             search_aliases=["transition models", "tim model", "load checkpoint"],
             inputs=[
                 io.Combo.Input(
@@ -95,8 +95,8 @@ class TiMModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
-                    tooltip="How the weights are kept: default lets ComfyUI choose, bf16 is half of float32, fp8 half of bf16 at some "
-                    "loss of quality. The fast kind also computes in fp8, on GPUs that can.",
+                    tooltip="How the weights are kept in memory: default lets ComfyUI choose, bf16 takes half of float32, fp8 half of "
+                    "bf16 at some loss of quality. The fast kind also computes in fp8, on GPUs that can.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The transformer, for TiMSampler or KSampler (euler, simple).")],

@@ -211,7 +211,7 @@ def tim_model(model) -> TiMModel:
     """What a MODEL holds; TimError if it is not TiM."""
     inner = getattr(model, "model", None)
     if not isinstance(inner, TiMModel):
-        raise TimError(f"model: found {type(inner).__name__}, expected TiM, from the node TiMCheckpointLoader")
+        raise TimError(f"model: found {type(inner).__name__}, expected TiM, from TiMCheckpointLoader or TiMModelLoader")
     return inner
 
 
@@ -380,6 +380,12 @@ def counted(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int]]:
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "tim_count", count)
     return model, rows
+
+
+def first(latent: dict) -> dict:
+    """The first of a batch of latents, with its own noise."""
+    own = {name: latent[name][:1] for name in ("samples", "noise_mask", "batch_index") if name in latent}
+    return {**latent, **own}
 
 
 def stacked(images: list[Tensor]) -> Tensor:

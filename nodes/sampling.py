@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..tim_core import schedule
+from ..tim_core.errors import TimError
 from .compat import schema
 from .model import sample_latent, tim_model, transition_sampler, with_interval
 
@@ -44,7 +45,8 @@ def stochasticity_input() -> io.Float.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="Share of fresh noise in every step but the first and the last; 0 is deterministic. A little can help at many steps.",
+        tooltip="Share of fresh noise in every step that neither begins at time 1 nor ends at 0; 0 is deterministic. It is meant for many "
+        "steps. Nodes that share a trajectory want seeds of their own.",
     )
 
 
@@ -97,6 +99,8 @@ class TiMSampler(io.ComfyNode):
         return_with_leftover_noise,
     ) -> io.NodeOutput:
         times, interval = schedule.uniform(steps, start, end), (guidance_low, guidance_high)
+        if not add_noise and start >= 1:
+            raise TimError("add_noise: found off with a start of 1, expected on, or the time below 1 at which another sampler stopped")
         if not return_with_leftover_noise:
             times[-1] = 0.0
         return io.NodeOutput(
@@ -141,8 +145,8 @@ class TiMScheduler(io.ComfyNode):
             search_aliases=["transition models", "sigmas", "timesteps", "basic scheduler"],
             inputs=[
                 io.Int.Input("steps", default=4, min=1, max=10000, tooltip="Number of steps between start and end."),
-                time_input("start", 1.0, "The first time: 1 is noise, less keeps part of the latent."),
-                time_input("end", 0.0, "The last time: 0 is the finished picture."),
+                time_input("start", 1.0, "The first time: 1 is noise, less keeps part of the latent. All steps run either way."),
+                time_input("end", 0.0, "The last time: 0 is the finished picture, more is for another sampler to go on from."),
                 io.Float.Input(
                     "shift",
                     default=1.0,
@@ -155,8 +159,8 @@ class TiMScheduler(io.ComfyNode):
                 io.String.Input(
                     "times",
                     default="",
-                    tooltip="A list of times of your own, such as 1, 0.7, 0.3, 0, each smaller than the one before; the inputs above are "
-                    "then not used.",
+                    tooltip="A list of times of your own, such as 1, 0.7, 0.3, 0, each smaller than the one before. Where there is one, "
+                    "steps, start, end and shift are not used.",
                 ),
             ],
             outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="The times, one more than there are steps.")],
@@ -175,7 +179,7 @@ class TiMGuidanceInterval(io.ComfyNode):
             node_id="TiMGuidanceInterval",
             display_name="TiM Guidance Interval",
             category="TiM",
-            description="The times at which a TiM model is guided, in KSampler and custom sampling. TiM Sampler has its own.",
+            description="The times at which a TiM model is guided, in KSampler and custom sampling. The other TiM nodes have their own.",
             search_aliases=["transition models", "cfg interval", "guidance limit"],
             inputs=[io.Model.Input("model", tooltip="A TiM model."), *interval_inputs()],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, guided inside the interval only; elsewhere cfg is 1.")],

@@ -8,7 +8,7 @@ from ..tim_core import schedule
 from ..tim_core.contact_sheet import contact_sheet, step_label, to_tensor
 from ..tim_core.errors import TimError
 from .compat import schema
-from .model import counted, sample_latent, shared_progress, stacked
+from .model import counted, first, sample_latent, shared_progress, stacked
 from .sampling import cfg_input, interval_inputs, seed_input
 
 
@@ -34,7 +34,8 @@ class TiMStepSweep(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input("negative", tooltip="What guidance leads away from; an empty prompt is the usual one."),
-                io.Latent.Input("latent_image", tooltip="An empty latent: the size. Of a batch the first is taken."),
+                io.Latent.Input("latent_image", tooltip="An empty latent: its size is taken, and of a batch the first. Every picture "
+                "starts from noise."),
                 seed_input("The noise, the same for every number of steps."),
                 io.String.Input("steps", default="1, 2, 4, 8, 16, 32", tooltip="Numbers of steps to compare."),
                 cfg_input(),
@@ -52,7 +53,7 @@ class TiMStepSweep(io.ComfyNode):
     ) -> io.NodeOutput:
         counts = step_counts(steps)
         model, rows = counted(model)
-        latent, interval = {**latent_image, "samples": latent_image["samples"][:1]}, (guidance_low, guidance_high)
+        latent, interval = first(latent_image), (guidance_low, guidance_high)
         progress = shared_progress(model, 1 + sum(counts))
 
         def run(count: int, done: int):

@@ -45,7 +45,8 @@ class TiMNativeUpscale(io.ComfyNode):
                     min=0,
                     max=MAX_SIDE,
                     step=8,
-                    tooltip="Width to reach in pixels, rounded to the model's factor. 0: by the height and the picture's proportions.",
+                    tooltip="Width to reach in pixels, rounded to a multiple of 32 (of 8 for the bundled model). 0: by the height and "
+                    "the picture's proportions.",
                 ),
                 io.Int.Input(
                     "height",
@@ -53,7 +54,8 @@ class TiMNativeUpscale(io.ComfyNode):
                     min=0,
                     max=MAX_SIDE,
                     step=8,
-                    tooltip="Height to reach. Where both are given, what other proportions leave over is cut off.",
+                    tooltip="Height to reach in pixels, 0: by the width. Where both are given, what other proportions leave over is cut "
+                    "off.",
                 ),
                 io.Int.Input(
                     "stages",

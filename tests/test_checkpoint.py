@@ -197,7 +197,7 @@ def test_other_models_are_named(title, tmp_path):
 
 def test_the_wrong_part_is_named(modules, tmp_path):
     save_file(modules["autoencoder"].state_dict(), tmp_path / "vae.safetensors")
-    assert refused(load_transformer, tmp_path / "vae.safetensors").endswith("found a DC-AE, expected a TiM transformer too")
+    assert refused(load_transformer, tmp_path / "vae.safetensors").endswith("found a DC-AE and no TiM transformer, expected one")
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "block"])

@@ -428,7 +428,7 @@ def test_another_model_is_refused(comfyui):
         latent = graph.empty()
         graph.model = graph.add("TiMTestProbe", **probe(another_model))
         message = refusal(comfyui, graph, graph.tim(latent) if sampled else graph.empty())
-        assert "\n" not in message and message.endswith("found Linear, expected TiM, from the node TiMCheckpointLoader")
+        assert "\n" not in message and message.endswith("found Linear, expected TiM, from TiMCheckpointLoader or TiMModelLoader")
 
 
 def test_interrupt(comfyui):

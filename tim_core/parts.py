@@ -99,7 +99,7 @@ class Parts:
         """The tensors of a part; TimError if the file has none of it."""
         if part not in self:
             there = ", ".join(f"a {TITLES[p]}" for p in TITLES if p in self)
-            raise TimError(f"{self.source}: found {there or 'nothing'}, expected a {TITLES[part]} too")
+            raise TimError(f"{self.source}: found {there or 'nothing'} and no {TITLES[part]}, expected one")
         return getattr(self, part)
 
     def record(self, part: str) -> dict:

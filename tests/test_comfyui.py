@@ -3,6 +3,8 @@
 import ast
 import asyncio
 import json
+import os
+import subprocess
 import time
 
 import pytest
@@ -22,7 +24,7 @@ from tests.comfy_graph import (
     run_pictures,
     same_picture,
 )
-from tests.comfy_support import FOLDER, ROOT, probe
+from tests.comfy_support import FOLDER, ROOT, find, probe
 from tim_core import Pipeline, sampler, schedule
 from tim_core.checkpoint import describe
 
@@ -232,6 +234,19 @@ def test_every_guider_obeys_the_interval(comfyui, name):
 
 
 # Memory and devices
+
+
+def test_loading_the_nodes_imports_nothing_else(comfyui):
+    """Our nodes bring no module that ComfyUI has not loaded by itself, and none of the heavy parts of our own."""
+    script = ROOT / "benchmarks" / "start.py"
+    path, python = find()
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.environ.get("COMFYUI_PYTHONPATH", "")}
+    run = subprocess.run([python, script, path], env=environment, capture_output=True, text=True, timeout=600)
+    assert "loaded: True" in run.stdout, run.stdout + run.stderr
+    lines = dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
+    assert lines["new modules"] == "none but our own"
+    heavy = {"tim_core.training", "tim_core.evaluate", "tim_core.pipeline", "tim_core.shapes", "tim_core.objective", "tim_core.cli"}
+    assert "tim_core.sampler" in lines["our own"].split(", ") and not heavy & set(lines["our own"].split(", "))
 
 
 def test_only_the_adapters_touch_core():

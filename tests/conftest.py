@@ -1,12 +1,14 @@
 """What the test run says at its end."""
 
+import importlib.util
 import os
+import shutil
 from collections import Counter
 
 import pytest
 
 from tests import comfy_support
-from tests.comfy_support import comfyui  # noqa: F401 (a fixture)
+from tests.comfy_support import class_files, comfyui  # noqa: F401 (fixtures)
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine; subprocesses inherit it
 
@@ -23,17 +25,36 @@ def pytest_report_header():
     return comfy_support.header()
 
 
+def find_chromium() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def no_browser() -> str | None:
+    """What the tests marked browser lack here."""
+    if importlib.util.find_spec("playwright") is None:
+        return "no playwright found (`pip install playwright` gets it)"
+    return None if find_chromium() else "no chromium found (`apt-get install chromium` gets one; Chrome will do)"
+
+
 def pytest_collection_modifyitems(items):
-    if comfy_support.find() is None:
-        for item in items:
-            if item.get_closest_marker("comfyui"):
-                item.add_marker(pytest.mark.skip(reason="no ComfyUI found"))
+    lacking = {"comfyui": None if comfy_support.find() else "no ComfyUI found", "browser": no_browser()}
+    for item in items:
+        for marker, reason in lacking.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_unconfigure(config):
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and comfy_support.find() is None:
         reporter.write_line(comfy_support.advice())
+    if reporter is not None and no_browser():
+        reporter.write_line(f"{no_browser()}: the tests marked browser were skipped")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    return find_chromium()
 
 
 @pytest.fixture

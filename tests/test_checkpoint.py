@@ -549,3 +549,64 @@ def test_heads_that_no_shape_tells_are_asked_for(weights, tmp_path):
     assert "num_heads" in refused(load_transformer, tmp_path / "bare.safetensors")
     save_file(bare, tmp_path / "said.safetensors", metadata={"tim": '{"num_heads": 2}'})
     assert load_transformer(tmp_path / "said.safetensors").config.num_heads == 2
+
+
+RECORDS = {
+    "transformer": [{"latent_factor": "abc"}, {"latent_factor": -8}, {"latent_factor": 3.7}, {"escape_prompts": "false"}],
+    "autoencoder": [
+        {"scaling_factor": 0}, {"scaling_factor": "x"}, {"out_activation": "sing"}, {"head_dim": 0}, {"encoder_activations": 5},
+    ],
+    "text_encoder": [{"hidden_size": "x"}, {"rope_scaling": "x"}],
+}
+
+
+@pytest.mark.parametrize("part, record", [(part, record) for part, records in RECORDS.items() for record in records], ids=str)
+def test_records_that_make_no_sense_are_refused(part, record, one_file, tmp_path):
+    """In one line that names the file, when it is loaded and when it is looked at; the files beside it are still described."""
+    from tim_core.checkpoint import json_tensor
+    from tim_core.parts import CONFIG_KEYS
+
+    tensors, path = load_file(one_file), tmp_path / "odd.safetensors"
+    key = CONFIG_KEYS[part]
+    tensors[key] = json_tensor({**json.loads(bytes(tensors[key].tolist())), **record})
+    save_file(tensors, path)
+    message = refused(load_checkpoint, path)
+    assert "odd.safetensors" in message
+    from tim_core.cli import main
+
+    assert main(["inspect", str(path), str(one_file)]) in (0, 1)
+
+
+@pytest.mark.parametrize("key", ["encoder.down_blocks.x.0.conv1.weight", "encoder.conv_out.weight"])
+def test_broken_autoencoders_are_refused(key, modules, tmp_path):
+    tensors = {**modules["autoencoder"].state_dict(), key: torch.zeros(())}
+    save_file(tensors, tmp_path / "broken.safetensors")
+    assert "broken.safetensors" in refused(load_autoencoder, tmp_path / "broken.safetensors")
+
+
+def test_another_models_config_beside_an_autoencoder_is_not_read(modules, tmp_path):
+    save_file(modules["autoencoder"].state_dict(), tmp_path / "vae.safetensors", metadata=None)
+    before = load_autoencoder(tmp_path / "vae.safetensors").config
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "attention_head_dim": 8, "block_out_channels": [320]}')
+    assert load_autoencoder(tmp_path / "vae.safetensors").config == before
+
+
+def test_moments_and_counters_are_not_weights(weights, modules, tmp_path):
+    zeros = {key: torch.zeros_like(value) for key, value in weights.items()}
+    torch.save({"model_state": {**weights, "step": torch.tensor(3)}, "exp_avg": zeros}, tmp_path / "a.pt")
+    torch.save({"ema": {**weights, "decay": torch.tensor(0.9)}}, tmp_path / "b.pt")
+    for name in ("a.pt", "b.pt"):
+        assert same(load_transformer(tmp_path / name), modules["transformer"])
+
+
+def test_half_a_projector_is_dropped(weights, modules, tmp_path):
+    del weights["projector.4.weight"]
+    save_file(weights, tmp_path / "half.safetensors")
+    assert same(load_transformer(tmp_path / "half.safetensors"), modules["transformer"])
+    assert "does not load" not in str(describe(tmp_path / "half.safetensors"))
+
+
+def test_several_files_in_a_folder_are_not_guessed_among(weights, tmp_path):
+    for name in ("b", "a"):
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    assert "2 weight files" in refused(load_transformer, tmp_path)

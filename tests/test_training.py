@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tim_core import checkpoint, shapes
+from tim_core.cli import main
 from tim_core.errors import TimError
+from tim_core.training import autoencoder as training_autoencoder
 from tim_core.training import loop as training_loop
 from tim_core.training import run
 from tim_core.training.config import AutoencoderTraining, LoopConfig, SizesConfig, TransitionTraining, read
@@ -52,6 +54,15 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\ndata: {sizes: {64: 1}}", "data.sizes"),
     ("kind: autoencoder\noutput: x\nencoder_widths: [8, 8]", "encoder_widths"),
     ("kind: autoencoder\noutput: x\nlatent_channels: 0", "latent_channels"),
+    ("kind: autoencoder\noutput: x\nlatent_noise: .inf", "latent_noise"),
+    ("kind: autoencoder\noutput: x\nlatent_weight: -1.0", "latent_weight"),
+    ("kind: autoencoder\noutput: x\ndecoder_layers: [0, 1, 0, 1]", "decoder_layers"),
+    ("kind: autoencoder\noutput: x\ndata: {sizes: {\u00b2x32: 1}}", "data.sizes"),
+    ("kind: autoencoder\noutput: x\ndata: {sizes: {32x32: .inf}}", "data.sizes.32x32"),
+    ("kind: [1]", "kind"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: .inf}", "objective.epsilon"),
+    ("kind: tim\noutput: x\nautoencoder: y\np_std: .inf", "p_std"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {seed: 99999999999999999999}", "loop.seed"),
     ("kind: autoencoder\noutput: x\nencoder_layers: [0, -1, 1, 1]", "encoder_layers"),
     ("kind: autoencoder\noutput: x\ndata: {sizes: {60x60: 1}}", "data.sizes"),
     ("kind: tim\noutput: x\nautoencoder: y\ntext: {heads: 0}", "text.heads"),
@@ -236,6 +247,51 @@ def test_model_guidance_trains_with_the_averaged_network(tmp_path):
     run([plain])
     assert losses[1.0, 0.0] == [row["loss"] for row in csv.DictReader((tmp_path / "plain" / "metrics.csv").open())]
     assert len({tuple(some) for some in losses.values()}) == 3
+
+
+@pytest.mark.parametrize("target, said", [("model.bin", "'.bin'"), ("", "a folder"), ("nowhere/model.safetensors", "no folder")])
+def test_a_file_that_cannot_be_written_is_said_before_the_first_step(tmp_path, target, said):
+    run([autoencoder_yaml(tmp_path)])
+    path = tim_yaml(tmp_path)
+    path.write_text(f"checkpoint: {tmp_path / target}\n" + path.read_text())
+    with pytest.raises(TimError, match=said):
+        run([path])
+    assert not (tmp_path / "tim").exists()
+
+
+def test_widths_that_fit_no_autoencoder_are_one_line(tmp_path):
+    path = autoencoder_yaml(tmp_path)
+    path.write_text(path.read_text().replace("head_dim: 8", "head_dim: 1000"))
+    with pytest.raises(TimError, match="head_dim fit no DC-AE"):
+        run([path])
+    assert not (tmp_path / "autoencoder").exists()
+
+
+def test_another_architecture_is_one_line_that_names_the_file(tmp_path):
+    run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
+    path = tim_yaml(tmp_path)
+    path.write_text(path.read_text().replace("hidden_size: 16, depth", "hidden_size: 32, depth"))
+    with pytest.raises(TimError) as error:
+        run([path])
+    assert "step-00000006.pt: found another architecture" in str(error.value) and len(str(error.value)) < 500
+    (tmp_path / "tim" / "step-00000006.pt").write_bytes(b"PK damaged")
+    with pytest.raises(TimError, match="step-00000006.pt: found a damaged checkpoint"):
+        run([tim_yaml(tmp_path)])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    real = training_autoencoder.losses
+    monkeypatch.setattr(training_autoencoder, "losses", lambda *a: {name: value * float("nan") for name, value in real(*a).items()})
+    with pytest.raises(TimError, match="the loss is nan at step 2"):
+        run([autoencoder_yaml(tmp_path)])
+    assert not list((tmp_path / "autoencoder").glob("step-*.pt"))
+
+
+def test_the_error_is_a_line_of_its_own(tmp_path, capfd):
+    path = autoencoder_yaml(tmp_path)
+    path.write_text(path.read_text().replace("steps: 6", "steps: 100000, seconds: 1"))
+    assert main(["train", str(path)]) == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("tim: error: training: stopped at step")
 
 
 def test_a_run_may_begin_from_another_ones_weights(tmp_path):

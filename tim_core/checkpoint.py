@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import TimError, misfits
+from .errors import TimError, misfits, one_line
 from .files import write_whole
 from .parts import (
     AUTOENCODER,
@@ -89,7 +89,13 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
     if parts.tokenizer is None:
         raise TimError(f"{parts.source}: found no tokenizer in the file or beside it, expected tokenizer.json or tokenizer.model")
     tokenizer = Tokenizer.from_bytes(parts.tokenizer, f"{parts.source}: tokenizer")
-    model = TextEncoder(parts.config(TEXT_ENCODER), tokenizer, parts.escape if escape is None else escape, device="meta")
+    config = parts.config(TEXT_ENCODER)
+    try:
+        model = TextEncoder(config, tokenizer, parts.escape if escape is None else escape, device="meta")
+    except TimError:
+        raise
+    except Exception as error:  # transformers' own checks, of many kinds
+        raise TimError(f"{parts.source}: found a Gemma config that cannot be built ({one_line(error)}), expected gemma3_text's") from None
     try:
         # .to, for what is no weight: the rotary tables and the embedding scale
         return model.load(_placed(tensors, dtype or _main_dtype(tensors), device)).to(device).eval()
@@ -215,6 +221,18 @@ def _cast(tensors: StateDict, dtype) -> StateDict:
     return out
 
 
+def check_target(dst: str | Path) -> Path:
+    """A path that a checkpoint can be written to; TimError for a folder, another ending, or a folder that is not there."""
+    dst = Path(dst).expanduser()
+    if dst.is_dir():
+        raise TimError(f"{dst}: found a folder, expected the name of a file to write")
+    if dst.suffix != ".safetensors":
+        raise TimError(f"{dst}: found the ending '{dst.suffix}', expected .safetensors")
+    if not dst.parent.is_dir():
+        raise TimError(f"{dst}: found no folder {dst.parent}, expected one to write into")
+    return dst
+
+
 def _write(tensors: StateDict, dst: str | Path, record: dict) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -225,13 +243,7 @@ def _write(tensors: StateDict, dst: str | Path, record: dict) -> Path:
         except SafetensorError as error:  # so it reports a full disk
             raise OSError(str(error)) from error
 
-    dst = Path(dst).expanduser()
-    if dst.is_dir():
-        raise TimError(f"{dst}: found a folder, expected the name of a file to write")
-    if dst.suffix != ".safetensors":
-        raise TimError(f"{dst}: found the ending '{dst.suffix}', expected .safetensors")
-    if not dst.parent.is_dir():
-        raise TimError(f"{dst}: found no folder {dst.parent}, expected one to write into")
+    dst = check_target(dst)
     write_whole(dst, save)
     return dst
 

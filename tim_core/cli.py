@@ -109,9 +109,9 @@ checkpoint when the same command is given again."""
 
 TRAIN_EXAMPLES = """\
 example:
-  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml
+  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml configs/tim-shapes-longer.yaml
 
-These three make the bundled model: its autoencoder, more training for the decoder, then the network."""
+These four make the bundled model: its autoencoder, more training for the decoder, the network, more training for that."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -309,7 +309,7 @@ def run_upscale(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     from .evaluate import TASKS, evaluate
 
-    tasks = args.tasks or TASKS
+    tasks = TASKS if args.tasks is None else args.tasks
     pipe = load_pipeline(args)
     width, height = args.size
     report = evaluate(
@@ -333,6 +333,8 @@ def run_inspect(args: argparse.Namespace) -> int:
             text = str(describe(file))
         except TimError as error:
             code = failed(str(error), args)
+        except Exception as error:  # one strange file is no reason to leave out the others
+            code = failed(f"{file}: {type(error).__name__}: {error}", args)
         else:
             print(text, flush=True)
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Mapping
@@ -102,10 +103,10 @@ class TransformerConfig:
         metadata = {name: value for name, value in (metadata or {}).items() if value is not None}
 
         def number(name: str, default: int) -> int:
-            try:
-                return int(metadata.get(name, default))
-            except (TypeError, ValueError):
-                raise TimError(f"TiM metadata: {name} is '{metadata[name]}', expected a whole number") from None
+            value = metadata.get(name, default)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TimError(f"TiM metadata: {name} is {value!r}, expected a whole number")
+            return value
 
         def shape(name: str, *expected: int | None) -> tuple[int, ...]:
             """The shape of a tensor that must be there; None in `expected` stands for any length."""
@@ -174,6 +175,9 @@ class TransformerConfig:
         )
 
 
+ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "mish")
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """One resolution of the DC-AE; `kernels` are the multi-scale attention's."""
@@ -205,6 +209,16 @@ class AutoencoderConfig:
     out_activation: str = "relu"
     scaling_factor: float = 1.0
     force_upcast: bool = False              # the weights ask for float32
+
+    def __post_init__(self) -> None:
+        scale = self.scaling_factor
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (math.isfinite(scale) and scale > 0):
+            raise TimError(f"DC-AE: scaling_factor is {scale!r}, expected a number greater than 0")
+        if isinstance(self.head_dim, bool) or not isinstance(self.head_dim, int) or self.head_dim < 1:
+            raise TimError(f"DC-AE: head_dim is {self.head_dim!r}, expected a whole number of at least 1")
+        for activation in (self.out_activation, *self.encoder_activations, *self.decoder_activations):
+            if activation not in ACTIVATIONS:
+                raise TimError(f"DC-AE: found the activation {activation!r}, expected {' or '.join(ACTIVATIONS)}")
 
     @property
     def encoder_activations(self) -> list[str]:

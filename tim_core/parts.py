@@ -108,6 +108,8 @@ class Parts:
     def config(self, part: str):
         """TransformerConfig, AutoencoderConfig, or the Gemma config as a dict; TimError naming the file if it cannot be read."""
         tensors, record = self.tensors(part), self.record(part)
+        if part == TRANSFORMER and not {"projector.0.weight", "projector.2.weight", "projector.4.weight"} <= tensors.keys():
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("projector.")}  # none, or half of one
         try:
             if part == TEXT_ENCODER:
                 return normalise_config(self.gemma_config or _gemma_config(tensors))
@@ -116,6 +118,9 @@ class Parts:
             return (TransformerConfig if part == TRANSFORMER else AutoencoderConfig).from_state_dict(tensors, record)
         except TimError as error:
             raise TimError(f"{self.source}: {error}") from None
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            found = f"found keys or a record that make no sense ({type(error).__name__}: {one_line(error)})"
+            raise TimError(f"{self.source}: {found}, expected those of a {TITLES[part]}") from None
 
     def check_fit(self) -> None:
         """TimError if the transformer cannot read the text model's features or the autoencoder cannot decode its latents."""
@@ -133,14 +138,19 @@ class Parts:
     def escape(self) -> bool:
         """Whether prompts are unicode-escaped: as the transformer was trained, which for the released weights is yes."""
         records = (self.records.get(TRANSFORMER, {}), self.metadata, self.records.get(TEXT_ENCODER, {}))
-        return bool(next((r["escape_prompts"] for r in records if r.get("escape_prompts") is not None), True))
+        escape = next((r["escape_prompts"] for r in records if r.get("escape_prompts") is not None), True)
+        if not isinstance(escape, bool):
+            raise TimError(f"{self.source}: escape_prompts is {escape!r}, expected true or false")
+        return escape
 
     @property
     def latent_factor(self) -> int:
         """Pixels per latent cell: from the metadata, else the autoencoder in the same file, else the latent's channels."""
         record = self.record(TRANSFORMER)
-        if record.get("latent_factor"):
-            return int(record["latent_factor"])
+        if (factor := record.get("latent_factor")) is not None:
+            if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+                raise TimError(f"{self.source}: latent_factor is {factor!r}, expected a whole number of at least 1")
+            return factor
         if self.autoencoder is not None:
             return self.config(AUTOENCODER).factor
         channels = self.tensors(TRANSFORMER)["x_embedder.proj.weight"].shape[1]
@@ -158,7 +168,7 @@ def resolve(name: str | Path) -> Path:
             raise TimError(f"{name}: the bundled model is not in this installation, expected it at {path}")
         return path
     path = Path(name).expanduser()
-    if not path.exists():
+    if not str(name).strip() or not path.exists():
         raise TimError(f"{name}: found no such file, expected a path or a bundled model ({', '.join(BUNDLED)})")
     return path
 
@@ -259,17 +269,23 @@ def find(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict] | No
     prefixes = {prefix for prefix in prefixes if all(prefix + name in tensors for name in others)}
     if not prefixes:
         return None
-    best = min(prefixes, key=lambda p: (not any("ema" in word.split("_") for word in p.split(".")), len(p), p))
+    best = min(prefixes, key=lambda p: (_is_optimizers(p), not any("ema" in word.split("_") for word in p.split(".")), len(p), p))
     foreign = tuple(p for p in prefixes if p != best and p.startswith(best))
     roots = ROOTS.get(part, ("",))
     return best, {
         key[len(best) :]: tensor
         for key, tensor in tensors.items()
         if key.startswith(best)
+        and "." in key[len(best) :]  # no module's: a step, a decay
         and key[len(best) :].startswith(roots)
         and key.rpartition(".")[2] not in BYTE_KEYS
         and not (foreign and key.startswith(foreign))
     }
+
+
+def _is_optimizers(prefix: str) -> bool:
+    """Whether a prefix is that of an optimiser's moments, which have the names and shapes of the weights."""
+    return any(word.startswith(("exp_avg", "optim", "momentum")) for word in prefix.split("."))
 
 
 def guess(tensors: Mapping[str, Tensor]) -> str:
@@ -384,6 +400,8 @@ def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
             return tensors, {}, folder
     files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
     files = [file for file in files if file.is_file()] or sorted(folder.glob("*.safetensors"))
+    if len(files) > 1 and files[0].stem not in WEIGHT_FILES:
+        raise TimError(f"{folder}: found {len(files)} weight files, expected the name of one ({', '.join(f.name for f in files[:3])}, ...)")
     if not files:
         raise TimError(f"{folder}: found a folder without weights, expected model.safetensors or another of Hugging Face's layout in it")
     return (*open_state_dict(files[0]), folder)
@@ -399,7 +417,7 @@ def _read_beside(parts: Parts, folder: Path) -> None:
         inner = config.get("text_config", config)
         if text and isinstance(inner, dict) and inner.get("model_type") == "gemma3_text":
             parts.gemma_config = config
-        if pixels and "attention_head_dim" in config:
+        if pixels and config.get("_class_name", "AutoencoderDC") == "AutoencoderDC" and "encoder_block_out_channels" in config:
             parts.records[AUTOENCODER] = config
     if TEXT_ENCODER in parts and parts.tokenizer is None and (tokenizer := tokenizer_file(folder)):
         parts.tokenizer = tokenizer.read_bytes()

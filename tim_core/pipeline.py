@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,8 @@ class Pipeline:
                             ("stochasticity", options["stochasticity"])):
             if not math.isfinite(value) or value < 0:
                 raise TimError(f"{name}: found {value}, expected a number of at least 0")
+        if options["stochasticity"] > 1:
+            raise TimError(f"stochasticity: found {options['stochasticity']}, expected 0 to 1")
         if low >= high:
             raise TimError(f"guidance interval: found {low:g} to {high:g}, expected the first to be smaller (cfg 1 is no guidance)")
         rows = torch.arange(len(text))  # the sampler carries row numbers; the model looks the features up
@@ -208,7 +211,7 @@ class Pipeline:
         """The latent's; TimError for a size that the model cannot make."""
         unit = self.unit
         for name, value in (("width", width), ("height", height)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < unit or value % unit:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < unit or value % unit:
                 nearest = max(1, round(value / unit)) * unit if isinstance(value, (int, float)) and math.isfinite(value) else unit
                 raise TimError(f"{name}: found {value} pixels, expected a multiple of the latent factor {unit}, such as {nearest}")
         return batch, self.transformer.config.in_channels, height // self.factor, width // self.factor
@@ -232,6 +235,9 @@ class Pipeline:
         """The features of every prompt, then of every negative, each pair cut to the longer text of the two: [(L_i, D)] * 2B."""
         if not prompts:
             raise TimError("prompts: found none, expected at least one")
+        for text in (*prompts, *negatives):
+            if not isinstance(text, str):
+                raise TimError(f"prompt: found {type(text).__name__}, expected text")
         negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
         if len(negatives) != len(prompts):
             raise TimError(f"negative prompts: found {len(negatives)} for {len(prompts)} prompts, expected one, or one for each prompt")

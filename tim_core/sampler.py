@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, Callable, Sequence
 
 import torch
@@ -110,9 +111,9 @@ def fresh_noise(shape: Sequence[int], seed: int) -> Callable[[Tensor, Tensor], T
 
 
 def check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise TimError(f"seed: found {seed}, expected a whole number from 0 to 2^64 - 1")
-    return seed
+    return int(seed)
 
 
 def _steps(count: int, disable: bool) -> Any:

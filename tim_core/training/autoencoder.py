@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..autoencoder import Autoencoder
 from ..config import AutoencoderConfig, StageConfig
+from ..errors import TimError, one_line
 from ..files import write_whole
 from .config import AutoencoderTraining
 from .data import ShapesBatches
-from .loop import train
+from .loop import begin_from, train
 
 
 def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
@@ -44,9 +45,15 @@ def train_autoencoder(config: AutoencoderTraining) -> Path:
     """Runs a `kind: autoencoder` configuration; returns the safetensors file with the averaged weights."""
     loop, folder = config.loop, Path(config.output).expanduser()
     torch.manual_seed(loop.seed)
-    model = Autoencoder(architecture(config)).to(memory_format=torch.channels_last)
+    try:
+        model = Autoencoder(architecture(config)).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            model.decode(model.encode(torch.zeros(1, 3, *(2 * model.config.factor,) * 2)))
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        reason = one_line(error)
+        raise TimError(f"training config: the widths, layers and head_dim fit no DC-AE ({reason}), expected ones that do") from error
     if config.start:
-        model.load_state_dict(checkpoint.load_autoencoder(Path(config.start).expanduser()).state_dict())
+        begin_from(model, checkpoint.load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32).state_dict(), config.start)
     model.encoder.requires_grad_(not config.freeze_encoder)
 
     def loss_of(batch, step, average):

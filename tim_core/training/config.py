@@ -1,6 +1,7 @@
 """Typed training configurations, read from YAML; unknown keys, wrong types and impossible values name the key."""
 
 import math
+import re
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -47,8 +48,7 @@ class LoopConfig:
             _check(getattr(self, name) > 0, f"loop.{name}", getattr(self, name), "more than 0")
         for name in ("warmup", "workers", "seconds", "seed", "weight_decay"):
             _check(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "0 or more")
-        for name in ("lr", "muon_lr", "clip", "weight_decay"):
-            _check(math.isfinite(getattr(self, name)), f"loop.{name}", getattr(self, name), "a finite number")
+        _check(self.seed < 2**40, "loop.seed", self.seed, "less than 2^40")
         _check(0 <= self.final_lr <= 1, "loop.final_lr", self.final_lr, "0 to 1")
         _check(all(0 <= beta < 1 for beta in self.betas), "loop.betas", list(self.betas), "two numbers from 0 to below 1")
         _check(0 <= self.ema < 1, "loop.ema", self.ema, "0 to below 1")
@@ -65,8 +65,7 @@ class SizesConfig:
     def __post_init__(self):
         _check(bool(self.sizes), "data.sizes", "none", "at least one size")
         for size, weight in self.sizes.items():
-            _check(all(n.isdigit() and int(n) > 0 for n in size.split("x")) and size.count("x") == 1,
-                   "data.sizes", size, "sizes such as 64x64")
+            _check(re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size) is not None, "data.sizes", size, "sizes such as 64x64")
             _check(weight > 0, f"data.sizes.{size}", weight, "more than 0")
 
     def table(self) -> tuple[list[tuple[int, int]], list[float]]:
@@ -112,7 +111,11 @@ class AutoencoderTraining:
                "latent_channels", self.latent_channels, "a divisor of the deepest widths")
         _check(not self.loop.compile, "loop.compile", True, "false for an autoencoder")
         _check(0 <= self.attention_stages <= len(self.encoder_widths), "attention_stages", self.attention_stages, "at most one a stage")
-        _check(self.latent_noise >= 0, "latent_noise", self.latent_noise, "0 or more")
+        for name in ("latent_noise", "latent_weight"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("encoder_layers", "decoder_layers"):
+            layers = list(getattr(self, name))
+            _check(all(layers[1:]), name, layers, "no 0 but at the first stage")
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,6 @@ class TransitionTraining:
             _check(step.isdigit(), "objective_from", step, "steps, and the objective from each on")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
-        _check(math.isfinite(self.p_mean), "p_mean", self.p_mean, "a finite number")
         for objective in (self.objective, *self.objective_from.values()):
             _check(objective.proj_coeff == ObjectiveConfig.proj_coeff, "objective.proj_coeff", objective.proj_coeff,
                    "none: the REPA term needs an image encoder, which this training has not")
@@ -192,12 +194,14 @@ def read(path: str | Path, kinds: dict[str, type]):
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise TimError(f"training config {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise TimError(f"training config {path}: found no UTF-8 text, expected YAML") from error
     except yaml.YAMLError as error:
         raise TimError(f"training config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise TimError(f"training config {path}: found {type(values).__name__}, expected keys and values")
     kind = values.pop("kind", None)
-    _check(kind in kinds, "kind", kind, " or ".join(kinds))
+    _check(isinstance(kind, str) and kind in kinds, "kind", kind, " or ".join(kinds))
     return build(kinds[kind], values)
 
 
@@ -227,13 +231,12 @@ def _convert(hint, value, key: str):
     if origin is dict:
         _check(isinstance(value, dict), key, value, "keys and values")
         return {str(k): _convert(args[1], v, f"{key}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            value = float(value)  # YAML 1.1 reads 1e-3 as a word
+        except (ValueError, OverflowError):
             pass
+    _check(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     _check(type(value) is hint, key, value, names.get(hint, str(hint)))
     return value

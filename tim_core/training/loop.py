@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import TimError
+from ..errors import TimError, misfits, one_line
 from ..files import write_whole
 from .config import LoopConfig
 
@@ -74,42 +74,44 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
         prefetch_factor=4 if config.workers else None, persistent_workers=False)
     began, totals, counted = time.monotonic(), {}, 0
     model.train()
-    bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True)
-    for step, batch in enumerate(loader, start):
-        factor = learning_rate(config, step)
-        for optimizer in optims:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-        torch.manual_seed(config.seed * 1_000_003 + step)
-        losses = loss_of(batch, step, average)
-        losses["loss"].backward()
-        losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip)
-        for optimizer in optims:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        decay = min(config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
-        for name, value in losses.items():
-            totals[name] = totals.get(name, 0.0) + value.detach().float()
-        counted += 1
-        done = step + 1
-        bar.update()
-        if done % config.log_every == 0 or done == config.steps:
-            row = {name: float(value) / counted for name, value in totals.items()}
-            totals, counted = {}, 0
-            elapsed = seconds + time.monotonic() - began
-            rate = (done - start) * config.batch / (time.monotonic() - began)
-            _log(folder, {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row})
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} samples/s")
-        late = config.seconds and time.monotonic() - began > config.seconds
-        if done % config.save_every == 0 or done == config.steps or late:
-            _save(folder, config, done, seconds + time.monotonic() - began, model, optims, average)
-            sample(model, done)
-            made = export(average, done)
-            model.train()
-        if late and done < config.steps:
-            raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; run it again to go on")
-    bar.close()
+    with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True) as bar:
+        for step, batch in enumerate(loader, start):
+            factor = learning_rate(config, step)
+            for optimizer in optims:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * factor
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            losses = loss_of(batch, step, average)
+            losses["loss"].backward()
+            losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip)
+            for optimizer in optims:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            decay = min(config.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().float()
+            counted += 1
+            done = step + 1
+            bar.update()
+            late = config.seconds and time.monotonic() - began > config.seconds
+            logs, saves = (done % every == 0 or done == config.steps for every in (config.log_every, config.save_every))
+            if (logs or saves or late) and not bool(losses["loss"].isfinite()):
+                raise TimError(f"training: the loss is {losses['loss'].item()} at step {done}, expected a number")
+            if logs:
+                row = {name: float(value) / counted for name, value in totals.items()}
+                totals, counted = {}, 0
+                elapsed = seconds + time.monotonic() - began
+                rate = (done - start) * config.batch / (time.monotonic() - began)
+                _log(folder, {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row})
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} samples/s")
+            if saves or late:
+                _save(folder, config, done, seconds + time.monotonic() - began, model, optims, average)
+                sample(model, done)
+                made = export(average, done)
+                model.train()
+            if late and done < config.steps:
+                raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; run it again to go on")
     return made
 
 
@@ -125,12 +127,22 @@ def _save(folder: Path, config: LoopConfig, step: int, seconds: float, model, op
         old.unlink()
 
 
+def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """The model takes over another run's weights; TimError naming the source unless it has the same architecture."""
+    if wrong := misfits(model.state_dict(), tensors):
+        raise TimError(f"{source}: found another architecture ({wrong}), expected that of the training configuration")
+    model.load_state_dict(tensors)
+
+
 def _resume(folder: Path, model, optims, average) -> tuple[int, float]:
     found = _checkpoints(folder)
     if not found:
         return 0, 0.0
-    state = torch.load(found[-1], weights_only=True, map_location="cpu")
-    model.load_state_dict(state["model"])
+    try:
+        state = torch.load(found[-1], weights_only=True, map_location="cpu")
+    except Exception as error:  # whatever a damaged file provokes
+        raise TimError(f"{found[-1]}: found a damaged checkpoint ({one_line(error)}), expected a whole one; remove it to go on") from None
+    begin_from(model, state["model"], str(found[-1]))
     for optimizer, saved in zip(optims, state["optimizers"], strict=True):
         base = [group["base_lr"] for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)

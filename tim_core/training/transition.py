@@ -13,7 +13,6 @@ from .. import checkpoint, previews, shapes
 from ..attention import math
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
-from ..errors import TimError
 from ..objective import transition_loss
 from ..sampler import sample
 from ..schedule import uniform
@@ -22,7 +21,7 @@ from ..transformer import TransitionTransformer
 from ..transport import OTFM
 from .config import TextShape, TransitionTraining
 from .data import ShapesBatches
-from .loop import train
+from .loop import begin_from, train
 from .tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 
 
@@ -62,16 +61,16 @@ def gemma_config(shape: TextShape) -> dict:
 def train_transition(config: TransitionTraining) -> Path:
     """Runs a `kind: tim` configuration; returns the one-file checkpoint with the averaged weights."""
     loop, folder = config.loop, Path(config.output).expanduser()
-    if config.checkpoint and not Path(config.checkpoint).expanduser().parent.is_dir():
-        raise TimError(f"training config: checkpoint: found no folder for {config.checkpoint}, expected one to write into")
+    if config.checkpoint:
+        checkpoint.check_target(config.checkpoint)
     autoencoder: Autoencoder = checkpoint.load_autoencoder(
         Path(config.autoencoder).expanduser(), dtype=torch.float32).to(memory_format=torch.channels_last)
     torch.manual_seed(loop.seed)
     model = TextToImage(config, autoencoder.config.latent_channels)
     if config.start:
         start = Path(config.start).expanduser()
-        model.transformer.load_state_dict(checkpoint.load_transformer(start, dtype=torch.float32).state_dict())
-        model.text.load_state_dict(checkpoint.load_text_encoder(start, dtype=torch.float32).state_dict())
+        begin_from(model.transformer, checkpoint.load_transformer(start, dtype=torch.float32).state_dict(), str(start))
+        begin_from(model.text, checkpoint.load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     if loop.compile:
         # one block at a time: they share their code, so it is compiled once for all of them

@@ -204,15 +204,11 @@ def test_the_bundled_file_is_small_and_whole():
     assert all(any(key.startswith(start) for key in tensors) for start in starts)
 
 
-UNDERTRAINED = "the bundled model is not trained to its first bar yet (docs/tim-shapes.md): take this mark off when it is"
-
-
-@pytest.mark.xfail(strict=True, reason=UNDERTRAINED)
 def test_the_readmes_prompt(shapes):
     asked = Prompt("full position", (Thing("circle", "red"), Thing("square", "blue")), "left of")
     assert asked.text == PROMPT
     right = [bool(judge(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy())) for seed in range(8)]
-    assert sum(right) >= 4, right
+    assert sum(right) >= 4 and right[2], right  # the README names seed 2
 
 
 def test_a_small_score(shapes):
@@ -220,7 +216,7 @@ def test_a_small_score(shapes):
 
     wanted = draws(prompts_per_task=10, images=1, seed=0)
     result = summarise(wanted, score(shapes, wanted, steps=4, cfg=2.5))
-    assert result["n"] == 10 * len(TASKS) and result["overall"] >= 0.4, result
+    assert result["n"] == 10 * len(TASKS) and result["overall"] >= 0.5, result
 
 
 def test_words_out_of_the_world_give_pictures(shapes):

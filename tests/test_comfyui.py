@@ -69,7 +69,7 @@ def test_templates_help_and_words_are_served(comfyui):
         info = comfyui.object_info[name]
         page = comfyui.read(f"extensions/{FOLDER}/docs/{name}/en.md").decode()
         assert page.startswith(f"# {info['display_name']}\n")
-        inputs = info["input"]["required"]
+        inputs = info["input"]["required"] | info["input"].get("optional", {})
         assert all(f"| {key}" in page or f", {key}" in page for key in inputs)
         entry = words["nodeDefs"][name]
         assert (entry["display_name"], entry["description"]) == (info["display_name"], info["description"])

@@ -70,8 +70,8 @@ FLOORS = """
     pipeline training nodes
     checkpoint upscale
     parts
-    objective sampler autoencoder transformer
-    transport schedule config text_encoder attention rope shapes contact_sheet
+    objective sampler autoencoder transformer previews
+    transport schedule config text_encoder attention rope shapes contact_sheet imagenet
     files
     errors
 """

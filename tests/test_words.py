@@ -97,5 +97,5 @@ def test_numbers_files_and_commands_stay(language):
 def test_every_page_has_its_title_and_a_picture(node):
     name = WORDS["en"][node]["display_name"]
     assert page(node).startswith(f"# {name}\n")
-    assert f"\n![{name} in a graph](graph.jpg)\n" in page(node)
+    assert f"\n![{name} in a graph]({node}/graph.jpg)\n" in page(node)
     assert (DOCS / node / "graph.jpg").is_file()

@@ -110,7 +110,7 @@ class TransformerConfig:
 
         def shape(name: str, *expected: int | None) -> tuple[int, ...]:
             """The shape of a tensor that must be there; None in `expected` stands for any length."""
-            wanted = "(" + ", ".join("any" if length is None else str(length) for length in expected) + ")"
+            wanted = "[" + ", ".join("any" if length is None else str(length) for length in expected) + "]"
             if name not in state_dict:
                 raise TimError(f"not a TiM transformer: no tensor '{name}' among {len(state_dict)} tensors, expected one of shape {wanted}")
             found = tuple(getattr(state_dict[name], "shape", ()))

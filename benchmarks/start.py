@@ -31,7 +31,8 @@ def main() -> None:
     loaded = asyncio.run(nodes.load_custom_node(str(PACK)))
     wall, cpu = time.perf_counter() - began, time.process_time() - spent
     own = str(PACK).replace(".", "_x_")
-    new = sorted(name for name in set(sys.modules) - before if not name.startswith(own))
+    core = ("tomllib",)  # with which ComfyUI reads our pyproject.toml
+    new = sorted(name for name in set(sys.modules) - before if not name.startswith((own, *core)))
     print(f"loaded: {loaded}")
     print(f"{wall:.3f} s, {cpu:.3f} s of the processor")
     print("new modules:", ", ".join(new) or "none but our own")

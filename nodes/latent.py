@@ -1,12 +1,16 @@
 """Empty latents."""
 
+import logging
+
+import comfy.model_management as mm
+import torch
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
 from .compat import schema
-from .model import empty_latent
+from .inputs import MAX_SIDE, side_input
+from .model import tim_model, unit
 
-MAX_SIDE = 4096  # pixels: what the released model was trained up to
 NAMES = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "5:2", "2:5")
 RATIOS = {name: tuple(map(int, name.split(":"))) for name in NAMES}
 MEGAPIXELS = {"0.25": 512**2, "1": 1024**2, "2": 2 * 1024**2, "4": 2048**2, "16": 4096**2}
@@ -20,6 +24,17 @@ def preset(ratio: str, megapixels: str) -> tuple[int, int]:
     across, down = RATIOS[ratio]
     unit = min((MEGAPIXELS[megapixels] / (across * down)) ** 0.5, MAX_SIDE / max(across, down))
     return round(across * unit), round(down * unit)
+
+
+def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
+    """A LATENT of zeros for pictures of width x height pixels, rounded to what the model can draw, with a line in the log."""
+    inner = tim_model(model)
+    factor, multiple = inner.latent_format.spacial_downscale_ratio, unit(model)
+    rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
+    if rounded != [width, height]:
+        logging.info(f"TiMEmptyLatent: {width}x{height} becomes {rounded[0]}x{rounded[1]}, multiples of {multiple}")
+    shape = (batch_size, inner.latent_format.latent_channels, rounded[1] // factor, rounded[0] // factor)
+    return {"samples": torch.zeros(shape, device=mm.intermediate_device()), "downscale_ratio_spacial": factor}
 
 
 class TiMEmptyLatent(io.ComfyNode):
@@ -46,23 +61,11 @@ class TiMEmptyLatent(io.ComfyNode):
                     tooltip="Size of an aspect ratio's picture, 1 being 1024x1024; not used with 'as below'. It shrinks until the long "
                     "side is within 4096. The released model is at its best from 1 to 4.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=64,
-                    min=8,
-                    max=MAX_SIDE,
-                    step=8,
-                    tooltip="Width of the picture in pixels, with 'as below', rounded to a multiple of 32 (of 8 for the bundled model). "
-                    "The bundled model draws at 64, the released one at 1024 and up to 4096.",
+                side_input(
+                    "width", 64, 8, "Width of the picture in pixels, with 'as below', rounded to a multiple of 32 (of 8 for the bundled "
+                    "model). The bundled model draws at 64, the released one at 1024 and up to 4096.",
                 ),
-                io.Int.Input(
-                    "height",
-                    default=64,
-                    min=8,
-                    max=MAX_SIDE,
-                    step=8,
-                    tooltip="Height of the picture in pixels, with 'as below', rounded like the width.",
-                ),
+                side_input("height", 64, 8, "Height of the picture in pixels, with 'as below', rounded like the width."),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many pictures to sample at once."),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="Zeros, for a sampler to start from noise.")],

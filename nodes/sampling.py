@@ -5,49 +5,11 @@ from comfy_api.latest import io
 from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from .compat import schema
-from .model import sample_latent, tim_model, transition_sampler, with_interval
+from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input, steps_input, stochasticity_input, time_inputs
+from .model import tim_model, with_interval
+from .sampler import sample_latent, transition_sampler
 
 MODES = ("transition", "diffusion")
-
-
-def time_input(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=tooltip)
-
-
-def seed_input(tooltip: str) -> io.Int.Input:
-    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
-
-
-def cfg_input() -> io.Float.Input:
-    return io.Float.Input(
-        "cfg",
-        default=2.5,
-        min=1.0,
-        max=100.0,
-        step=0.1,
-        round=0.01,
-        tooltip="Strength of the guidance; 1 is none. Guided steps cost two evaluations.",
-    )
-
-
-def interval_inputs() -> list[io.Float.Input]:
-    high = "Steps are guided only where their time is below this. At 1, as published, the first step from pure noise is not guided, "
-    return [
-        time_input("guidance_low", 0.0, "Steps are guided only where their time is above this."),
-        time_input("guidance_high", 1.0, high + "so a one-step picture has no guidance."),
-    ]
-
-
-def stochasticity_input() -> io.Float.Input:
-    return io.Float.Input(
-        "stochasticity",
-        default=0.0,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        tooltip="Share of fresh noise in every step that neither begins at time 1 nor ends at 0; 0 is deterministic. It is meant for many "
-        "steps. Nodes that share a trajectory want seeds of their own.",
-    )
 
 
 class TiMSampler(io.ComfyNode):
@@ -62,22 +24,14 @@ class TiMSampler(io.ComfyNode):
             search_aliases=["transition models", "ksampler", "ksampler advanced", "few-step"],
             inputs=[
                 io.Model.Input("model", tooltip="A TiM model, patched or not."),
-                io.Conditioning.Input("positive", tooltip="What the picture should show."),
-                io.Conditioning.Input("negative", tooltip="What guidance leads away from; an empty prompt is the usual one."),
+                *conditioning_inputs(),
                 io.Latent.Input("latent_image", tooltip="An empty latent, or one to start from. A noise mask keeps what it leaves out."),
                 seed_input("The noise. The same seed and settings give the same picture in `tim sample`."),
-                io.Int.Input(
-                    "steps",
-                    default=4,
-                    min=1,
-                    max=10000,
-                    tooltip="Steps of equal length between start and end. One is enough for a picture; more are better.",
-                ),
+                steps_input("Steps of equal length between start and end. One is enough for a picture; more are better."),
                 cfg_input(),
                 *interval_inputs(),
                 stochasticity_input(),
-                time_input("start", 1.0, "The first time: 1 starts from noise, less keeps part of the latent. All steps run either way."),
-                time_input("end", 0.0, "The last time: 0 is the finished picture, more is for another sampler to go on from."),
+                *time_inputs(),
                 io.Boolean.Input(
                     "add_noise",
                     default=True,
@@ -144,9 +98,8 @@ class TiMScheduler(io.ComfyNode):
             description="The times of TiM's steps, as SIGMAS for SamplerCustom and SamplerCustomAdvanced.",
             search_aliases=["transition models", "sigmas", "timesteps", "basic scheduler"],
             inputs=[
-                io.Int.Input("steps", default=4, min=1, max=10000, tooltip="Number of steps between start and end."),
-                time_input("start", 1.0, "The first time: 1 is noise, less keeps part of the latent. All steps run either way."),
-                time_input("end", 0.0, "The last time: 0 is the finished picture, more is for another sampler to go on from."),
+                steps_input("Number of steps between start and end."),
+                *time_inputs(),
                 io.Float.Input(
                     "shift",
                     default=1.0,

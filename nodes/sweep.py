@@ -2,14 +2,15 @@
 
 import time
 
+import torch
 from comfy_api.latest import io
 
 from ..tim_core import schedule
 from ..tim_core.contact_sheet import contact_sheet, step_label, to_tensor
 from ..tim_core.errors import TimError
 from .compat import schema
-from .model import counted, first, sample_latent, shared_progress, stacked
-from .sampling import cfg_input, interval_inputs, seed_input
+from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
+from .sampler import counted, sample_latent, shared_progress
 
 
 def step_counts(text: str) -> list[int]:
@@ -18,6 +19,12 @@ def step_counts(text: str) -> list[int]:
     if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise TimError(f"steps: found '{text}', expected whole numbers of at least 1, such as 1, 2, 4, 8")
     return [int(word) for word in words]
+
+
+def first(latent: dict) -> dict:
+    """The first of a batch of latents, with its own noise."""
+    own = {name: latent[name][:1] for name in ("samples", "noise_mask", "batch_index") if name in latent}
+    return {**latent, **own}
 
 
 class TiMStepSweep(io.ComfyNode):
@@ -32,8 +39,7 @@ class TiMStepSweep(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A TiM model."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
-                io.Conditioning.Input("positive", tooltip="What the picture should show."),
-                io.Conditioning.Input("negative", tooltip="What guidance leads away from; an empty prompt is the usual one."),
+                *conditioning_inputs(),
                 io.Latent.Input("latent_image", tooltip="An empty latent: its size is taken, and of a batch the first. Every picture "
                 "starts from noise."),
                 seed_input("The noise, the same for every number of steps."),
@@ -67,4 +73,4 @@ class TiMStepSweep(io.ComfyNode):
         run(1, 0)  # the first run of all loads the model, and would count as slow
         shown = [run(count, 1 + sum(counts[:i])) for i, count in enumerate(counts)]
         images = [image for image, _ in shown]
-        return io.NodeOutput(to_tensor(contact_sheet(images, [label for _, label in shown])), stacked(images))
+        return io.NodeOutput(to_tensor(contact_sheet(images, [label for _, label in shown])), torch.stack(images))

@@ -7,9 +7,9 @@ from comfy_api.latest import io
 from ..tim_core.errors import TimError
 from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size, upscale
 from .compat import schema
-from .latent import MAX_SIDE
-from .model import sample_latent, shared_progress, unit
-from .sampling import cfg_input, interval_inputs, seed_input, stochasticity_input
+from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, interval_inputs, seed_input, side_input, stochasticity_input
+from .model import unit
+from .sampler import sample_latent, shared_progress
 
 
 class TiMNativeUpscale(io.ComfyNode):
@@ -25,8 +25,7 @@ class TiMNativeUpscale(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A TiM model."),
                 io.Vae.Input("vae", tooltip="The model's VAE; it works in blended tiles where memory is short."),
-                io.Conditioning.Input("positive", tooltip="What the picture shows."),
-                io.Conditioning.Input("negative", tooltip="What guidance leads away from; an empty prompt is the usual one."),
+                *conditioning_inputs(),
                 io.Image.Input("image", optional=True, tooltip="The picture to enlarge. Connect this or latent."),
                 io.Latent.Input("latent", optional=True, tooltip="The picture to enlarge, as a finished latent. Connect this or image."),
                 seed_input("The noise that is mixed in."),
@@ -39,23 +38,13 @@ class TiMNativeUpscale(io.ComfyNode):
                     round=0.001,
                     tooltip="How many times larger, where width and height are both 0.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=MAX_SIDE,
-                    step=8,
-                    tooltip="Width to reach in pixels, rounded to a multiple of 32 (of 8 for the bundled model). 0: by the height and "
-                    "the picture's proportions.",
+                side_input(
+                    "width", 0, 0, "Width to reach in pixels, rounded to a multiple of 32 (of 8 for the bundled model). 0: by the height "
+                    "and the picture's proportions.",
                 ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=MAX_SIDE,
-                    step=8,
-                    tooltip="Height to reach in pixels, 0: by the width. Where both are given, what other proportions leave over is cut "
-                    "off.",
+                side_input(
+                    "height", 0, 0, "Height to reach in pixels, 0: by the width. Where both are given, what other proportions leave over "
+                    "is cut off.",
                 ),
                 io.Int.Input(
                     "stages",

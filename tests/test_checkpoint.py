@@ -30,10 +30,10 @@ from tim_core.checkpoint import (
 from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
 from tim_core.errors import TimError
 from tim_core.files import write_whole
-from tim_core.parts import _flatten
 from tim_core.text_encoder import TextEncoder, Tokenizer
 from tim_core.training.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 from tim_core.transformer import TransitionTransformer
+from tim_core.weights import flatten
 
 GEMMA = {
     "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -99,7 +99,7 @@ def test_wrapped_state_dicts(wrap, ending, weights, modules, tmp_path):
     if ending == ".bin":
         torch.save(wrapped, path)
     else:
-        save_file({k: v.clone() for k, v in _flatten(wrapped, "").items()}, path)
+        save_file({k: v.clone() for k, v in flatten(wrapped, "").items()}, path)
     model = load_transformer(path)
     assert same(model, modules["transformer"]) and model.projector is None and not model.training
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())

@@ -71,7 +71,7 @@ FLOORS = """
     checkpoint upscale
     parts
     objective sampler autoencoder transformer previews
-    transport schedule config text_encoder attention rope shapes contact_sheet imagenet
+    transport schedule config text_encoder attention rope shapes contact_sheet imagenet weights
     files
     errors
 """

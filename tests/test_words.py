@@ -19,13 +19,17 @@ def calls(tree: ast.AST) -> list[ast.Call]:
     return [part for part in ast.walk(tree) if isinstance(part, ast.Call)]
 
 
+def takes_name(function: str) -> bool:
+    return function in FUNCTIONS and [argument.arg for argument in FUNCTIONS[function].args.args[:1]] == ["name"]
+
+
 def input_names(tree: ast.AST) -> list[str]:
-    """The inputs of a schema: the first arguments of io.X.Input(...) and time_input(...), and what our other functions make of them."""
+    """The inputs of a schema: the first arguments of io.X.Input(...) and of our functions of a `name`, and what our other functions make."""
     names = []
     for call in calls(tree):
         is_input = isinstance(call.func, ast.Attribute) and call.func.attr == "Input"
         called = call.func.id if isinstance(call.func, ast.Name) else ""
-        if is_input or called == "time_input":
+        if is_input or takes_name(called):
             names += [first.value for first in call.args[:1] if isinstance(first, ast.Constant)]
         elif called in FUNCTIONS:
             names += input_names(FUNCTIONS[called])

@@ -22,14 +22,13 @@ from .parts import (
     TITLES,
     TRANSFORMER,
     Parts,
-    StateDict,
     find,
     guess,
-    open_state_dict,
     read_parts,
     resolve,
 )
 from .text_encoder import TextEncoder, Tokenizer, is_json
+from .weights import StateDict, open_state_dict
 
 __all__ = [
     "AUTOENCODER", "BUNDLED", "TEXT_ENCODER", "TITLES", "TRANSFORMER", "Checkpoint", "Description", "PartDescription", "Parts", "convert",

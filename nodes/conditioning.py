@@ -1,17 +1,10 @@
 """What a class-conditional model is told to draw."""
 
-import torch
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..tim_core.imagenet import class_number
 from .compat import schema
-from .model import LABEL_BASE
-
-
-def class_label(label: int) -> Tensor:
-    """A class as a conditioning (1, 1, 2): two digits, which no rounding to half precision changes. -1 is the null class."""
-    return torch.tensor([[[label // LABEL_BASE, label % LABEL_BASE]]], dtype=torch.float32)
+from .model import class_label
 
 
 class TiMClassLabel(io.ComfyNode):

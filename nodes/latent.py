@@ -1,15 +1,11 @@
 """Empty latents."""
 
-import logging
-
-import comfy.model_management as mm
-import torch
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
 from .compat import schema
 from .inputs import MAX_SIDE, side_input
-from .model import tim_model, unit
+from .sampler import empty_latent
 
 NAMES = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "5:2", "2:5")
 RATIOS = {name: tuple(map(int, name.split(":"))) for name in NAMES}
@@ -24,17 +20,6 @@ def preset(ratio: str, megapixels: str) -> tuple[int, int]:
     across, down = RATIOS[ratio]
     unit = min((MEGAPIXELS[megapixels] / (across * down)) ** 0.5, MAX_SIDE / max(across, down))
     return round(across * unit), round(down * unit)
-
-
-def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
-    """A LATENT of zeros for pictures of width x height pixels, rounded to what the model can draw, with a line in the log."""
-    inner = tim_model(model)
-    factor, multiple = inner.latent_format.spacial_downscale_ratio, unit(model)
-    rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
-    if rounded != [width, height]:
-        logging.info(f"TiMEmptyLatent: {width}x{height} becomes {rounded[0]}x{rounded[1]}, multiples of {multiple}")
-    shape = (batch_size, inner.latent_format.latent_channels, rounded[1] // factor, rounded[0] // factor)
-    return {"samples": torch.zeros(shape, device=mm.intermediate_device()), "downscale_ratio_spacial": factor}
 
 
 class TiMEmptyLatent(io.ComfyNode):

@@ -287,6 +287,11 @@ def with_interval(model: comfy.model_patcher.ModelPatcher, low: float, high: flo
     return model
 
 
+def class_label(label: int) -> Tensor:
+    """A class as a conditioning (1, 1, 2): two digits, which no rounding to half precision changes. -1 is the null class."""
+    return torch.tensor([[[label // LABEL_BASE, label % LABEL_BASE]]], dtype=torch.float32)
+
+
 def unit(model) -> int:
     """Pixels that the sides of a picture are multiples of."""
     inner = tim_model(model)

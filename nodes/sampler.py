@@ -1,4 +1,6 @@
-"""TiM's own sampler as a SAMPLER, and a LATENT sampled by it through core's guider."""
+"""TiM's own sampler as a SAMPLER, the LATENTs that it samples through core's guider, and what is counted and shown meanwhile."""
+
+import logging
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -13,7 +15,7 @@ from torch import Tensor
 from ..tim_core.errors import TimError
 from ..tim_core.sampler import fresh_noise, sample
 from .compat import accepted
-from .model import TARGET, tim_model, with_interval
+from .model import TARGET, tim_model, unit, with_interval
 
 
 def with_target(extra_args: dict, r: float) -> dict:
@@ -104,3 +106,25 @@ def counted(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int]]:
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "tim_count", count)
     return model, rows
+
+
+def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
+    """A LATENT of zeros for pictures of width x height pixels, rounded to what the model can draw, with a line in the log."""
+    inner = tim_model(model)
+    factor, multiple = inner.latent_format.spacial_downscale_ratio, unit(model)
+    rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
+    if rounded != [width, height]:
+        logging.info(f"TiMEmptyLatent: {width}x{height} becomes {rounded[0]}x{rounded[1]}, multiples of {multiple}")
+    shape = (batch_size, inner.latent_format.latent_channels, rounded[1] // factor, rounded[0] // factor)
+    return {"samples": torch.zeros(shape, device=mm.intermediate_device()), "downscale_ratio_spacial": factor}
+
+
+def first(latent: dict) -> dict:
+    """The first of a batch of latents, with its own noise."""
+    own = {name: latent[name][:1] for name in ("samples", "noise_mask", "batch_index") if name in latent}
+    return {**latent, **own}
+
+
+def stacked(images: list[Tensor]) -> Tensor:
+    """Pictures (H, W, 3) as an IMAGE."""
+    return torch.stack(images)

@@ -2,7 +2,6 @@
 
 import time
 
-import torch
 from comfy_api.latest import io
 
 from ..tim_core import schedule
@@ -10,7 +9,7 @@ from ..tim_core.contact_sheet import contact_sheet, step_label, to_tensor
 from ..tim_core.errors import TimError
 from .compat import schema
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
-from .sampler import counted, sample_latent, shared_progress
+from .sampler import counted, first, sample_latent, shared_progress, stacked
 
 
 def step_counts(text: str) -> list[int]:
@@ -19,12 +18,6 @@ def step_counts(text: str) -> list[int]:
     if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise TimError(f"steps: found '{text}', expected whole numbers of at least 1, such as 1, 2, 4, 8")
     return [int(word) for word in words]
-
-
-def first(latent: dict) -> dict:
-    """The first of a batch of latents, with its own noise."""
-    own = {name: latent[name][:1] for name in ("samples", "noise_mask", "batch_index") if name in latent}
-    return {**latent, **own}
 
 
 class TiMStepSweep(io.ComfyNode):
@@ -73,4 +66,4 @@ class TiMStepSweep(io.ComfyNode):
         run(1, 0)  # the first run of all loads the model, and would count as slow
         shown = [run(count, 1 + sum(counts[:i])) for i, count in enumerate(counts)]
         images = [image for image, _ in shown]
-        return io.NodeOutput(to_tensor(contact_sheet(images, [label for _, label in shown])), torch.stack(images))
+        return io.NodeOutput(to_tensor(contact_sheet(images, [label for _, label in shown])), stacked(images))

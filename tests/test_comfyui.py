@@ -255,7 +255,7 @@ def test_only_the_adapters_touch_core():
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
         core = {name for name in names if name.split(".")[0] in ("comfy", "latent_preview", "nodes", "torch")}
-        assert not core or file.name in ("model.py", "clip.py", "vae.py"), f"{file.name} imports {core}"
+        assert not core or file.name in ("model.py", "sampler.py", "clip.py", "vae.py"), f"{file.name} imports {core}"
 
 
 def load_little(model, clip, vae):

@@ -354,7 +354,7 @@ def count_evaluations(model, clip, vae):
     sweep.contact_sheet = lambda images, texts: labels.extend(texts) or real(images, texts)
     try:
         conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a red circle", "")]
-        latent = sys.modules[sweep.__name__.replace(".sweep", ".model")].empty_latent(model, 64, 64, 1)
+        latent = sys.modules[sweep.__name__.replace(".sweep", ".sampler")].empty_latent(model, 64, 64, 1)
         sweep.TiMStepSweep.execute(model, vae, *conds, latent, 0, "1, 2, 5", 2.5, 0.0, 1.0)
     finally:
         sweep.contact_sheet = real

@@ -24,7 +24,7 @@ def takes_name(function: str) -> bool:
 
 
 def input_names(tree: ast.AST) -> list[str]:
-    """The inputs of a schema: the first arguments of io.X.Input(...) and of our functions of a `name`, and what our other functions make."""
+    """The inputs of a schema: first arguments of io.X.Input(...) and of our functions of a `name`, and what our other functions make."""
     names = []
     for call in calls(tree):
         is_input = isinstance(call.func, ast.Attribute) and call.func.attr == "Input"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.comfy_support import Failed, probe
+from tests.comfy_support import ROOT, Failed, probe, to_api
 
 BUNDLED_NAME = "tim-shapes (bundled)"
 PROMPT = "a red circle left of a blue square"
@@ -107,3 +107,21 @@ def refusal(server, graph: Graph, result: list) -> str:
         server.run(graph.prompt)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+class Template:
+    """A workflow, run: pictures by the SaveImage's prefix, and what its nodes are set to."""
+
+    def __init__(self, server, stem: str):
+        workflow = json.loads((ROOT / "workflows" / f"{stem}.json").read_text())
+        titles = {str(node["id"]): node.get("title", node["type"]) for node in workflow["nodes"]}
+        prompt = to_api(workflow, server.object_info)
+        self.inputs = {titles[key]: node["inputs"] for key, node in prompt.items()}
+        outputs = server.run(prompt)
+        saves = {key: node["inputs"]["filename_prefix"] for key, node in prompt.items() if node["class_type"] == "SaveImage"}
+        self.pictures = {prefix: pictures_of(server, outputs, key) for key, prefix in saves.items()}
+
+    def settings(self, title: str) -> dict:
+        """The sampler's settings as Pipeline names them."""
+        node = self.inputs[title]
+        return {"cfg": node["cfg"], "seed": node["seed"], "guidance_interval": (node["guidance_low"], node["guidance_high"])}

@@ -1,12 +1,10 @@
 """Every shipped workflow in the real ComfyUI, its pictures against tim_core's."""
 
-import json
-
 import pytest
 import torch
 
-from tests.comfy_graph import pictures_of, same_picture
-from tests.comfy_support import ROOT, to_api
+from tests.comfy_graph import Template, same_picture
+from tests.comfy_support import ROOT
 from tim_core import Pipeline, sampler, schedule
 from tim_core.checkpoint import load_autoencoder, load_transformer
 from tim_core.contact_sheet import MARGIN, contact_sheet, to_tensor
@@ -19,24 +17,6 @@ STEMS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
 @pytest.fixture(scope="module")
 def pipe():
     return Pipeline.load("tim-shapes", device="cpu")
-
-
-class Template:
-    """A workflow, run: pictures by the SaveImage's prefix, and what its nodes are set to."""
-
-    def __init__(self, server, stem: str):
-        workflow = json.loads((ROOT / "workflows" / f"{stem}.json").read_text())
-        titles = {str(node["id"]): node.get("title", node["type"]) for node in workflow["nodes"]}
-        prompt = to_api(workflow, server.object_info)
-        self.inputs = {titles[key]: node["inputs"] for key, node in prompt.items()}
-        outputs = server.run(prompt)
-        saves = {key: node["inputs"]["filename_prefix"] for key, node in prompt.items() if node["class_type"] == "SaveImage"}
-        self.pictures = {prefix: pictures_of(server, outputs, key) for key, prefix in saves.items()}
-
-    def settings(self, title: str) -> dict:
-        """The sampler's settings as Pipeline names them."""
-        node = self.inputs[title]
-        return {"cfg": node["cfg"], "seed": node["seed"], "guidance_interval": (node["guidance_low"], node["guidance_high"])}
 
 
 def text_to_image(run: Template, pipe: Pipeline) -> dict:

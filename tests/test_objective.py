@@ -43,8 +43,8 @@ class Smooth(torch.nn.Module):
 
 
 @pytest.mark.parametrize("transport", EVERY_TRANSPORT)
-@pytest.mark.parametrize("derivative", ["dde", "jvp"])
-def test_the_true_network_has_no_loss(transport, derivative):
+@pytest.mark.parametrize("settings", [{"derivative": "dde"}, {"derivative": "jvp"}, {"target": "composed"}], ids=lambda s: "-".join(s.values()))
+def test_the_true_network_has_no_loss(transport, settings):
     """Where all data is one x the optimal F is known for every interval; it is a fixed point of the objective, for every transport."""
     x = gaussian(1, *SHAPE[1:]).expand(SHAPE)
     hear = [transport.c_noise(time) for time in sample_times(draws(transport), transport, ObjectiveConfig())[:2]]
@@ -60,7 +60,7 @@ def test_the_true_network_has_no_loss(transport, derivative):
         return transport.diffusion_target(x[:1], (x_t - transport.alpha(t) * x[:1]) / transport.sigma(t), t)
 
     assert torch.allclose(unhear(torch.cat(hear)), times)
-    out = loss(optimum, transport, x, derivative=derivative, epsilon=1e-5)
+    out = loss(optimum, transport, x, epsilon=1e-5, **settings)
     scale = out.F_target.abs().max()
     assert (out.F_target - out.F_pred).abs().max() < 1e-5 * scale
     assert out.denoising_loss.max() < 1e-8 * scale**2
@@ -72,6 +72,38 @@ def test_the_difference_and_the_forward_mode_derivative_agree():
         for epsilon in (1e-2, 1e-3):
             error = (loss(Smooth(), transport, epsilon=epsilon).dF_dt - exact).abs() / exact.abs().max()
             assert error.max() < 2e3 * epsilon**2, (transport, epsilon, error.max())
+
+
+def test_composed_targets_by_hand():
+    """One jump over t - r lands where two do, over a time between; only the transition items have such a target, without a gradient."""
+    teacher, model = Smooth(), Smooth()
+    teacher.w.data.fill_(0.4)
+    seen = []
+
+    def spy(x, t, r, y):
+        seen.append((x, t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1), teacher(x, t, r, y)))
+        return seen[-1][-1]
+
+    out = loss(model, target="composed", ema_model=spy)
+    (x, t, s, first), (x_s, s_again, r, second) = seen
+    n = out.n_diffusion
+    assert torch.equal(x, out.x_t[n:]) and torch.equal(t, out.t[n:]) and torch.equal(r, out.r[n:]) and torch.equal(s, s_again)
+    assert ((r < s) & (s < t)).all() and s.std() > 0
+    assert torch.allclose(x_s, x - (t - s) * first)
+    landed = x_s - (s - r) * second
+    assert torch.allclose(out.x_t[n:] - (t - r) * out.F_target[n:], landed)
+    assert torch.allclose(out.F_target[:n], out.v_t[:n]) and (out.dF_dt == 0).all()
+    out.total.backward()
+    assert model.batches == [(B, True)] and teacher.batches == [(B - n, False)] * 2 and teacher.w.grad is None
+    model = Smooth()
+    loss(model, target="composed")
+    assert model.batches == [(B, True)] + [(B - n, False)] * 2
+
+
+def test_the_floor_of_the_adaptive_weight():
+    for floor in (1e-5, 0.1):
+        out = loss(Smooth(), adaptive_floor=floor)
+        assert torch.allclose(out.adaptive_weight, 1 / (out.denoising_loss + floor))
 
 
 def test_the_derivative_by_hand():

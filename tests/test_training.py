@@ -45,6 +45,8 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nloop: {optimizer: sgd}", "loop.optimizer"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: fast}", "objective.epsilon"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {derivative: guess}", "derivative"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: guess}", "target"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {adaptive_floor: 0}", "adaptive_floor"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: 0}", "epsilon"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {diffusion_ratio: 2.0}", "diffusion_ratio"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {consistency_ratio: .nan}", "consistency_ratio"),
@@ -247,6 +249,20 @@ def test_model_guidance_trains_with_the_averaged_network(tmp_path):
     run([plain])
     assert losses[1.0, 0.0] == [row["loss"] for row in csv.DictReader((tmp_path / "plain" / "metrics.csv").open())]
     assert len({tuple(some) for some in losses.values()}) == 3
+
+
+def test_composed_targets_come_from_the_averaged_network(tmp_path):
+    """Two averages of the same run: alike before the first step, apart after it."""
+    run([autoencoder_yaml(tmp_path)])
+    transitions = []
+    for ema in (0, 0.9):
+        path = tim_yaml(tmp_path, output=f"ema-{ema}")
+        text = path.read_text().replace("{epsilon: 0.01}", "{target: composed}")
+        path.write_text(text.replace("warmup: 2", f"warmup: 2, ema: {ema}, lr: 0.05, log_every: 1"))
+        run([path])
+        transitions.append([float(row["transition"]) for row in csv.DictReader((path.with_suffix("") / "metrics.csv").open())])
+    same = [one == other for one, other in zip(*transitions, strict=True)]
+    assert same[0] and not any(same[1:]) and len(same) >= 3
 
 
 @pytest.mark.parametrize("target, said", [("model.bin", "'.bin'"), ("", "a folder"), ("nowhere/model.safetensors", "no folder")])

@@ -32,6 +32,8 @@ class ObjectiveConfig:
     consistency_ratio: float = 0.1  # share of the batch, from its end, with r = T_min
     derivative: str = "dde"  # "dde", the central difference of Eq. 10, or "jvp", forward-mode differentiation
     epsilon: float = 0.005  # half the width of the central difference
+    target: str = "differential"  # of transitions: Eq. 9, or "composed", F(t, r) from F(t, s) and F(s, r), ours
+    adaptive_floor: float = 1e-5  # added to an item's loss before its inverse is taken as the item's weight
     weight_time_type: str = "sqrt"
     weight_time_tangent: bool = True  # weigh tan t - tan r (wins over the sigmoid)
     weight_time_sigmoid: bool = False  # weigh t / (1 - t) - r / (1 - r)
@@ -47,14 +49,17 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.derivative not in ("dde", "jvp"):
             raise TimError(f"objective: derivative is '{self.derivative}', expected 'dde' or 'jvp'")
+        if self.target not in ("differential", "composed"):
+            raise TimError(f"objective: target is '{self.target}', expected 'differential' or 'composed'")
         if self.weight_time_type not in TIME_WEIGHTS:
             expected = ", ".join(repr(name) for name in TIME_WEIGHTS)
             raise TimError(f"objective: weight_time_type is '{self.weight_time_type}', expected one of {expected}")
         for name in ("diffusion_ratio", "consistency_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TimError(f"objective: {name} is {getattr(self, name)}, expected 0 to 1")
-        if not self.epsilon > 0:
-            raise TimError(f"objective: epsilon is {self.epsilon}, expected more than 0")
+        for name in ("epsilon", "adaptive_floor"):
+            if not getattr(self, name) > 0:
+                raise TimError(f"objective: {name} is {getattr(self, name)}, expected more than 0")
         if not self.w_start <= self.w_end:
             raise TimError(f"objective: w_start is {self.w_start} and w_end {self.w_end}, expected w_start to be no greater")
 
@@ -132,7 +137,8 @@ def transition_loss(
 ) -> Losses:
     """One batch of clean latents x (B, C, H, W) with noise of the same shape and conditions y (B, ...).
 
-    draws: the two raw draws (B,), else made with `generator`. ema_model and y_null (B, ...): only for config.enhance_target.
+    draws: the two raw draws (B,), else made with `generator`. y_null (B, ...): only for config.enhance_target, as is ema_model, which
+    for composed targets stands in for the model where it is given.
     h_target (B, N, z_dim): asks for the REPA term. plain_model: the same weights without a training wrapper (DDP), for the derivative.
     """
     if draws is None:
@@ -151,8 +157,9 @@ def transition_loss(
 
     with torch.no_grad():
         dF_dt = torch.zeros_like(F_pred)
-        if n_diffusion < len(x):
-            rest = slice(n_diffusion, None)
+        rest = slice(n_diffusion, None)
+        transitions, composed = n_diffusion < len(x), config.target == "composed"
+        if transitions and not composed:
             derive = _difference if config.derivative == "dde" else _forward_mode
             dF_dt[rest] = derive(plain_model or model, x[rest], noise[rest], t[rest], r[rest], y[rest], transport, config).to(dF_dt.dtype)
 
@@ -161,6 +168,9 @@ def transition_loss(
             F_cond, F_null = _ema_predictions(ema_model, x_t, t, y, y_null, transport, config)
             diffusion = guided_target(transport.diffusion_target(x, noise, t), F_cond, F_null, t, config)
         F_target = transport.target(x, noise, t, r, dF_dt, diffusion)
+        if transitions and composed:
+            teacher = ema_model or plain_model or model
+            F_target[rest] = _composed(teacher, x_t[rest], t[rest], r[rest], y[rest], transport, generator).to(F_target.dtype)
 
     # Where a transport has no finite target the item counts as learned: its loss and its gradient are 0, not NaN.
     goal = torch.where(F_target.isfinite(), F_target, F_pred.detach())
@@ -168,7 +178,7 @@ def transition_loss(
     if config.use_dir_loss:
         denoising_loss = denoising_loss + _finite((1 - F.cosine_similarity(F_pred, goal, dim=1)).flatten(1).mean(1))
     weight = time_weight(t, r, n_diffusion, transport.sigma_d, config)
-    adaptive = 1 / (denoising_loss.detach() + 1e-5)
+    adaptive = 1 / (denoising_loss.detach() + config.adaptive_floor)
     weighted_loss = (weight * adaptive * denoising_loss).mean()
 
     total, proj_loss = weighted_loss, None
@@ -227,6 +237,24 @@ def _forward_mode(
             along, (transport.interpolate(x, noise, t), t), (transport.velocity(x, noise, t), torch.ones_like(t))
         )
     return dF_dt
+
+
+def _composed(
+    model: Model, x_t: Tensor, t: Tensor, r: Tensor, y: Tensor, transport: Transport, generator: torch.Generator | None
+) -> Tensor:
+    """The F that jumps from t to r as the model does over a time s between them, which is drawn uniformly.
+
+    The transition identity over a finite distance, as in shortcut models (arXiv 2410.12557): no derivative, so nothing blows up where
+    the trajectories bend sharply.
+    """
+    where = generator.device if generator is not None else t.device
+    s = r + (t - r) * torch.rand(t.shape, generator=generator, device=where).to(t)
+
+    def jump(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        F = _wide(model(x.to(x_t.dtype), transport.c_noise(t.flatten()), transport.c_noise(r.flatten()), y))
+        return transport.step(_wide(x), F, t, r)
+
+    return transport.aim(_wide(x_t), jump(jump(x_t, t, s), s, r), t, r)
 
 
 def guided_target(plain: Tensor, F_cond: Tensor, F_null: Tensor, t: Tensor, config: ObjectiveConfig) -> Tensor:

@@ -62,6 +62,11 @@ class Transport:
         """x_r = A x_t + B F."""
         raise NotImplementedError
 
+    def aim(self, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The F with which `step` goes from x_t to x_r, r < t."""
+        zero = torch.zeros_like(x_t)
+        return (x_r - self.step(x_t, zero, t, r)) / self.step(zero, torch.ones_like(x_t), t, r)
+
     def denoise(self, x_t: Tensor, F: Tensor, t: Tensor) -> Tensor:
         """The clean x that the network's answer F points at: the jump to t = 0, unscaled."""
         zero = torch.zeros_like(t)

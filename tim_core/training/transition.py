@@ -13,7 +13,7 @@ from .. import checkpoint, previews, shapes
 from ..attention import math
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
-from ..objective import transition_loss
+from ..objective import ObjectiveConfig, transition_loss
 from ..sampler import sample
 from ..schedule import uniform
 from ..text_encoder import TextEncoder, Tokenizer
@@ -79,13 +79,21 @@ def train_transition(config: TransitionTraining) -> Path:
             block.compile(dynamic=True)
 
     config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
-    bare = TransitionTransformer(model.transformer.config, attention=math, device="meta")  # what the averaged weights run in
+    averaged = TransitionTransformer(model.transformer.config, attention=math, device="meta").requires_grad_(False)
+    if loop.compile:
+        for block in averaged.blocks:
+            block.compile(dynamic=True)
 
-    def guidance(y: Tensor, average: dict[str, Tensor]) -> dict:
-        """What the enhanced target asks for: the averaged network and the features of no text."""
-        weights = {name.removeprefix("transformer."): value for name, value in average.items() if name.startswith("transformer.")}
-        return {"ema_model": lambda *inputs: torch.func.functional_call(bare, weights, inputs),
-                "y_null": model.features([""], y.shape[1]).expand_as(y)}
+    def teacher(objective: ObjectiveConfig, y: Tensor, average: dict[str, Tensor]) -> dict:
+        """What enhanced and composed targets ask for: the averaged network, and the features of no text."""
+        if not (objective.enhance_target or objective.target == "composed"):
+            return {}
+        if averaged.final_layer.linear.weight.is_meta:  # from now on its weights are the average's own tensors
+            prefix = "transformer."
+            weights = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
+            averaged.load_state_dict(weights, assign=True)
+        null = {"y_null": model.features([""], y.shape[1]).expand_as(y)} if objective.enhance_target else {}
+        return {"ema_model": averaged, **null}
 
     def loss_of(batch: tuple[Tensor, list[str]], step: int, average: dict[str, Tensor]) -> dict[str, Tensor]:
         pictures, prompts = batch
@@ -96,9 +104,9 @@ def train_transition(config: TransitionTraining) -> Path:
                 latents = autoencoder.encode(pictures.contiguous(memory_format=torch.channels_last)).float()
             y = model.features(["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)])
             with torch.no_grad():
-                guided = guidance(y, average) if objective.enhance_target else {}
+                taught = teacher(objective, y, average)
             losses = transition_loss(
-                model.transformer, latents, torch.randn_like(latents), y, transport=transport, config=objective, **guided)
+                model.transformer, latents, torch.randn_like(latents), y, transport=transport, config=objective, **taught)
         n = losses.n_diffusion
         error = losses.denoising_loss.detach()
         return {"loss": losses.total, "diffusion": error[:n].mean() if n else error.sum() * 0,

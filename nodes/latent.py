@@ -47,8 +47,8 @@ class TiMEmptyLatent(io.ComfyNode):
                     "side is within 4096. The released model is at its best from 1 to 4.",
                 ),
                 side_input(
-                    "width", 64, 8, "Width of the picture in pixels, with 'as below', rounded to a multiple of 32 (of 8 for the bundled "
-                    "model). The bundled model draws at 64, the released one at 1024 and up to 4096.",
+                    "width", 64, 8, "Width of the picture in pixels, with 'as below', rounded to a multiple of 32 (16 for classes at 256, "
+                    "8 for the bundled model). The bundled model draws at 64, the released one at 1024 and up to 4096.",
                 ),
                 side_input("height", 64, 8, "Height of the picture in pixels, with 'as below', rounded like the width."),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many pictures to sample at once."),

@@ -39,8 +39,8 @@ class TiMNativeUpscale(io.ComfyNode):
                     tooltip="How many times larger, where width and height are both 0.",
                 ),
                 side_input(
-                    "width", 0, 0, "Width to reach in pixels, rounded to a multiple of 32 (of 8 for the bundled model). 0: by the height "
-                    "and the picture's proportions.",
+                    "width", 0, 0, "Width to reach in pixels, rounded to a multiple of 32 (16 for classes at 256, 8 for the bundled "
+                    "model). 0: by the height and the picture's proportions.",
                 ),
                 side_input(
                     "height", 0, 0, "Height to reach in pixels, 0: by the width. Where both are given, what other proportions leave over "

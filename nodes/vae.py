@@ -8,12 +8,25 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import torch
+from torch import Tensor
 
 from ..tim_core.autoencoder import Autoencoder
 from ..tim_core.checkpoint import AUTOENCODER, Parts, json_tensor, load_autoencoder, read_parts
 from .model import WholePatcher, is_dynamic, patcher_class
 
 TILE, OVERLAP = 1024, 128  # pixels: smaller tiles show, since the deep stages look at the whole tile
+
+
+class InterruptibleAutoencoder(Autoencoder):
+    """Stops at a tile when the user cancels: core's tile loops do not ask."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        mm.throw_exception_if_processing_interrupted()
+        return super().encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        mm.throw_exception_if_processing_interrupted()
+        return super().decode(z)
 
 
 class TiMVAE(comfy.sd.VAE):
@@ -35,7 +48,8 @@ class TiMVAE(comfy.sd.VAE):
         # Loaded by plain layers, which checks every name and shape; then by core's, which can be offloaded.
         loaded = load_autoencoder(parts, dtype=self.vae_dtype)
         config = loaded.config
-        self.first_stage_model = Autoencoder(config, comfy.ops.disable_weight_init, dtype=self.vae_dtype).eval().requires_grad_(False)
+        network = InterruptibleAutoencoder(config, comfy.ops.disable_weight_init, dtype=self.vae_dtype)
+        self.first_stage_model = network.eval().requires_grad_(False)
         # Batch norm is not one of core's layers: its tensors would stay behind when the rest is offloaded.
         self.disable_offload = any(stage.norm == "batch_norm" for stage in (*config.encoder, *config.decoder))
         self.latent_channels = config.latent_channels

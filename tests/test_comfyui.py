@@ -462,6 +462,33 @@ def test_interrupt(comfyui):
     assert run_latents(comfyui, graph := Graph(), graph.tim(seed=11))[0].isfinite().all()
 
 
+def cancelled_decode(model, clip, vae):
+    """What is raised, and after how many of the 25 tiles and more, by a tiled decode that the user cancels in its third."""
+    import comfy.model_management as mm
+    import torch
+
+    decode, tiles = vae.first_stage_model.decoder.forward, []
+
+    def counted(z):
+        tiles.append(z.shape)
+        if len(tiles) == 3:
+            mm.interrupt_current_processing(True)
+        return decode(z)
+
+    vae.first_stage_model.decoder.forward = counted
+    try:
+        vae.decode_tiled(torch.zeros(1, 16, 64, 64), tile_x=16, tile_y=16, overlap=4)
+    except mm.InterruptProcessingException as error:
+        return {"raised": type(error).__name__, "tiles": len(tiles)}
+    finally:
+        mm.interrupt_current_processing(False)
+        del vae.first_stage_model.decoder.forward
+
+
+def test_interrupt_between_tiles(comfyui):
+    assert inside(comfyui, cancelled_decode) == {"raised": "InterruptProcessingException", "tiles": 3}
+
+
 def test_progress(comfyui):
     """The editor is told of the steps."""
     aiohttp = pytest.importorskip("aiohttp")

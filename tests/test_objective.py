@@ -43,7 +43,7 @@ class Smooth(torch.nn.Module):
 
 
 @pytest.mark.parametrize("transport", EVERY_TRANSPORT)
-@pytest.mark.parametrize("settings", [{"derivative": "dde"}, {"derivative": "jvp"}, {"target": "composed"}], ids=lambda s: "-".join(s.values()))
+@pytest.mark.parametrize("settings", [{"derivative": "dde"}, {"derivative": "jvp"}, {"target": "composed"}], ids=str)
 def test_the_true_network_has_no_loss(transport, settings):
     """Where all data is one x the optimal F is known for every interval; it is a fixed point of the objective, for every transport."""
     x = gaussian(1, *SHAPE[1:]).expand(SHAPE)

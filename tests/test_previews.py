@@ -63,6 +63,11 @@ def test_a_lone_transformer_takes_another_files_vae(tiny, tmp_path):
     assert load_transformer(tmp_path / "lone.safetensors").config.in_channels == 16
 
 
+def test_a_name_that_is_no_file_of_weights_is_refused_at_once(capsys):
+    assert main(["previews", "tim-shapes"]) == 1
+    assert "expected .safetensors" in capsys.readouterr().err
+
+
 def test_folders_without_pictures_are_refused(tmp_path):
     with pytest.raises(TimError, match="found no pictures"):
         list(previews.photographs(tmp_path, 64))

@@ -106,6 +106,8 @@ def test_prompt_line(tiny, tmp_path, capsys):
     command = ["upscale", str(tmp_path / "small.png"), "a circle", "--model", str(tiny), "--device", "cpu"]
     assert main([*command, "--factor", "2", "--steps", "2,1", "--stages", "2", "-o", str(tmp_path / "large.png")]) == 0
     assert "96x64, 6 NFE" in capsys.readouterr().out
+    assert main([*command, "--size", "50x40", "--steps", "1", "-o", str(tmp_path / "odd.png")]) == 0
+    assert "48x40 (asked for 50x40; sides are multiples of 8), 2 NFE" in capsys.readouterr().out
     from PIL import Image
 
     assert Image.open(tmp_path / "large.png").size == (96, 64)

@@ -285,7 +285,7 @@ def run_sweep(args: argparse.Namespace) -> None:
 def run_upscale(args: argparse.Namespace) -> None:
     check_picture(args.output)
     picture = read_picture(args.image)
-    from .upscale import stage_steps
+    from .upscale import stage_steps, target_size
 
     total = sum(stage_steps(args.steps, args.stages)) if args.stages > 0 else 0
     pipe = load_pipeline(args)
@@ -303,7 +303,10 @@ def run_upscale(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
     write_picture(to_pil(image), args.output)
     print(args.output)
-    print(f"{image.shape[1]}x{image.shape[0]}, {pipe.nfe} NFE, {seconds:.2f} s")
+    asked = target_size(picture.shape[2], picture.shape[1], width, height, args.factor)
+    made = image.shape[1], image.shape[0]
+    rounded = "" if made == asked else f" (asked for {asked[0]}x{asked[1]}; sides are multiples of {pipe.unit})"
+    print(f"{made[0]}x{made[1]}{rounded}, {pipe.nfe} NFE, {seconds:.2f} s")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -357,8 +360,9 @@ def run_previews(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from . import previews
-    from .checkpoint import TRANSFORMER, convert, load_autoencoder, read_parts
+    from .checkpoint import TRANSFORMER, check_target, convert, load_autoencoder, read_parts
 
+    check_target(args.file)
     parts = read_parts(args.file)
     parts.tensors(TRANSFORMER)
     autoencoder = load_autoencoder(args.vae or parts)

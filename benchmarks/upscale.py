@@ -2,8 +2,9 @@
 
     python benchmarks/upscale.py [--model M] [--sizes 128,256] [--strengths 0.3,0.5] [--prompts-per-task 15] [--seed 0]
 
-Pictures of 64 x 64 are made (4 guided steps), those that the detector calls right are upscaled, and judged again. An edge's width is
-the distance between 10 % and 90 % of the way from the background to the object's colour, on a line through its middle.
+Pictures of 64 x 64 are made (4 guided steps, cfg 2.5), those that the detector calls right are upscaled, and judged again. An edge's width is
+the distance between 10 % and 90 % of the way from the background to the object's colour, on the profile that all lines across edges
+sample together; the width of single lines is beside it. What is drawn at 128 outright has 0.87 px by the first, 1.46 px by the second.
 """
 
 import argparse
@@ -21,9 +22,15 @@ from tim_core.evaluate import draws  # noqa: E402
 from tim_core.upscale import enlarge  # noqa: E402
 
 
-def edge_widths(picture: np.ndarray) -> list[float]:
-    """10-90 % widths in pixels of the edges that lie across the axes: the sides of squares and circles, the base of triangles."""
-    widths = []
+BATCH = 16
+
+
+def edges(picture: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Lines across the edges that lie along the axes (the sides of squares and circles, the base of triangles).
+
+    Each is (offsets in pixels from where it falls through 50 %, values from 1 on the object to 0 on the background).
+    """
+    found = []
     background = np.array(shapes.BACKGROUND) / 255
     for thing in shapes.detect(picture):
         if thing.shape is None or thing.color is None:
@@ -39,10 +46,9 @@ def edge_widths(picture: np.ndarray) -> list[float]:
         for line, edge in lines:
             low, high = max(0, int(edge - reach)), min(len(line), int(edge + reach) + 1)
             falling = line[low:high]
-            ten, ninety = crossing(falling, 0.1), crossing(falling, 0.9)
-            if ten is not None and ninety is not None and ten > ninety:
-                widths.append(ten - ninety)
-    return widths
+            if (middle := crossing(falling, 0.5)) is not None:
+                found.append((np.arange(len(falling)) - middle, falling))
+    return found
 
 
 def crossing(line: np.ndarray, level: float) -> float | None:
@@ -54,6 +60,26 @@ def crossing(line: np.ndarray, level: float) -> float | None:
     return i - 1 + (line[i - 1] - level) / (line[i - 1] - line[i])
 
 
+def width(lines: list[tuple[np.ndarray, np.ndarray]], cell: float = 0.125, reach: float = 8.0) -> float:
+    """10-90 % width in pixels of the edge profile that the lines together sample finer than a pixel, as in ISO 12233."""
+    offsets, values = (np.concatenate(parts) for parts in zip(*lines))
+    cells = np.round(offsets / cell).astype(int)
+    used = [k for k in range(int(-reach / cell), int(reach / cell) + 1) if (cells == k).any()]
+    profile = np.array([np.median(values[cells == k]) for k in used])
+
+    def at(level: float) -> float:
+        place = crossing(profile, level)
+        return cell * (used[int(place)] + place % 1 * (used[int(place) + 1] - used[int(place)]))
+
+    return at(0.1) - at(0.9)
+
+
+def line_width(lines: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The median over lines of each one's own 10-90 % width, between pixels: an edge narrower than a pixel looks up to twice as wide."""
+    places = [(crossing(line, 0.1), crossing(line, 0.9)) for _, line in lines]
+    return statistics.median(ten - ninety for ten, ninety in places if ten is not None and ninety is not None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tim-shapes")
@@ -61,32 +87,37 @@ def main() -> None:
     parser.add_argument("--strengths", default="0.3,0.5,0.7")
     parser.add_argument("--steps", default="8")
     parser.add_argument("--stages", type=int, default=1)
+    parser.add_argument("--cfg", type=float, default=2.5)
+    parser.add_argument("--first-steps", type=int, default=4, help="of the pictures that are upscaled")
     parser.add_argument("--prompts-per-task", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pipe = Pipeline.load(args.model)
     made = []
     for draw in tqdm(draws(prompts_per_task=args.prompts_per_task, images=2, seed=args.seed), desc="64 x 64", leave=False):
-        picture = pipe(draw.prompt.text, steps=4, cfg=2.5, seed=draw.seed)
+        picture = pipe(draw.prompt.text, steps=args.first_steps, seed=draw.seed)
         if shapes.judge(draw.prompt, picture[0].numpy()):
             made.append((draw.prompt, picture))
     print(f"{len(made)} right pictures of 64 x 64 (seed {args.seed}), {args.steps} steps, {args.stages} stages")
-    print("size  strength  still right  +-stderr  edge width, px   bicubic, px   ratio")
+    print("size  strength  still right  +-stderr  edge width, px   bicubic   ratio  |  by single lines   bicubic   ratio")
     for side in map(int, args.sizes.split(",")):
-        plain = [width for _, picture in made for width in edge_widths(enlarge(picture, side, side)[0].numpy())]
+        plain = [line for _, picture in made for line in edges(enlarge(picture, side, side)[0].numpy())]
         for strength in map(float, args.strengths.split(",")):
-            right, widths = 0, []
-            for prompt, picture in tqdm(made, desc=f"{side}, {strength}", leave=False):
-                options = dict(width=side, steps=args.steps, stages=args.stages, strength=strength)
-                large = pipe.upscale(picture, prompt.text, **options)[0].numpy()
-                if shapes.judge(prompt, large):
-                    right += 1
-                    widths += edge_widths(large)
+            right, lines = 0, []
+            for some in tqdm([made[i : i + BATCH] for i in range(0, len(made), BATCH)], desc=f"{side}, {strength}", leave=False):
+                options = dict(width=side, steps=args.steps, stages=args.stages, strength=strength, cfg=args.cfg, seed=args.seed)
+                pictures = torch.cat([picture for _, picture in some])
+                for (prompt, _), large in zip(some, pipe.upscale(pictures, [prompt.text for prompt, _ in some], **options).numpy()):
+                    if shapes.judge(prompt, large):
+                        right += 1
+                        lines += edges(large)
             share = right / len(made)
             error = (share * (1 - share) / len(made)) ** 0.5
-            width, bicubic = statistics.median(widths) if widths else float("nan"), statistics.median(plain)
-            sharp = f"{width:14.2f}  {bicubic:12.2f}  {bicubic / width:6.2f}"
-            print(f"{side:4}  {strength:8.2f}  {share:11.3f}  {error:8.3f}  {sharp}", flush=True)
+            row = f"{side:4}  {strength:8.2f}  {share:11.3f}  {error:8.3f}"
+            if lines:
+                row += f"  {width(lines):14.2f}  {width(plain):8.2f}  {width(plain) / width(lines):6.2f}"
+                row += f"  |  {line_width(lines):15.2f}  {line_width(plain):8.2f}  {line_width(plain) / line_width(lines):6.2f}"
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/upscale.py [--model M] [--sizes 128,256] [--strengths 0.3,0.5] [--prompts-per-task 15] [--seed 0]
 
 Pictures of 64 x 64 are made (4 guided steps, cfg 2.5), those that the detector calls right are upscaled, and judged again. An edge's
-width is the distance between 10 % and 90 % of the way from the background to the object's colour, on the profile that all lines across edges
-sample together; the width of single lines is beside it. What is drawn at 128 outright has 0.87 px by the first, 1.46 px by the second.
+width is the distance between 10 % and 90 % of the way from the background to the object's colour, on the profile that all lines across
+edges sample together; the width of single lines is beside it. What is drawn at 128 outright has 0.87 px by the first, 1.46 px by the
+second.
 """
 
 import argparse

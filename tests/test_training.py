@@ -178,7 +178,7 @@ def test_metrics_hold_every_step_once_after_a_resume(tmp_path, monkeypatch):
     whole = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
     real, calls = training_loop._log, []
 
-    def dies_after_step_5(folder, row):
+    def dies_after_step_5(folder, row, board=None):
         real(folder, row)
         calls.append(row["step"])
         if row["step"] == 5:
@@ -327,7 +327,7 @@ def test_the_made_file_is_a_whole_model(tmp_path):
     assert parts.latent_factor == 8 and parts.autoencoder.config.latent_channels == 4
     cond, null = parts.text_encoder.conditioning(["a red circle"])
     assert cond.shape == null.shape == (1, 4, 16)
-    for picture in (tmp_path / "autoencoder" / "sample.png", tmp_path / "tim" / "sample-00000006.png"):
+    for picture in (tmp_path / "autoencoder" / "sample-00000006.png", tmp_path / "tim" / "sample-00000006.png"):
         assert picture.stat().st_size > 0
 
 

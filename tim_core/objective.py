@@ -96,9 +96,14 @@ def draw_times(batch: int, transport: Transport, generator: torch.Generator | No
     return first.to(device), second.to(device)
 
 
-def sample_times(draws: tuple[Tensor, Tensor], transport: Transport, config: ObjectiveConfig) -> tuple[Tensor, Tensor, int]:
-    """t, r (B,) and how many items, from the first on, have r = t. Ratios round half to even; the two groups may overlap."""
-    first, second = transport.times(draws[0]), transport.times(draws[1])
+def sample_times(
+    draws: tuple[Tensor, Tensor], transport: Transport, config: ObjectiveConfig, shift: float = 1.0
+) -> tuple[Tensor, Tensor, int]:
+    """t, r (B,) and how many items, from the first on, have r = t. Ratios round half to even; the two groups may overlap.
+
+    shift: s of the resolution-dependent time shift t -> s t / (1 + (s - 1) t) (Eq. 50), for times in [0, 1].
+    """
+    first, second = (shift * t / (1 + (shift - 1) * t) for t in map(transport.times, draws))
     t, r = torch.maximum(first, second), torch.minimum(first, second)
     n_diffusion = round(config.diffusion_ratio * len(t))
     n_consistency = round(config.consistency_ratio * len(t))
@@ -129,6 +134,8 @@ def transition_loss(
     transport: Transport,
     config: ObjectiveConfig,
     draws: tuple[Tensor, Tensor] | None = None,
+    times: tuple[Tensor, Tensor, int] | None = None,
+    between: Tensor | None = None,
     generator: torch.Generator | None = None,
     y_null: Tensor | None = None,
     ema_model: Model | None = None,
@@ -137,13 +144,14 @@ def transition_loss(
 ) -> Losses:
     """One batch of clean latents x (B, C, H, W) with noise of the same shape and conditions y (B, ...).
 
-    draws: the two raw draws (B,), else made with `generator`. y_null (B, ...): only for config.enhance_target, as is ema_model, which
-    for composed targets stands in for the model where it is given.
+    draws: the two raw draws (B,), else made with `generator`. times: what sample_times made of them, where x is a part of a batch.
+    between: uniform numbers (B,) for the times that composed targets go over, else made with `generator`.
+    ema_model: for config.enhance_target, which also asks for y_null (B, ...), and in place of the model for composed targets.
     h_target (B, N, z_dim): asks for the REPA term. plain_model: the same weights without a training wrapper (DDP), for the derivative.
     """
-    if draws is None:
-        draws = draw_times(len(x), transport, generator, x.device)
-    flat_t, flat_r, n_diffusion = sample_times(draws, transport, config)
+    if times is None:
+        times = sample_times(draws or draw_times(len(x), transport, generator, x.device), transport, config)
+    flat_t, flat_r, n_diffusion = times
     t, r = flat_t.view(-1, 1, 1, 1), flat_r.view(-1, 1, 1, 1)
     x_t, v_t = transport.interpolate(x, noise, t), transport.velocity(x, noise, t)
 
@@ -170,7 +178,10 @@ def transition_loss(
         F_target = transport.target(x, noise, t, r, dF_dt, diffusion)
         if transitions and composed:
             teacher = ema_model or plain_model or model
-            F_target[rest] = _composed(teacher, x_t[rest], t[rest], r[rest], y[rest], transport, generator).to(F_target.dtype)
+            if between is None:
+                between = torch.rand(len(x), generator=generator, device=x.device if generator is None else generator.device)
+            s = r + (t - r) * between.to(t).view(-1, 1, 1, 1)
+            F_target[rest] = _composed(teacher, x_t[rest], t[rest], s[rest], r[rest], y[rest], transport).to(F_target.dtype)
 
     # Where a transport has no finite target the item counts as learned: its loss and its gradient are 0, not NaN.
     goal = torch.where(F_target.isfinite(), F_target, F_pred.detach())
@@ -239,16 +250,12 @@ def _forward_mode(
     return dF_dt
 
 
-def _composed(
-    model: Model, x_t: Tensor, t: Tensor, r: Tensor, y: Tensor, transport: Transport, generator: torch.Generator | None
-) -> Tensor:
-    """The F that jumps from t to r as the model does over a time s between them, which is drawn uniformly.
+def _composed(model: Model, x_t: Tensor, t: Tensor, s: Tensor, r: Tensor, y: Tensor, transport: Transport) -> Tensor:
+    """The F that jumps from t to r as the model does over the time s between them.
 
     The transition identity over a finite distance, as in shortcut models (arXiv 2410.12557): no derivative, so nothing blows up where
     the trajectories bend sharply.
     """
-    where = generator.device if generator is not None else t.device
-    s = r + (t - r) * torch.rand(t.shape, generator=generator, device=where).to(t)
 
     def jump(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
         F = _wide(model(x.to(x_t.dtype), transport.c_noise(t.flatten()), transport.c_noise(r.flatten()), y))

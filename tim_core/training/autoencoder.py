@@ -30,11 +30,11 @@ def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
         latent_channels=config.latent_channels, head_dim=config.head_dim, downsample="pixel_unshuffle", upsample="pixel_shuffle")
 
 
-def losses(model: nn.Module, pictures: Tensor, config: AutoencoderTraining, step: int) -> dict[str, Tensor]:
+def losses(model: nn.Module, pictures: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
     """L1 of the decoded, noised latent, plus the distance of each latent channel from mean 0 and variance 1."""
     latent = model.encode(pictures).float()
-    noise = torch.rand(len(latent), 1, 1, 1) * config.latent_noise
-    decoded = model.decode(latent + noise.to(latent) * torch.randn_like(latent)).float()
+    level = torch.rand(len(latent), 1, 1, 1) * config.latent_noise
+    decoded = model.decode(latent + (level * torch.randn(latent.shape)).to(latent)).float()
     error = (decoded - pictures).abs().mean()
     mean, var = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
     prior = (mean.square() + (var - 1).square()).mean()
@@ -56,17 +56,20 @@ def train_autoencoder(config: AutoencoderTraining) -> Path:
         begin_from(model, checkpoint.load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32).state_dict(), config.start)
     model.encoder.requires_grad_(not config.freeze_encoder)
 
-    def loss_of(batch, step, average):
-        pictures = batch[0].contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=loop.autocast):
-            return losses(model, pictures, config, step)
+    def loss_of(model, average, batch, step, part):
+        device = next(model.parameters()).device
+        pictures = part.of(batch[0]).to(device).contiguous(memory_format=torch.channels_last)
+        torch.manual_seed(torch.initial_seed() + part.index)
+        with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
+            found = losses(model, pictures, config)
+        return {name: value * part.share(len(batch[0])) for name, value in found.items()}
 
-    def sample(model, step):
+    def sample(average, step):
         held_out = ShapesBatches(config.data, 8, loop.seed + 1)[0][0]
         with torch.no_grad():
-            shown = model.decode(model.encode(held_out))
+            shown = average.decode(average.encode(held_out.to(next(average.parameters()).device))).cpu()
         grid = torch.cat([torch.cat(list(held_out), -1), torch.cat(list(shown), -1)], -2).add(1).mul(127.5).clamp(0, 255).byte()
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(folder / "sample.png")
+        return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
     path = folder / "autoencoder.safetensors"
 

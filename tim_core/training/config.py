@@ -35,6 +35,9 @@ class LoopConfig:
     seed: int = 0
     autocast: bool = True                        # bfloat16
     compile: bool = False
+    checkpointing: bool = False                  # compute a block's activations again instead of keeping them
+    accumulate: int = 1                          # parts of a batch, one after another, before the optimiser's step
+    parallel: str = "ddp"                        # or "fsdp2": how several processes share the weights
     workers: int = 1
     log_every: int = 50
     save_every: int = 500
@@ -42,7 +45,7 @@ class LoopConfig:
     seconds: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch", "log_every", "save_every", "keep"):
+        for name in ("steps", "batch", "log_every", "save_every", "keep", "accumulate"):
             _check(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), "1 or more")
         for name in ("lr", "muon_lr", "clip"):
             _check(getattr(self, name) > 0, f"loop.{name}", getattr(self, name), "more than 0")
@@ -53,6 +56,7 @@ class LoopConfig:
         _check(all(0 <= beta < 1 for beta in self.betas), "loop.betas", list(self.betas), "two numbers from 0 to below 1")
         _check(0 <= self.ema < 1, "loop.ema", self.ema, "0 to below 1")
         _check(self.optimizer in ("adamw", "muon"), "loop.optimizer", self.optimizer, "adamw or muon (which needs torch 2.9)")
+        _check(self.parallel in ("ddp", "fsdp2"), "loop.parallel", self.parallel, "ddp or fsdp2")
         _check(self.schedule in ("cosine", "constant"), "loop.schedule", self.schedule, "cosine or constant")
 
 
@@ -109,7 +113,9 @@ class AutoencoderTraining:
         self.data.check_multiples(2 ** (len(self.encoder_widths) - 1))
         _check(self.encoder_widths[-1] % self.latent_channels == 0 and self.decoder_widths[-1] % self.latent_channels == 0,
                "latent_channels", self.latent_channels, "a divisor of the deepest widths")
-        _check(not self.loop.compile, "loop.compile", True, "false for an autoencoder")
+        for name in ("compile", "checkpointing"):
+            _check(not getattr(self.loop, name), f"loop.{name}", True, "false for an autoencoder")
+        _check(self.loop.parallel == "ddp", "loop.parallel", self.loop.parallel, "ddp for an autoencoder")
         _check(0 <= self.attention_stages <= len(self.encoder_widths), "attention_stages", self.attention_stages, "at most one a stage")
         for name in ("latent_noise", "latent_weight"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -167,6 +173,7 @@ class TransitionTraining:
     objective: ObjectiveConfig = ObjectiveConfig()
     objective_from: dict[str, ObjectiveConfig] = field(default_factory=dict)   # step -> the objective from that step on
     text_dropout: float = 0.1
+    shift_base: int | None = None                # pixels a side at which times are not shifted (Eq. 50: 1024); none: never shifted
     loop: LoopConfig = LoopConfig()
     data: SizesConfig = SizesConfig()
 
@@ -175,9 +182,14 @@ class TransitionTraining:
             _check(step.isdigit(), "objective_from", step, "steps, and the objective from each on")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
+        _check(self.shift_base is None or self.shift_base > 0, "shift_base", self.shift_base, "1 or more")
         for objective in (self.objective, *self.objective_from.values()):
             _check(objective.proj_coeff == ObjectiveConfig.proj_coeff, "objective.proj_coeff", objective.proj_coeff,
                    "none: the REPA term needs an image encoder, which this training has not")
+
+    def shift(self, height: int, width: int) -> float:
+        """s of the resolution-dependent time shift (paper Eq. 50) for pictures of this size."""
+        return 1.0 if self.shift_base is None else (height * width) ** 0.5 / self.shift_base
 
     def objective_at(self, step: int) -> ObjectiveConfig:
         begun = [int(first) for first in self.objective_from if int(first) <= step]

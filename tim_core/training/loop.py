@@ -3,7 +3,9 @@
 Everything random in step k comes from (seed, k), so a run that is killed and started again goes on as if nothing had happened.
 """
 
+import copy
 import csv
+import functools
 import math
 import sys
 import time
@@ -11,12 +13,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo
+from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..errors import TimError, misfits, one_line
 from ..files import write_whole
+from ..text_encoder import TextEncoder
+from ..transformer import Block, TransitionTransformer
 from .config import LoopConfig
+from .parallel import Part, Processes, find_processes, local, share, synchronise, whole
 
 AVERAGED = "ema"
 
@@ -51,87 +66,164 @@ def optimizers(config: LoopConfig, model: nn.Module) -> list[torch.optim.Optimiz
     return found
 
 
-LossOf = Callable[[object, int, dict[str, Tensor]], dict[str, Tensor]]
+class Step(nn.Module):
+    """A step's loss as a forward pass, which is where DDP and FSDP2 do their work."""
+
+    def __init__(self, model: nn.Module, average: nn.Module, loss_of: "LossOf"):
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+        object.__setattr__(self, "average", average)  # not a submodule: it has no gradients
+
+    def forward(self, batch, step: int, part: Part) -> dict[str, Tensor]:
+        return self.loss_of(self.model, self.average, batch, step, part)
+
+
+LossOf = Callable[[nn.Module, nn.Module, object, int, Part], dict[str, Tensor]]
 
 
 def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: LossOf, folder: Path,
-          sample: Callable[[nn.Module, int], None], export: Callable[[dict[str, Tensor], int], Path]) -> Path:
+          sample: Callable[[nn.Module, int], Image.Image], export: Callable[[dict[str, Tensor], int], Path]) -> Path:
     """Trains `model` to `config.steps` and returns what the last export wrote. TimError where `config.seconds` ended the run before.
 
-    batches[k] is the batch of step k; loss_of(batch, k, averaged weights) gives named scalars, of which "loss" is minimised. At every
-    checkpoint sample(model, k) draws pictures and export(averaged weights, k) writes the model. Checkpoints and metrics.csv go to
-    `folder`; a run found there is resumed.
+    batches[k] is the batch of step k; loss_of(model, averaged model, batch, k, part) gives named scalars, means over that part of the
+    batch, of which "loss" is minimised. At every checkpoint sample(averaged model, k) draws pictures and export(averaged weights, k)
+    writes the model. Checkpoints and metrics.csv go to `folder`; a run found there is resumed, by as many processes as there are now.
     """
+    processes = find_processes()
     folder.mkdir(parents=True, exist_ok=True)
+    model.to(processes.device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    pieces = [*slices(model), *slices(average)]
+    if config.compile:
+        compile_blocks(model), compile_blocks(average)
+    if config.checkpointing:
+        checkpoint_blocks(model)
+    step_loss = share(Step(model, average, loss_of), pieces, processes, config.parallel)
     optims = optimizers(config, model)
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    parameters = list(model.parameters())
     start, seconds = _resume(folder, model, optims, average)
     if start >= config.steps:  # the last checkpoint is there, its export may not be
-        return export(average, start)
+        return _export(export, average, start, processes)
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
         prefetch_factor=4 if config.workers else None, persistent_workers=False)
-    began, totals, counted = time.monotonic(), {}, 0
+    parts = processes.parts(config.accumulate)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    followers = [(name, local(p)) for name, p in average.named_parameters()]
+    leaders = dict(model.named_parameters())
+    began, totals, counted, made = time.monotonic(), {}, 0, None
+    board = _tensorboard(folder, start) if processes.first else None
     model.train()
-    with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not processes.first) as bar:
         for step, batch in enumerate(loader, start):
             factor = learning_rate(config, step)
             for optimizer in optims:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * factor
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            losses = loss_of(batch, step, average)
-            losses["loss"].backward()
-            losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip)
+            losses: dict[str, Tensor] = {}
+            for part in parts:
+                torch.manual_seed(config.seed * 1_000_003 + step)  # of the whole batch: every part draws it, and takes its own
+                synchronise(step_loss, pieces, part is parts[-1])
+                some = step_loss(batch, step, part)
+                (some["loss"] / len(parts)).backward()
+                for name, value in some.items():
+                    losses[name] = losses.get(name, 0.0) + value.detach().float() / len(parts)
+            losses["grad_norm"] = _clip(parameters, config.clip)
             for optimizer in optims:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             decay = min(config.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
+            torch._foreach_lerp_([own for _, own in followers], [local(leaders[name].detach()) for name, _ in followers], 1 - decay)
             for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + value.detach().float()
+                totals[name] = totals.get(name, 0.0) + value
             counted += 1
             done = step + 1
             bar.update()
-            late = config.seconds and time.monotonic() - began > config.seconds
+            late = config.seconds and bool(processes.mean(torch.tensor(float(time.monotonic() - began > config.seconds))) > 0)
             logs, saves = (done % every == 0 or done == config.steps for every in (config.log_every, config.save_every))
-            if (logs or saves or late) and not bool(losses["loss"].isfinite()):
-                raise TimError(f"training: the loss is {losses['loss'].item()} at step {done}, expected a number")
+            if logs or saves or late:
+                loss = processes.mean(losses["loss"])
+                if not bool(loss.isfinite()):
+                    raise TimError(f"training: the loss is {loss.item()} at step {done}, expected a number")
             if logs:
-                row = {name: float(value) / counted for name, value in totals.items()}
+                row = {name: float(processes.mean(value)) / counted for name, value in totals.items()}
                 totals, counted = {}, 0
                 elapsed = seconds + time.monotonic() - began
                 rate = (done - start) * config.batch / (time.monotonic() - began)
-                _log(folder, {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row})
+                row = {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row}
+                if processes.first:
+                    _log(folder, row, board)
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} samples/s")
             if saves or late:
-                _save(folder, config, done, seconds + time.monotonic() - began, model, optims, average)
-                sample(model, done)
-                made = export(average, done)
-                model.train()
+                _save(folder, config, done, seconds + time.monotonic() - began, model, optims, average, processes)
+                shown = sample(average, done)  # every process draws: slices of the weights are everywhere
+                if processes.first:
+                    shown.save(folder / f"sample-{done:08d}.png")
+                made = _export(export, average, done, processes)
             if late and done < config.steps:
                 raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; run it again to go on")
     return made
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer: what is compiled, recomputed and sliced one at a time."""
+    return [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module if isinstance(block, Block)]
+
+
+def slices(model: nn.Module) -> list[nn.Module]:
+    """What FSDP2 slices, inner modules first: every block, and the networks."""
+    networks = [module for module in model.modules() if isinstance(module, TransitionTransformer)]
+    texts = [module.transformer for module in model.modules() if isinstance(module, TextEncoder)]
+    return [*blocks_of(model), *networks, *texts]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """One block at a time: they share their code, so it is compiled once for all of them."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in blocks_of(model):
+        block.compile(dynamic=True)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Activations inside a block are computed again in the backward pass instead of being kept."""
+    for block in blocks_of(model):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _clip(parameters: list[nn.Parameter], norm: float) -> Tensor:
+    found = nn.utils.clip_grad_norm_(parameters, norm)
+    return found.full_tensor() if hasattr(found, "full_tensor") else found
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def _save(folder: Path, config: LoopConfig, step: int, seconds: float, model, optims, average) -> None:
-    state = {"step": step, "seconds": seconds, "model": model.state_dict(), AVERAGED: average}
-    state["optimizers"] = [optimizer.state_dict() for optimizer in optims]
-    write_whole(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
-    for old in _checkpoints(folder)[:-config.keep]:
-        old.unlink()
+def _export(export, average: nn.Module, step: int, processes: Processes) -> Path | None:
+    """The file that the first process writes; None in the others."""
+    weights = {name: whole(p) for name, p in average.named_parameters()}
+    made = export(weights, step) if processes.first else None
+    processes.wait()
+    return made
+
+
+def _save(folder: Path, config: LoopConfig, step: int, seconds: float, model, optims, average, processes: Processes) -> None:
+    """The whole state of a run, the same file whatever the number of processes; the first of them writes it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = {"step": step, "seconds": seconds, "model": get_model_state_dict(model, options=options),
+             AVERAGED: {name: whole(p) for name, p in average.named_parameters()},
+             "optimizers": get_optimizer_state_dict(model, optims, options=options)}
+    if processes.first:
+        write_whole(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
+        for old in _checkpoints(folder)[:-config.keep]:
+            old.unlink()
+    processes.wait()
 
 
 def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """The model takes over another run's weights; TimError naming the source unless it has the same architecture."""
     if wrong := misfits(model.state_dict(), tensors):
         raise TimError(f"{source}: found another architecture ({wrong}), expected that of the training configuration")
-    model.load_state_dict(tensors)
+    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True))
 
 
 def _resume(folder: Path, model, optims, average) -> tuple[int, float]:
@@ -143,13 +235,12 @@ def _resume(folder: Path, model, optims, average) -> tuple[int, float]:
     except Exception as error:  # whatever a damaged file provokes
         raise TimError(f"{found[-1]}: found a damaged checkpoint ({one_line(error)}), expected a whole one; remove it to go on") from None
     begin_from(model, state["model"], str(found[-1]))
-    for optimizer, saved in zip(optims, state["optimizers"], strict=True):
-        base = [group["base_lr"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved)
-        for group, lr in zip(optimizer.param_groups, base):
+    base = [[group["base_lr"] for group in optimizer.param_groups] for optimizer in optims]
+    set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
+    for optimizer, rates in zip(optims, base):
+        for group, lr in zip(optimizer.param_groups, rates):
             group["base_lr"] = lr
-    for name, value in state[AVERAGED].items():
-        average[name].copy_(value)
+    set_model_state_dict(average, {**average.state_dict(), **state[AVERAGED]}, options=StateDictOptions(full_state_dict=True))
     _forget_after(folder / "metrics.csv", state["step"])
     tqdm.write(f"resumed {found[-1]}", file=sys.stderr)
     return state["step"], state["seconds"]
@@ -169,7 +260,16 @@ def _forget_after(path: Path, step: int) -> None:
         write_whole(path, write)
 
 
-def _log(folder: Path, row: dict) -> None:
+def _tensorboard(folder: Path, start: int):
+    """A writer beside metrics.csv where tensorboard is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=start + 1)
+
+
+def _log(folder: Path, row: dict, board=None) -> None:
     path = folder / "metrics.csv"
     new = not path.exists()
     with path.open("a", newline="") as file:
@@ -177,3 +277,8 @@ def _log(folder: Path, row: dict) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+    if board is not None:
+        for name, value in row.items():
+            if name != "step":
+                board.add_scalar(name, value, row["step"])
+        board.flush()

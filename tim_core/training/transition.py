@@ -1,11 +1,11 @@
 """Trains a TiM transformer together with its text model (arXiv 2509.04394, Algorithm 1)."""
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo
 from PIL import Image
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from .. import checkpoint, previews, shapes
 from ..attention import math
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
-from ..objective import ObjectiveConfig, transition_loss
+from ..objective import draw_times, sample_times, transition_loss
 from ..sampler import sample
 from ..schedule import uniform
 from ..text_encoder import TextEncoder, Tokenizer
@@ -22,6 +22,7 @@ from ..transport import OTFM
 from .config import TextShape, TransitionTraining
 from .data import ShapesBatches
 from .loop import begin_from, train
+from .parallel import Part
 from .tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 
 
@@ -41,7 +42,8 @@ class TextToImage(nn.Module):
         """(B, M, D), M the longest prompt of the batch (the official trimming), or `length`."""
         ids, mask = self.text.tokenize(prompts)
         length = length or int(mask.sum(1).max())
-        return self.text.encode_ids(ids[:, :length], mask[:, :length])
+        device = self.text.device
+        return self.text.encode_ids(ids[:, :length].to(device), mask[:, :length].to(device))
 
 
 def gemma_config(shape: TextShape) -> dict:
@@ -72,59 +74,52 @@ def train_transition(config: TransitionTraining) -> Path:
         begin_from(model.transformer, checkpoint.load_transformer(start, dtype=torch.float32).state_dict(), str(start))
         begin_from(model.text, checkpoint.load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
-    if loop.compile:
-        # one block at a time: they share their code, so it is compiled once for all of them
-        torch._dynamo.config.recompile_limit = 64
-        for block in model.transformer.blocks:
-            block.compile(dynamic=True)
-
     config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
-    averaged = TransitionTransformer(model.transformer.config, attention=math, device="meta").requires_grad_(False)
-    if loop.compile:
-        for block in averaged.blocks:
-            block.compile(dynamic=True)
+    coder = copy.deepcopy(autoencoder)  # goes to the device of the run
+    factor, channels = autoencoder.config.factor, autoencoder.config.latent_channels
 
-    def teacher(objective: ObjectiveConfig, y: Tensor, average: dict[str, Tensor]) -> dict:
-        """What enhanced and composed targets ask for: the averaged network, and the features of no text."""
-        if not (objective.enhance_target or objective.target == "composed"):
-            return {}
-        if averaged.final_layer.linear.weight.is_meta:  # from now on its weights are the average's own tensors
-            prefix = "transformer."
-            weights = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
-            averaged.load_state_dict(weights, assign=True)
-        null = {"y_null": model.features([""], y.shape[1]).expand_as(y)} if objective.enhance_target else {}
-        return {"ema_model": averaged, **null}
-
-    def loss_of(batch: tuple[Tensor, list[str]], step: int, average: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss_of(model: TextToImage, average: TextToImage, batch: tuple[Tensor, list[str]], step: int, part: Part) -> dict[str, Tensor]:
         pictures, prompts = batch
-        objective = config.objective_at(step)
-        dropped = torch.rand(len(prompts)) < config.text_dropout
-        with torch.autocast("cpu", torch.bfloat16, enabled=loop.autocast):
+        objective, total = config.objective_at(step), len(prompts)
+        device = next(model.parameters()).device
+        coder.to(device)
+        # drawn for the whole batch, on the CPU, and then cut: the same numbers whatever the processes and devices
+        dropped = torch.rand(total) < config.text_dropout
+        noise = torch.randn(total, channels, pictures.shape[2] // factor, pictures.shape[3] // factor)
+        t, r, n_diffusion = sample_times(draw_times(total, transport), transport, objective, config.shift(*pictures.shape[2:]))
+        between = torch.rand(total)
+        share, own_diffusion = part.share(total), len(part.of(range(n_diffusion)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
             with torch.no_grad():
-                latents = autoencoder.encode(pictures.contiguous(memory_format=torch.channels_last)).float()
-            y = model.features(["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)])
-            with torch.no_grad():
-                taught = teacher(objective, y, average)
+                pixels = part.of(pictures).to(device).contiguous(memory_format=torch.channels_last)
+                latents = coder.encode(pixels).float()
+            y = model.features(["" if drop else prompt for drop, prompt in zip(part.of(dropped).tolist(), part.of(prompts))])
+            taught: dict = {}
+            if objective.enhance_target or objective.target == "composed":
+                taught["ema_model"] = average.transformer
+            if objective.enhance_target:
+                with torch.no_grad():
+                    taught["y_null"] = model.features([""], y.shape[1]).expand_as(y)
             losses = transition_loss(
-                model.transformer, latents, torch.randn_like(latents), y, transport=transport, config=objective, **taught)
-        n = losses.n_diffusion
+                model.transformer, latents, part.of(noise).to(device), y, transport=transport, config=objective,
+                times=(part.of(t).to(device), part.of(r).to(device), own_diffusion), between=part.of(between).to(device), **taught)
         error = losses.denoising_loss.detach()
-        return {"loss": losses.total, "diffusion": error[:n].mean() if n else error.sum() * 0,
-                "transition": error[n:].mean() if n < len(error) else error.sum() * 0}
+        diffusion = error[:own_diffusion].sum() * part.count / max(1, n_diffusion)
+        transition = error[own_diffusion:].sum() * part.count / max(1, total - n_diffusion)
+        return {"loss": losses.total * share, "diffusion": diffusion, "transition": transition}
 
-    def draw(model: TextToImage, step: int) -> None:
+    def draw(average: TextToImage, step: int) -> Image.Image:
         rng = np.random.default_rng([loop.seed, 1])
         prompts = [shapes.sample_prompt(rng, form).text for form in shapes.TRAINING_FORMS]
         width, height = config.data.table()[0][0]
-        model.eval()
+        noise = torch.randn(len(prompts), channels, height // factor, width // factor, generator=torch.Generator().manual_seed(loop.seed))
+        device = next(average.parameters()).device
         with torch.no_grad():
-            cond, null = model.text.conditioning(prompts)
-            noise = torch.randn(len(prompts), autoencoder.config.latent_channels, height // autoencoder.config.factor,
-                                width // autoencoder.config.factor, generator=torch.Generator().manual_seed(loop.seed))
-            rows = [autoencoder.decode(sample(model.transformer, noise, uniform(steps), cond, null, transport=transport, cfg=2.5)[0])
-                    for steps in (1, 4, 16)]
+            cond, null = average.text.conditioning(prompts)
+            rows = [coder.to(device).decode(sample(average.transformer, noise.to(device), uniform(steps), cond, null, transport=transport,
+                                                   cfg=2.5)[0]) for steps in (1, 4, 16)]
         grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2).add(1).mul(127.5).clamp(0, 255).byte()
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(folder / f"sample-{step:08d}.png")
+        return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
 
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
 

@@ -1,0 +1,128 @@
+"""Several processes train as one does, on the same global batch: two on the CPU (gloo), started as accelerate starts those of GPUs."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.test_training import autoencoder_yaml, tim_yaml
+from tim_core import checkpoint
+from tim_core.errors import TimError
+from tim_core.training import run
+from tim_core.training.parallel import Part
+
+pytest.importorskip("accelerate", reason="no accelerate found (`pip install accelerate` gets it)")
+
+# What is started twice: the run, and a word from every process on how much of the weights it holds.
+RUN = """
+import json, sys
+from tim_core.training import loop, run
+
+wrap = loop.share
+
+def watched(step, parts, processes, how):
+    wrapped = wrap(step, parts, processes, how)
+    weights = list(step.model.parameters())
+    held = sum(loop.local(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights)
+    with open(f"{sys.argv[1]}.{processes.index}.json", "w") as file:
+        json.dump({"processes": processes.count, "held": held, "wrapper": type(wrapped).__name__}, file)
+    return wrapped
+
+loop.share = watched
+run(sys.argv[1:])
+"""
+
+
+def launch(folder, config) -> list[dict]:
+    """Runs a configuration in two processes -> what each said."""
+    script = folder / "launched.py"
+    script.write_text(RUN)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    # what `accelerate launch` calls for GPUs; for CPUs it would want MPI
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, config]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(config.with_name(f"{config.name}.{index}.json").read_text()) for index in (0, 1)]
+
+
+def configuration(folder, name, target, more=""):
+    path = tim_yaml(folder, "adamw", name)
+    text = path.read_text().replace("{epsilon: 0.01}", f"{{target: {target}}}")
+    path.write_text(text.replace("warmup: 2", f"warmup: 2, autocast: false, log_every: 1{more}").replace("save_every: 2", "save_every: 4"))
+    return path
+
+
+def losses(config) -> list[float]:
+    """Three a step."""
+    rows = csv.DictReader((config.with_suffix("") / "metrics.csv").open())
+    return [float(row[name]) for row in rows for name in ("loss", "diffusion", "transition")]
+
+
+def weights(config) -> torch.Tensor:
+    tensors, _ = checkpoint.open_state_dict(config.with_suffix("") / "model.safetensors")
+    return torch.cat([tensors[name].flatten().float() for name in sorted(tensors) if tensors[name].is_floating_point()])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    run([autoencoder_yaml(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module", params=["differential", "composed"])
+def alone(folder, request):
+    """The target, and the same run in one process."""
+    config = configuration(folder, f"alone-{request.param}", request.param)
+    run([config])
+    return request.param, config
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(folder, alone, how):
+    target, one = alone
+    two = configuration(folder, f"{how}-{target}", target, f", parallel: {how}")
+    said = launch(folder, two)
+    assert [word["processes"] for word in said] == [2, 2]
+    if how == "ddp":
+        assert all(word["held"] == 1 and word["wrapper"] == "DistributedDataParallel" for word in said)
+    else:
+        assert all(0.4 < word["held"] < 0.6 for word in said)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    assert torch.allclose(weights(two), weights(one), atol=1e-2 * float(weights(one).std()))
+
+
+def test_accumulated_parts_are_one_batch(folder, alone):
+    target, one = alone
+    parts = configuration(folder, f"parts-{target}", target, ", accumulate: 4, checkpointing: true")
+    run([parts])
+    assert losses(parts) == pytest.approx(losses(one), rel=1e-3)
+    assert torch.allclose(weights(parts), weights(one), atol=1e-2 * float(weights(one).std()))
+
+
+def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
+    """Its checkpoint after four steps, from one process, is finished by two that slice the weights."""
+    target, one = alone
+    two = configuration(folder, f"handed-over-{target}", target, ", parallel: fsdp2")
+    (place := two.with_suffix("")).mkdir()
+    short = configuration(folder, f"short-{target}", target)
+    short.write_text(short.read_text().replace("keep: 2", "keep: 9"))
+    run([short])
+    (short.with_suffix("") / "step-00000004.pt").rename(place / "step-00000004.pt")
+    launch(folder, two)
+    assert losses(two) == pytest.approx(losses(one)[12:], rel=1e-3)
+    assert torch.allclose(weights(two), weights(one), atol=1e-2 * float(weights(one).std()))
+
+
+def test_parts_of_a_batch():
+    parts = [Part(index, 3) for index in range(3)]
+    assert [part.of(list(range(7))) for part in parts] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert sum(part.share(7) for part in parts) == pytest.approx(3)
+    means = [sum(part.of(list(range(7)))) / len(part.of(list(range(7)))) for part in parts]
+    assert sum(mean * part.share(7) for mean, part in zip(means, parts)) / 3 == pytest.approx(3)
+    with pytest.raises(TimError, match="batch of 2 for 3"):
+        parts[0].share(2)

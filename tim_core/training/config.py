@@ -196,6 +196,67 @@ class TransitionTraining:
         return self.objective_from[str(max(begun))] if begun else self.objective
 
 
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter in place of all weights: of which layers (patterns of names), and how large."""
+
+    rank: int = 16
+    alpha: float | None = None                   # the adapter is scaled by alpha / rank; none: by 1
+    targets: tuple[str, ...] = (r"attn\.(qkv|proj|q|kv)$", r"mlp\.fc")
+
+    def __post_init__(self):
+        _check(self.rank >= 1, "lora.rank", self.rank, "1 or more")
+        _check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "more than 0")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                _check(False, "lora.targets", target, f"a regular expression ({error})")
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """Pictures and their captions: a folder with a .txt beside each picture, or a .jsonl of {"image": path, "caption": text}.
+
+    A class-conditional model takes {"image": path, "label": number}, or a folder for each class, in the order of their names.
+    """
+
+    path: str
+    cache: str | None = None                     # where latents and text features are kept; none: <path>.cache
+    max_pixels: int = 1024 * 1024                # larger pictures are made smaller
+    base_pixels: int = 1024 * 1024               # loop.batch is for pictures of this many pixels; a batch of others has as many tokens
+
+    def __post_init__(self):
+        for name in ("max_pixels", "base_pixels"):
+            _check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """`kind: finetune`: a released or bundled transformer on your own pictures, whole or as a LoRA. The other parts stay as they are."""
+
+    output: str
+    model: str                                   # a one-file checkpoint, or the transformer's file
+    data: FolderConfig
+    text_encoder: str | None = None              # where `model` does not hold them
+    autoencoder: str | None = None
+    checkpoint: str | None = None                # where the result goes; none: model.safetensors or lora.safetensors in output
+    lora: LoraConfig | None = None               # none: all weights of the transformer learn
+    p_mean: float = 0.0                          # of the logit-normal times: 0 and 1.6 for text to image, -0.4 and 1 for classes
+    p_std: float = 1.6
+    shift_base: int | None = 1024                # pixels a side at which times are not shifted (Eq. 50); none: never shifted
+    objective: ObjectiveConfig = ObjectiveConfig()
+    dropout: float = 0.1                         # share of captions, or classes, left out
+    loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self):
+        _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
+        _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
+        _check(self.shift_base is None or self.shift_base > 0, "shift_base", self.shift_base, "1 or more")
+        _check(self.objective.proj_coeff == ObjectiveConfig.proj_coeff, "objective.proj_coeff", self.objective.proj_coeff,
+               "none: the REPA term needs an image encoder, which only a caller of transition_loss can pass in")
+
+
 def read(path: str | Path, kinds: dict[str, type]):
     """Reads one YAML file: its `kind` picks the dataclass of `kinds`, every other key must be a field of it."""
     try:

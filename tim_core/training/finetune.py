@@ -1,0 +1,137 @@
+"""Fine-tunes a TiM transformer, text-to-image or class-conditional, on a folder of pictures: all of its weights, or a LoRA."""
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..attention import sdpa
+from ..errors import TimError
+from ..objective import draw_times, sample_times, transition_loss
+from ..sampler import sample
+from ..schedule import uniform
+from ..transport import OTFM
+from .config import FineTuning
+from .folder import Encoder, FolderBatches, prepare
+from .loop import train
+from .lora import add_lora, save_lora
+from .parallel import Part, find_processes
+
+
+class Conditional(nn.Module):
+    """The transformer that learns; what it is told comes encoded."""
+
+    def __init__(self, transformer: nn.Module):
+        super().__init__()
+        self.transformer = transformer
+
+
+def padded(told: list[Tensor], null: Tensor, dropped: list[bool]) -> Tensor:
+    """Prompts' rows, each with one pad row behind its text (M_i + 1, D), to the longest text -> (B, M, D); dropped ones become `null`'s."""
+    told = [null if drop else rows for drop, rows in zip(dropped, told)]
+    length = max(len(rows) for rows in told) - 1
+    return torch.stack([torch.cat((rows, rows[-1:].expand(max(0, length - len(rows)), -1)))[:length] for rows in told])
+
+
+def train_finetuning(config: FineTuning) -> Path:
+    """Runs a `kind: finetune` configuration; returns the safetensors file of the transformer, or of the LoRA."""
+    loop, folder, processes = config.loop, Path(config.output).expanduser(), find_processes()
+    if config.checkpoint:
+        checkpoint.check_target(config.checkpoint)
+    sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
+    parts = checkpoint.read_parts({name: place for name, place in sources.items() if place} if config.text_encoder or config.autoencoder
+                                  else config.model)
+    torch.manual_seed(loop.seed)
+    model = Conditional(checkpoint.load_transformer(parts, attention=sdpa, dtype=torch.float32))
+    architecture = model.transformer.config
+    autoencoder = checkpoint.load_autoencoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
+    factor = autoencoder.config.factor
+    transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
+
+    labels = architecture.text_dim is None
+    text = None if labels else checkpoint.load_text_encoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
+
+    def tell(told: str | int) -> Tensor:
+        if labels:
+            if not 0 <= told < architecture.num_classes:
+                raise TimError(f"{config.data.path}: found class {told}, expected 0 to {architecture.num_classes - 1}")
+            return torch.tensor(told)
+        features = text.encode([told])
+        return features.rows[0, : features.lengths[0] + 1]  # and one pad row: they are all alike
+
+    identity = f"{parts.source} {autoencoder.config} {config.data.max_pixels}"
+    cache = Path(config.data.cache or f"{config.data.path.rstrip('/')}.cache").expanduser()
+    encode = Encoder(cache, identity, lambda picture: autoencoder.encode(picture.to(processes.device)), tell)
+    items = prepare(config.data, encode, factor * architecture.patch_size, labels, processes)
+    null = torch.tensor(architecture.num_classes) if labels else tell("").cpu()
+    batches = FolderBatches(config.data, items, encode, loop.batch, loop.seed, processes.count * loop.accumulate)
+
+    if config.lora:
+        add_lora(model.transformer, config.lora)
+
+    def loss_of(model: Conditional, average: Conditional, batch: tuple[Tensor, list[Tensor]], step: int, part: Part) -> dict[str, Tensor]:
+        latents, told = batch
+        total, device = len(latents), next(model.parameters()).device
+        dropped = (torch.rand(total) < config.dropout).tolist()
+        noise = torch.randn(latents.shape)
+        height, width = latents.shape[2] * factor, latents.shape[3] * factor
+        shift = 1.0 if config.shift_base is None else (height * width) ** 0.5 / config.shift_base
+        t, r, n_diffusion = sample_times(draw_times(total, transport), transport, config.objective, shift)
+        between = torch.rand(total)
+        if labels:
+            y = torch.stack([null if drop else number for drop, number in zip(dropped, told)])
+        else:
+            y = padded(told, null, dropped)
+        own = (part.of(one).to(device) for one in (latents, noise, y, t, r, between))
+        latents, noise, y, t, r, between = own
+        taught: dict = {}
+        if config.objective.enhance_target or config.objective.target == "composed":
+            taught["ema_model"] = average.transformer
+        if config.objective.enhance_target:
+            taught["y_null"] = null.to(device).expand(len(y)) if labels else padded([null] * len(y), null, [False] * len(y)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
+            losses = transition_loss(
+                model.transformer, latents, noise, y, transport=transport, config=config.objective,
+                times=(t, r, len(part.of(range(n_diffusion)))), between=between, **taught)
+        return {"loss": losses.total * part.share(total)}
+
+    def draw(average: Conditional, step: int) -> Image.Image:
+        """The first four pictures' prompts at their size, in 1, 4 and 16 steps."""
+        device = next(average.parameters()).device
+        some = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
+        noise = torch.randn(len(some), architecture.in_channels, some[0].height // factor, some[0].width // factor,
+                            generator=torch.Generator().manual_seed(loop.seed)).to(device)
+        told, nothing = [tell(item.told).cpu() for item in some], [null] * len(some)
+        if labels:
+            cond, empty = torch.stack(told), torch.stack(nothing)
+        else:
+            both = padded(told + nothing, null, [False] * 2 * len(some))
+            cond, empty = both[: len(some)], both[len(some) :]
+        with torch.no_grad():
+            rows = [autoencoder.decode(sample(average.transformer, noise, uniform(steps), cond.to(device), empty.to(device),
+                                              transport=transport, cfg=2.5)[0]) for steps in (1, 4, 16)]
+        grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2).add(1).mul(127.5).clamp(0, 255).byte()
+        return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
+
+    settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
+    plain = copy.deepcopy(checkpoint.load_transformer(parts, dtype=torch.float32, device="meta"))
+
+    def export(average: dict[str, Tensor], step: int) -> Path:
+        weights = {name.removeprefix("transformer."): value for name, value in average.items()}
+        name = "lora.safetensors" if config.lora else "model.safetensors"
+        target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / name
+        training = {"step": step, "configuration": settings}
+        if config.lora:
+            return save_lora(weights, config.lora, target, json.dumps(training))
+        trained = plain.to_empty(device="cpu")
+        trained.load_state_dict(weights)
+        record = {**parts.record(checkpoint.TRANSFORMER), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape,
+                  "training": training}
+        return checkpoint.pack({"transformer": trained}, target, dtype=torch.bfloat16, metadata=record)
+
+    return train(loop, model, batches, loss_of, folder, draw, export)

@@ -1,0 +1,166 @@
+"""A folder of pictures for fine-tuning: found, fitted to native sizes, encoded once, and drawn in batches of one size."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import TimError
+from ..files import write_whole
+from .config import FolderConfig
+from .parallel import Processes
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for pictures that it cannot read
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture: its file, what it is told to show (a caption, or a class's number), and the size it trains at, in pixels."""
+
+    file: Path
+    told: str | int
+    width: int = 0
+    height: int = 0
+
+
+def scan(config: FolderConfig, labels: bool) -> list[Item]:
+    """What a folder or a .jsonl names, in order. TimError if there is no such place, or a line that makes no sense."""
+    place = Path(config.path).expanduser()
+    if place.is_file():
+        lines = enumerate(place.read_text(encoding="utf-8").splitlines(), 1)
+        return [_line(place, number, line, labels) for number, line in lines if line.strip()]
+    if not place.is_dir():
+        raise TimError(f"{place}: found no such folder, expected one with pictures, or a .jsonl that names them")
+    files = sorted(file for file in place.rglob("*") if file.suffix.lower() in ENDINGS)
+    if labels:
+        classes = sorted({file.parent for file in files})
+        return [Item(file, classes.index(file.parent)) for file in files]
+    captions = {file: file.with_suffix(".txt") for file in files}
+    without = [file for file, caption in captions.items() if not caption.is_file()]
+    if without:
+        logging.warning(f"{place}: {len(without)} pictures have no .txt beside them and are left out, first {without[0].name}")
+    return [Item(file, text.read_text(encoding="utf-8").strip()) for file, text in captions.items() if text.is_file()]
+
+
+def _line(place: Path, number: int, line: str, labels: bool) -> Item:
+    name, kind = ("label", int) if labels else ("caption", str)
+    try:
+        values = json.loads(line)
+        file, told = values["image"], values[name]
+    except (ValueError, TypeError, LookupError):
+        file = told = None
+    if not isinstance(file, str) or not isinstance(told, kind) or isinstance(told, bool):
+        raise TimError(f'{place}: line {number}: found {line[:60]}, expected {{"image": path, "{name}": {kind.__name__}}}')
+    return Item(place.parent / file, told)
+
+
+def native_size(width: int, height: int, unit: int, max_pixels: int) -> tuple[int, int]:
+    """The size a picture trains at: its own, or smaller to have max_pixels, cut to multiples of `unit` (paper C.2); 0, 0 for none."""
+    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
+    across, down = (int(side * scale + 1e-6) // unit * unit for side in (width, height))
+    return (across, down) if across and down else (0, 0)
+
+
+def open_picture(item: Item) -> Tensor:
+    """(3, H, W) in [-1, 1] at the item's size: scaled until it covers it, the rest cut off evenly."""
+    with Image.open(item.file) as picture:
+        fitted = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (item.width, item.height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(fitted, np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+class FolderBatches(torch.utils.data.Dataset):
+    """batches[k] -> (latents (B, C, h, w), told): one size a batch, a pure function of (seed, k); every picture is as likely as any other.
+
+    told: text features (B, M, D) padded to the longest of the batch, or labels (B,). `null` is what dropped captions are replaced by.
+    """
+
+    def __init__(self, config: FolderConfig, items: list[Item], encode: "Encoder", batch: int, seed: int, parts: int):
+        self.files = {}
+        for item in items:
+            self.files.setdefault((item.width, item.height), []).append(encode.place(item))
+        self.sizes = sorted(self.files)
+        tokens = [batch * config.base_pixels / (width * height) for width, height in self.sizes]
+        self.counts = [max(parts, round(count / parts) * parts) for count in tokens]
+        weights = np.array([len(self.files[size]) / count for size, count in zip(self.sizes, self.counts)])
+        self.weights, self.seed = weights / weights.sum(), seed
+
+    def __getitem__(self, step: int) -> tuple[Tensor, list[Tensor | int]]:
+        rng = np.random.default_rng([self.seed, step])
+        which = int(rng.choice(len(self.sizes), p=self.weights))
+        files, count = self.files[self.sizes[which]], self.counts[which]
+        # without repeats as far as they go: a small folder is seen several times in one batch
+        order = np.concatenate([rng.permutation(len(files)) for _ in range(-(-count // len(files)))])[:count]
+        kept = [load_file(files[i]) for i in order]
+        return torch.stack([one["latent"].float() for one in kept]), [one["told"] for one in kept]
+
+
+class Encoder:
+    """Latents and text features of pictures, each encoded once and kept in the cache."""
+
+    def __init__(self, cache: Path, identity: str, latent: Callable[[Tensor], Tensor], told: Callable[[str | int], Tensor]):
+        """identity: what the encoders are; other encoders find nothing of these in the cache."""
+        self.cache, self.identity, self.latent, self.told = cache, identity, latent, told
+
+    def place(self, item: Item) -> Path:
+        stat = item.file.stat()
+        words = (self.identity, str(item.file.resolve()), stat.st_size, stat.st_mtime_ns, item.told, item.width, item.height)
+        return self.cache / f"{hashlib.sha256(repr(words).encode()).hexdigest()[:32]}.safetensors"
+
+    @torch.no_grad()
+    def keep(self, item: Item) -> None:
+        """Encodes a picture unless it is in the cache. OSError for one that cannot be read."""
+        if not (place := self.place(item)).is_file():
+            tensors = {"latent": self.latent(open_picture(item)[None])[0], "told": self.told(item.told)}
+            tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            write_whole(place, lambda beside: save_file(tensors, beside))
+
+
+def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, processes: Processes) -> list[Item]:
+    """The usable pictures of a folder, all of them in the cache; each that is broken or too small is named in one warning, and counted.
+
+    The processes share the encoding. TimError where nothing is left.
+    """
+    items, fitted, skipped = scan(config, labels), [], 0
+    for item in items:
+        try:
+            with Image.open(item.file) as picture:
+                turned = picture.getexif().get(0x0112, 1) >= 5
+                width, height = picture.size[::-1] if turned else picture.size
+        except BROKEN as error:
+            skipped += _skip(item, error, processes)
+            continue
+        size = native_size(width, height, unit, config.max_pixels)
+        if not all(size):
+            skipped += _skip(item, f"{width}x{height} pixels, expected at least {unit}x{unit}", processes)
+            continue
+        fitted.append(Item(item.file, item.told, *size))
+    encode.cache.mkdir(parents=True, exist_ok=True)
+    own = fitted[processes.index :: processes.count]
+    for item in tqdm(own, desc="encode", unit="picture", disable=not processes.first):
+        try:
+            encode.keep(item)
+        except BROKEN as error:
+            skipped += _skip(item, error, processes, everyone=True)
+    processes.wait()
+    usable = [item for item in fitted if encode.place(item).is_file()]  # files of the cache are written whole
+    if not usable:
+        raise TimError(f"{config.path}: found no usable picture of {len(items)}, expected some ({', '.join(ENDINGS)})")
+    if processes.first and skipped:
+        logging.warning(f"{config.path}: {len(items) - len(usable)} of {len(items)} pictures were left out")
+    return usable
+
+
+def _skip(item: Item, reason, processes: Processes, everyone: bool = False) -> int:
+    if processes.first or everyone:
+        logging.warning(f"{item.file}: left out ({' '.join(str(reason).split())})")
+    return 1

@@ -1,0 +1,52 @@
+"""Low-rank adapters (arXiv 2106.09685) for fine-tuning: W x + alpha / rank * B (A x), of which only A and B learn."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import TimError
+from ..files import write_whole
+from .config import LoraConfig
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with an adapter, which starts at zero."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        where = {"device": base.weight.device, "dtype": torch.float32}
+        self.base, self.scale = base, alpha / rank
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **where)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **where)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(x.dtype) * self.scale
+
+
+def add_lora(network: nn.Module, config: LoraConfig) -> None:
+    """Freezes the network and gives an adapter to every linear layer whose name one of the targets matches. TimError if there is none."""
+    network.requires_grad_(False)
+    found = [name for name, module in network.named_modules()
+             if isinstance(module, nn.Linear) and any(re.search(target, name) for target in config.targets)]
+    if not found:
+        raise TimError(f"training config: lora.targets: found {list(config.targets)}, expected patterns of layers such as attn.qkv")
+    for name in found:
+        parent, _, leaf = name.rpartition(".")
+        holder = network.get_submodule(parent)
+        setattr(holder, leaf, LoraLinear(getattr(holder, leaf), config.rank, config.alpha or float(config.rank)))
+
+
+def save_lora(weights: dict[str, Tensor], config: LoraConfig, path: Path, record: str) -> Path:
+    """The adapters among `weights`, under the names of ComfyUI's LoRA loaders: diffusion_model.<layer>.lora_A.weight, lora_B, alpha."""
+    tensors = {}
+    for name, value in weights.items():
+        layer, found, rest = name.partition(".lora_")
+        if found:
+            tensors[f"diffusion_model.{layer}.lora_{rest}"] = value.to(torch.bfloat16).contiguous()
+            tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(config.alpha or float(config.rank))
+    write_whole(path, lambda beside: save_file(tensors, beside, metadata={"tim_lora": record}))
+    return path

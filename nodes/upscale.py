@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
 from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size, upscale
-from .compat import schema
+from .compat import Schema
 from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, interval_inputs, seed_input, side_input, stochasticity_input
 from .model import unit
 from .sampler import sample_latent, shared_progress
@@ -15,7 +15,7 @@ from .sampler import sample_latent, shared_progress
 class TiMNativeUpscale(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMNativeUpscale",
             display_name="TiM Native Upscale",
             category="TiM",

@@ -99,7 +99,13 @@ class Server:
             environment["PYTHONPATH"] = os.environ["COMFYUI_PYTHONPATH"]
         for name in ("VIRTUAL_ENV", "PYTHONHOME"):
             environment.pop(name, None)
-        options = ["--cpu", "--disable-auto-launch", "--preview-method", "latent2rgb"]
+        self.elsewhere = base / "elsewhere"  # a second place for models, as extra_model_paths.yaml names it
+        folders = ("diffusion_models", "text_encoders", "vae", "checkpoints")
+        (extra := base / "extra.yaml").write_text(
+            "\n".join(["elsewhere:", f"  base_path: {self.elsewhere}", *(f"  {name}: my_{name}" for name in folders)]))
+        for name in folders:
+            (self.elsewhere / f"my_{name}").mkdir(parents=True)
+        options = ["--cpu", "--disable-auto-launch", "--preview-method", "latent2rgb", "--extra-model-paths-config", extra]
         command = [python, "main.py", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", base, *options]
         self.log = base / "log.txt"
         with self.log.open("wb") as log:
@@ -206,7 +212,7 @@ def class_files(comfyui, tmp_path_factory) -> None:
     save_file(TransitionTransformer(config).state_dict(), folder / "model.safetensors")
     save_file(vae.state_dict(), folder / "vae.safetensors")
     comfyui.add("diffusion_models", folder / "model.safetensors", "c2i_model_512.safetensors")
-    comfyui.add("vae", folder / "vae.safetensors", "diffusion_pytorch_model.safetensors")
+    comfyui.add("vae", folder / "vae.safetensors", "dc-ae-f32c32-sana-1.1.safetensors")
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:

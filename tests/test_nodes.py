@@ -124,6 +124,24 @@ def test_conditioning_nodes(comfyui):
         assert latent.isfinite().all() and (latent - plain).abs().max() > 1e-3, name
 
 
+def test_masks_and_areas_divide_the_picture(comfyui):
+    """In one step without guidance every cell is what its own prompt makes of it, by core's nodes for masks and for areas."""
+    graph = Graph()
+    a, b = graph.text(PROMPT), graph.text("two yellow triangles")
+    left = graph.add("SolidMask", value=1.0, width=64, height=64)
+    canvas = graph.add("SolidMask", value=0.0, width=128, height=64)
+    left = graph.add("MaskComposite", destination=canvas, source=left, x=0, y=0, operation="add")
+    right = graph.add("InvertMask", mask=left)
+    masked = [graph.add("ConditioningSetMask", conditioning=c, mask=mask, strength=1.0, set_cond_area="default")
+              for c, mask in ((a, left), (b, right))]
+    both = graph.add("ConditioningCombine", conditioning_1=masked[0], conditioning_2=masked[1])
+    wide = graph.empty(128, 64)
+    only_a, only_b, divided = run_latents(comfyui, graph, *(graph.tim(wide, cond, steps=1, cfg=1.0) for cond in (a, b, both)))
+    close(divided[..., :8], only_a[..., :8])
+    close(divided[..., 8:], only_b[..., 8:])
+    assert (only_a - only_b).abs().max() > 1e-3
+
+
 def test_a_repeated_latent_and_one_of_a_batch(comfyui):
     graph = Graph()
     repeated = graph.add("RepeatLatentBatch", samples=graph.empty(), amount=3)
@@ -430,17 +448,27 @@ def test_previews_look_like_the_picture(comfyui, tmp_path):
 
     from PIL import Image
 
-    graph = Graph("tim-shapes (bundled)")
-    save = graph.picture(graph.tim(seed=77, steps=6))
-    events = asyncio.run(events_of(comfyui, graph.prompt))
-    previews = [event for event in events if isinstance(event, bytes)]
-    assert previews, "no preview was sent"
-    start = next(i for i in range(len(previews[-1])) if previews[-1][i : i + 3] == b"\xff\xd8\xff" or previews[-1][i : i + 4] == b"\x89PNG")
-    shown = Image.open(io.BytesIO(previews[-1][start:])).convert("RGB").resize((8, 8), Image.Resampling.BOX)
-    done = next(e for e in events if isinstance(e, dict) and e["type"] == "executed" and e["data"]["node"] == save)["data"]["output"]
-    picture = Image.open(comfyui.file(done["images"][0])).convert("RGB").resize((8, 8), Image.Resampling.BOX)
-    a, b = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() for image in (shown, picture))
-    assert torch.corrcoef(torch.stack((a, b)))[0, 1] > 0.7
+    def cells(image) -> torch.Tensor:
+        """(64, 3): the mean colours of the latent's cells."""
+        small = image.convert("RGB").resize((8, 8), Image.Resampling.BOX)
+        return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).float().view(-1, 3)
+
+    shown, made = [], []
+    for seed in range(77, 81):
+        graph = Graph("tim-shapes (bundled)")
+        save = graph.picture(graph.tim(seed=seed, steps=6))
+        events = asyncio.run(events_of(comfyui, graph.prompt))
+        previews = [event for event in events if isinstance(event, bytes)]
+        assert previews, "no preview was sent"
+        last = previews[-1]
+        start = next(i for i in range(len(last)) if last[i : i + 3] == b"\xff\xd8\xff" or last[i : i + 4] == b"\x89PNG")
+        shown.append(cells(Image.open(io.BytesIO(last[start:]))))
+        done = next(e for e in events if isinstance(e, dict) and e["type"] == "executed" and e["data"]["node"] == save)["data"]["output"]
+        made.append(cells(Image.open(comfyui.file(done["images"][0]))))
+    a, b = torch.cat(shown), torch.cat(made)
+    hues = [colours - colours.mean(1, keepdim=True) for colours in (a, b)]  # what a grey preview would have none of
+    assert torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1] > 0.7
+    assert torch.corrcoef(torch.stack([hue.flatten() for hue in hues]))[0, 1] > 0.6
 
 
 # Classes
@@ -450,7 +478,7 @@ def test_previews_look_like_the_picture(comfyui, tmp_path):
 def classes(class_files):
     graph = Graph()
     graph.model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
-    graph.vae = graph.add("TiMVAELoader", vae_name="diffusion_pytorch_model.safetensors")
+    graph.vae = graph.add("TiMVAELoader", vae_name="dc-ae-f32c32-sana-1.1.safetensors")
     return graph
 
 
@@ -569,12 +597,18 @@ def test_text_and_classes_do_not_mix(comfyui, classes):
     assert "found a class label, expected text of width 32" in message
 
 
-def test_paths_of_other_folders(comfyui, parts):
-    """What the loaders list is ComfyUI's, whose extra_model_paths point anywhere."""
-    folder = Path(comfyui.base) / "models" / "diffusion_models" / "deep"
-    folder.mkdir()
-    shutil.copyfile(parts / "diffusion_models" / "part-model.safetensors", folder / "inner.safetensors")
+@pytest.mark.parametrize("place", ["models/diffusion_models/deep", "elsewhere/my_diffusion_models"])
+def test_paths_of_other_folders(comfyui, parts, place):
+    """What the loaders list is ComfyUI's: folders inside its own, and those that an extra_model_paths.yaml names."""
+    folder = Path(comfyui.base) / place
+    folder.mkdir(exist_ok=True)
+    name = f"{place.split('/')[0]}.safetensors"
+    shutil.copyfile(parts / "diffusion_models" / "part-model.safetensors", folder / name)
+    listed = name if folder.parent == comfyui.elsewhere else f"deep/{name}"
     graph = separately()
-    graph.model = graph.add("TiMModelLoader", model_name="deep/inner.safetensors", weight_dtype="default")
+    graph.model = graph.add("TiMModelLoader", model_name=listed, weight_dtype="default")
+    if folder.parent == comfyui.elsewhere:  # a folder of Hugging Face, too
+        shutil.copytree(parts / "text_encoders" / "tiny-gemma", comfyui.elsewhere / "my_text_encoders" / "other-gemma")
+        graph.clip = graph.add("TiMTextEncoderLoader", text_encoder_name="other-gemma/")
     close(run_latents(comfyui, graph, graph.tim())[0], run_latents(comfyui, other := separately(), other.tim())[0])
-    assert read_parts(folder / "inner.safetensors").latent_factor == 8
+    assert read_parts(folder / name).latent_factor == 8

@@ -194,8 +194,7 @@ def comfyui(tmp_path_factory, tiny):
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def class_files(comfyui, tmp_path_factory) -> None:
+def make_class_files(server: Server, folder: Path) -> None:
     """What the template class-conditional asks for, small and random: a transformer for 1000 classes and a DC-AE of factor 32."""
     import torch
     from safetensors.torch import save_file
@@ -205,14 +204,19 @@ def class_files(comfyui, tmp_path_factory) -> None:
     from tim_core.transformer import TransitionTransformer
 
     torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
     config = TransformerConfig(in_channels=32, hidden_size=32, depth=2, num_heads=2, num_classes=1000, lora_hidden_size=8)
     stages = (StageConfig(8, 1),) * 4 + (StageConfig(32, 1), StageConfig(32, 1, "EfficientViTBlock", (5,)))
     vae = Autoencoder(AutoencoderConfig(stages, stages, latent_channels=32, head_dim=8, scaling_factor=0.41407))
-    folder = tmp_path_factory.mktemp("class")
     save_file(TransitionTransformer(config).state_dict(), folder / "model.safetensors")
     save_file(vae.state_dict(), folder / "vae.safetensors")
-    comfyui.add("diffusion_models", folder / "model.safetensors", "c2i_model_512.safetensors")
-    comfyui.add("vae", folder / "vae.safetensors", "dc-ae-f32c32-sana-1.1.safetensors")
+    server.add("diffusion_models", folder / "model.safetensors", "c2i_model_512.safetensors")
+    server.add("vae", folder / "vae.safetensors", "dc-ae-f32c32-sana-1.1.safetensors")
+
+
+@pytest.fixture(scope="session")
+def class_files(comfyui, tmp_path_factory) -> None:
+    make_class_files(comfyui, tmp_path_factory.mktemp("class"))
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:

@@ -9,8 +9,9 @@ async def comfy_entrypoint():
 
         load_schemas()
         return TiMExtension()
-    except Exception:
+    except Exception as error:
         import logging
 
-        logging.exception("ComfyUI-TiM: the nodes could not be loaded; they need ComfyUI 0.3.64 or newer")
+        logging.error(f"ComfyUI-TiM: the nodes could not be loaded ({error}); they need ComfyUI 0.3.64 or newer")
+        logging.debug("ComfyUI-TiM", exc_info=True)
         raise

@@ -11,6 +11,6 @@ def accepted(function, **keywords) -> dict:
     return {name: value for name, value in keywords.items() if name in known}
 
 
-def schema(**keywords) -> io.Schema:
-    """io.Schema without the keywords that an older version does not know (search_aliases)."""
+def Schema(**keywords) -> io.Schema:
+    """io.Schema without the keywords that an older version does not know (search_aliases). Named so that the Manager finds the node ids."""
     return io.Schema(**accepted(io.Schema, **keywords))

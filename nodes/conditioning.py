@@ -3,14 +3,14 @@
 from comfy_api.latest import io
 
 from ..tim_core.imagenet import class_number
-from .compat import schema
+from .compat import Schema
 from .model import class_label
 
 
 class TiMClassLabel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMClassLabel",
             display_name="TiM Class Label",
             category="TiM",

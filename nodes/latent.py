@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
-from .compat import schema
+from .compat import Schema
 from .inputs import MAX_SIDE, side_input
 from .sampler import empty_latent
 
@@ -25,7 +25,7 @@ def preset(ratio: str, megapixels: str) -> tuple[int, int]:
 class TiMEmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMEmptyLatent",
             display_name="Empty TiM Latent",
             category="TiM",

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..tim_core.checkpoint import AUTOENCODER, BUNDLED, TEXT_ENCODER, TRANSFORMER, read_parts
 from ..tim_core.errors import TimError
 from .clip import build_clip
-from .compat import schema
+from .compat import Schema
 from .model import WEIGHT_DTYPES, build_model
 from .vae import TiMVAE
 
@@ -48,7 +48,7 @@ def parts_of(folder: str, name: str, *wanted: str):
 class TiMCheckpointLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMCheckpointLoader",
             display_name="Load TiM Checkpoint",
             category="TiM",
@@ -79,7 +79,7 @@ class TiMCheckpointLoader(io.ComfyNode):
 class TiMModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMModelLoader",
             display_name="Load TiM Model",
             category="TiM",
@@ -112,7 +112,7 @@ class TiMModelLoader(io.ComfyNode):
 class TiMTextEncoderLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMTextEncoderLoader",
             display_name="Load TiM Text Encoder",
             category="TiM",
@@ -137,7 +137,7 @@ class TiMTextEncoderLoader(io.ComfyNode):
 class TiMVAELoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMVAELoader",
             display_name="Load TiM VAE",
             category="TiM",

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import comfy.k_diffusion.sampling
 import comfy.latent_formats
+import comfy.ldm.common_dit
 import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -60,10 +61,12 @@ class TiMNetwork(TransitionTransformer):
 
     def _forward(self, x, timesteps, context, transformer_options={}, **kwargs):
         context = self._condition(context)
+        height, width = x.shape[-2:]
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.config.patch_size,) * 2)
         attention = self.comfy_attention
         outer, attention.options = attention.options, transformer_options
         try:
-            return super().forward(x, timesteps, transformer_options.get("tim_r", timesteps), context)
+            return super().forward(x, timesteps, transformer_options.get("tim_r", timesteps), context)[..., :height, :width]
         finally:
             attention.options = outer
 
@@ -76,7 +79,8 @@ class TiMNetwork(TransitionTransformer):
             raise TimError(f"conditioning: found {found}, expected {wanted}")
         if config.text_dim:
             return context
-        label = (context[:, 0] * context.new_tensor([LABEL_BASE, 1])).sum(-1).round().long()
+        # The digits survive half precision, the number that they make does not.
+        label = (context[:, 0].float() @ context.new_tensor([LABEL_BASE, 1], dtype=torch.float32)).round().long()
         if int(label.max()) >= config.num_classes:
             raise TimError(f"class label: found {int(label.max())}, expected 0 to {config.num_classes - 1}")
         if int(label.min()) < 0 and not config.null_class:
@@ -100,20 +104,20 @@ class TiMModel(comfy.model_base.BaseModel):
 
 
 class TiMLatent(comfy.latent_formats.LatentFormat):
-    """Latents of unit variance: DC-AE's scale is applied by the VAE, that of the stock SD VAE (4 channels) here.
+    """Latents of unit variance: DC-AE's scale is applied by the VAE, that of the stock SD VAE here.
 
     `preview` is None or {"factors": (C, 3), "bias": (3)}: a linear picture of the latent, for live previews.
     """
 
-    def __init__(self, channels: int, factor: int, preview: dict | None = None):
-        self.latent_channels = channels
+    def __init__(self, config: TransformerConfig, factor: int, preview: dict | None = None):
+        self.latent_channels = config.in_channels
         self.spacial_downscale_ratio = factor
-        if preview is not None:
-            self.latent_rgb_factors, self.latent_rgb_factors_bias = preview["factors"], preview["bias"]
-        elif channels == 4:
+        if config.in_channels == 4 and config.text_dim is None:  # the released classes at 256: latents of the stock SD VAE
             stock = comfy.latent_formats.SD15()
             self.scale_factor, self.latent_rgb_factors = stock.scale_factor, stock.latent_rgb_factors
             self.taesd_decoder_name = stock.taesd_decoder_name
+        if preview is not None:
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = preview["factors"], preview["bias"]
 
 
 class TiMConfig(comfy.supported_models_base.BASE):
@@ -125,7 +129,7 @@ class TiMConfig(comfy.supported_models_base.BASE):
     latent_format = None
 
     def __init__(self, config: TransformerConfig, factor: int, record: dict):
-        self.latent_format = lambda: TiMLatent(config.in_channels, factor, record.get("preview"))  # BASE calls it
+        self.latent_format = lambda: TiMLatent(config, factor, record.get("preview"))  # BASE calls it
         super().__init__({"config": config})
         self.record = record
         # A guess, not measured on a GPU: at the peak a token holds some 30 tensors of the hidden width (the gated MLP, q, k, v), at

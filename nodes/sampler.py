@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..tim_core.errors import TimError
-from ..tim_core.sampler import fresh_noise, sample
+from ..tim_core.sampler import MODES, fresh_noise, sample
 from .compat import accepted
 from .model import TARGET, tim_model, unit, with_interval
 
@@ -41,8 +41,8 @@ def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable
 
 def transition_sampler(mode: str = "transition", stochasticity: float = 0.0) -> comfy.samplers.KSAMPLER:
     """The SAMPLER that takes TiM's steps; TimError for a mode or a share of noise that there is not."""
-    if mode not in ("transition", "diffusion"):
-        raise TimError(f"mode: found '{mode}', expected transition or diffusion")
+    if mode not in MODES:
+        raise TimError(f"mode: found '{mode}', expected {' or '.join(MODES)}")
     if not 0 <= stochasticity <= 1:
         raise TimError(f"stochasticity: found {stochasticity}, expected 0 to 1")
     return comfy.samplers.KSAMPLER(sample_transitions, {"mode": mode, "stochasticity": stochasticity})

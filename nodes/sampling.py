@@ -4,18 +4,17 @@ from comfy_api.latest import io
 
 from ..tim_core import schedule
 from ..tim_core.errors import TimError
-from .compat import schema
+from ..tim_core.sampler import MODES
+from .compat import Schema
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input, steps_input, stochasticity_input, time_inputs
 from .model import tim_model, with_interval
 from .sampler import sample_latent, transition_sampler
-
-MODES = ("transition", "diffusion")
 
 
 class TiMSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMSampler",
             display_name="TiM Sampler",
             category="TiM",
@@ -65,7 +64,7 @@ class TiMSampler(io.ComfyNode):
 class TiMSamplerSelect(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMSamplerSelect",
             display_name="TiM Sampler Select",
             category="TiM",
@@ -91,7 +90,7 @@ class TiMSamplerSelect(io.ComfyNode):
 class TiMScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMScheduler",
             display_name="TiM Scheduler",
             category="TiM",
@@ -128,7 +127,7 @@ class TiMScheduler(io.ComfyNode):
 class TiMGuidanceInterval(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMGuidanceInterval",
             display_name="TiM Guidance Interval",
             category="TiM",

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..tim_core import schedule
 from ..tim_core.contact_sheet import contact_sheet, step_label, to_tensor
 from ..tim_core.errors import TimError
-from .compat import schema
+from .compat import Schema
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
 from .sampler import counted, first, sample_latent, shared_progress, stacked
 
@@ -23,7 +23,7 @@ def step_counts(text: str) -> list[int]:
 class TiMStepSweep(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMStepSweep",
             display_name="TiM Step Sweep",
             category="TiM",

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
 from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size, upscale
-from .compat import schema
+from .compat import Schema
 from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, interval_inputs, seed_input, side_input, stochasticity_input
 from .model import unit
 from .sampler import sample_latent, shared_progress
@@ -15,7 +15,7 @@ from .sampler import sample_latent, shared_progress
 class TiMNativeUpscale(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return Schema(
             node_id="TiMNativeUpscale",
             display_name="TiM Native Upscale",
             category="TiM",
@@ -88,6 +88,8 @@ class TiMNativeUpscale(io.ComfyNode):
             raise TimError(f"TiMNativeUpscale: found {found} of image and latent connected, expected one of them")
         multiple, counts = unit(model), stage_steps(steps, stages)
         images = (vae.decode(latent["samples"]) if image is None else image)[..., :3]
+        images = images.expand(*images.shape[:3], 3)  # of a mask or a depth map
+        noise_of = {name: latent[name] for name in ("batch_index",) if latent and name in latent}
         size = images.shape[2], images.shape[1]
         target = target_size(*size, width, height, factor)
         sizes = stage_sizes(size, target, stages, multiple)
@@ -99,7 +101,7 @@ class TiMNativeUpscale(io.ComfyNode):
 
         def sample(samples, times, stage):
             interval, callback = (guidance_low, guidance_high), progress(sum(counts[:stage]))
-            start = {"samples": samples}
+            start = {"samples": samples, **noise_of}
             return sample_latent(
                 model, positive, negative, start, seed, cfg, times, interval, stochasticity, callback=callback
             )["samples"]

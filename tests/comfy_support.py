@@ -99,7 +99,13 @@ class Server:
             environment["PYTHONPATH"] = os.environ["COMFYUI_PYTHONPATH"]
         for name in ("VIRTUAL_ENV", "PYTHONHOME"):
             environment.pop(name, None)
-        options = ["--cpu", "--disable-auto-launch", "--preview-method", "latent2rgb"]
+        self.elsewhere = base / "elsewhere"  # a second place for models, as extra_model_paths.yaml names it
+        folders = ("diffusion_models", "text_encoders", "vae", "checkpoints")
+        (extra := base / "extra.yaml").write_text(
+            "\n".join(["elsewhere:", f"  base_path: {self.elsewhere}", *(f"  {name}: my_{name}" for name in folders)]))
+        for name in folders:
+            (self.elsewhere / f"my_{name}").mkdir(parents=True)
+        options = ["--cpu", "--disable-auto-launch", "--preview-method", "latent2rgb", "--extra-model-paths-config", extra]
         command = [python, "main.py", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", base, *options]
         self.log = base / "log.txt"
         with self.log.open("wb") as log:
@@ -188,8 +194,7 @@ def comfyui(tmp_path_factory, tiny):
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def class_files(comfyui, tmp_path_factory) -> None:
+def make_class_files(server: Server, folder: Path) -> None:
     """What the template class-conditional asks for, small and random: a transformer for 1000 classes and a DC-AE of factor 32."""
     import torch
     from safetensors.torch import save_file
@@ -199,14 +204,19 @@ def class_files(comfyui, tmp_path_factory) -> None:
     from tim_core.transformer import TransitionTransformer
 
     torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
     config = TransformerConfig(in_channels=32, hidden_size=32, depth=2, num_heads=2, num_classes=1000, lora_hidden_size=8)
     stages = (StageConfig(8, 1),) * 4 + (StageConfig(32, 1), StageConfig(32, 1, "EfficientViTBlock", (5,)))
     vae = Autoencoder(AutoencoderConfig(stages, stages, latent_channels=32, head_dim=8, scaling_factor=0.41407))
-    folder = tmp_path_factory.mktemp("class")
     save_file(TransitionTransformer(config).state_dict(), folder / "model.safetensors")
     save_file(vae.state_dict(), folder / "vae.safetensors")
-    comfyui.add("diffusion_models", folder / "model.safetensors", "c2i_model_512.safetensors")
-    comfyui.add("vae", folder / "vae.safetensors", "diffusion_pytorch_model.safetensors")
+    server.add("diffusion_models", folder / "model.safetensors", "c2i_model_512.safetensors")
+    server.add("vae", folder / "vae.safetensors", "dc-ae-f32c32-sana-1.1.safetensors")
+
+
+@pytest.fixture(scope="session")
+def class_files(comfyui, tmp_path_factory) -> None:
+    make_class_files(comfyui, tmp_path_factory.mktemp("class"))
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.comfy_graph import PROMPT, Graph, close, inside, latent_of, pictures_of, refusal, run_latents, run_pictures, same_picture
+from tests.comfy_support import probe
 from tim_core import Pipeline, schedule
 from tim_core.checkpoint import load_text_encoder, pack, read_parts
 
@@ -121,6 +122,24 @@ def test_conditioning_nodes(comfyui):
     close(latents.pop("whole mask"), plain)
     for name, latent in latents.items():
         assert latent.isfinite().all() and (latent - plain).abs().max() > 1e-3, name
+
+
+def test_masks_divide_the_picture(comfyui):
+    """In one step without guidance every cell is what its own prompt makes of it."""
+    graph = Graph()
+    a, b = graph.text("three red squares"), graph.text("two yellow triangles")  # as long: neither is padded for the other
+    left = graph.add("SolidMask", value=1.0, width=64, height=64)
+    canvas = graph.add("SolidMask", value=0.0, width=128, height=64)
+    left = graph.add("MaskComposite", destination=canvas, source=left, x=0, y=0, operation="add")
+    right = graph.add("InvertMask", mask=left)
+    masked = [graph.add("ConditioningSetMask", conditioning=c, mask=mask, strength=1.0, set_cond_area="default")
+              for c, mask in ((a, left), (b, right))]
+    both = graph.add("ConditioningCombine", conditioning_1=masked[0], conditioning_2=masked[1])
+    wide = graph.empty(128, 64)
+    only_a, only_b, divided = run_latents(comfyui, graph, *(graph.tim(wide, cond, steps=1, cfg=1.0) for cond in (a, b, both)))
+    close(divided[..., :8], only_a[..., :8])
+    close(divided[..., 8:], only_b[..., 8:])
+    assert (only_a - only_b).abs().max() > 1e-3
 
 
 def test_a_repeated_latent_and_one_of_a_batch(comfyui):
@@ -311,6 +330,31 @@ def test_upscale_takes_a_latent_or_an_image(comfyui):
         assert f"found {found}" in refusal(comfyui, fresh, [upscaled(fresh, **links)[0], 1])
 
 
+def test_upscale_keeps_the_noise_of_a_picture_of_a_batch(comfyui):
+    graph = Graph()
+    batch = graph.tim(graph.empty(batch_size=2))
+    second = graph.add("LatentFromBatch", samples=batch, batch_index=1, length=1)
+    both, one = run_latents(comfyui, graph, [upscaled(graph, latent=batch)[0], 1], [upscaled(graph, latent=second)[0], 1])
+    close(both[1:], one, 1e-3)
+
+
+def one_channel(model, clip, vae):
+    """The shape of an upscaled picture that had one channel, as masks and depth maps of some packs have."""
+    import sys
+
+    import torch
+
+    node = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.upscale")).TiMNativeUpscale
+    text = clip.encode_from_tokens_scheduled(clip.tokenize("a circle"))
+    settings = dict(seed=0, factor=2.0, width=0, height=0, stages=1, steps="1", strength=0.5, cfg=1.0, guidance_low=0.0, guidance_high=1.0)
+    done = node.execute(model, vae, text, text, stochasticity=0.0, image=torch.rand(1, 16, 16, 1), **settings)
+    return list(done.result[0].shape)
+
+
+def test_upscale_takes_a_picture_of_one_channel(comfyui):
+    assert inside(comfyui, one_channel) == [1, 32, 32, 3]
+
+
 @pytest.mark.parametrize("settings, said", [
     (dict(steps="4, 4"), "1 of them"), (dict(steps="none"), "'none'"), (dict(factor=16.0, width=0), "at most 4096"),
     (dict(stages=2, steps="1, 2, 3"), "2 of them"),
@@ -404,17 +448,27 @@ def test_previews_look_like_the_picture(comfyui, tmp_path):
 
     from PIL import Image
 
-    graph = Graph("tim-shapes (bundled)")
-    save = graph.picture(graph.tim(seed=77, steps=6))
-    events = asyncio.run(events_of(comfyui, graph.prompt))
-    previews = [event for event in events if isinstance(event, bytes)]
-    assert previews, "no preview was sent"
-    start = next(i for i in range(len(previews[-1])) if previews[-1][i : i + 3] == b"\xff\xd8\xff" or previews[-1][i : i + 4] == b"\x89PNG")
-    shown = Image.open(io.BytesIO(previews[-1][start:])).convert("RGB").resize((8, 8), Image.Resampling.BOX)
-    done = next(e for e in events if isinstance(e, dict) and e["type"] == "executed" and e["data"]["node"] == save)["data"]["output"]
-    picture = Image.open(comfyui.file(done["images"][0])).convert("RGB").resize((8, 8), Image.Resampling.BOX)
-    a, b = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() for image in (shown, picture))
-    assert torch.corrcoef(torch.stack((a, b)))[0, 1] > 0.7
+    def cells(image) -> torch.Tensor:
+        """(64, 3): the mean colours of the latent's cells."""
+        small = image.convert("RGB").resize((8, 8), Image.Resampling.BOX)
+        return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).float().view(-1, 3)
+
+    shown, made = [], []
+    for seed in range(77, 81):
+        graph = Graph("tim-shapes (bundled)")
+        save = graph.picture(graph.tim(seed=seed, steps=6))
+        events = asyncio.run(events_of(comfyui, graph.prompt))
+        previews = [event for event in events if isinstance(event, bytes)]
+        assert previews, "no preview was sent"
+        last = previews[-1]
+        start = next(i for i in range(len(last)) if last[i : i + 3] == b"\xff\xd8\xff" or last[i : i + 4] == b"\x89PNG")
+        shown.append(cells(Image.open(io.BytesIO(last[start:]))))
+        done = next(e for e in events if isinstance(e, dict) and e["type"] == "executed" and e["data"]["node"] == save)["data"]["output"]
+        made.append(cells(Image.open(comfyui.file(done["images"][0]))))
+    a, b = torch.cat(shown), torch.cat(made)
+    hues = [colours - colours.mean(1, keepdim=True) for colours in (a, b)]  # what a grey preview would have none of
+    assert torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1] > 0.7
+    assert torch.corrcoef(torch.stack([hue.flatten() for hue in hues]))[0, 1] > 0.6
 
 
 # Classes
@@ -424,7 +478,7 @@ def test_previews_look_like_the_picture(comfyui, tmp_path):
 def classes(class_files):
     graph = Graph()
     graph.model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
-    graph.vae = graph.add("TiMVAELoader", vae_name="diffusion_pytorch_model.safetensors")
+    graph.vae = graph.add("TiMVAELoader", vae_name="dc-ae-f32c32-sana-1.1.safetensors")
     return graph
 
 
@@ -449,6 +503,86 @@ def test_a_name_and_its_number_are_one_class(comfyui, classes):
     close(stock, by_name)
 
 
+@pytest.fixture(scope="module")
+def patched(comfyui, tmp_path_factory) -> str:
+    """A class-conditional model as released for 256: four channels, patches of two cells."""
+    from tim_core.config import TransformerConfig
+    from tim_core.transformer import TransitionTransformer
+
+    torch.manual_seed(0)
+    config = TransformerConfig(in_channels=4, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=1000, lora_hidden_size=8)
+    file = tmp_path_factory.mktemp("patched") / "model.safetensors"
+    save_file(TransitionTransformer(config).state_dict(), file)
+    return comfyui.add("diffusion_models", file, "c2i_model_256.safetensors")
+
+
+def scale_of(model):
+    return [model.model.latent_format.scale_factor, model.model.latent_format.latent_channels]
+
+
+def test_classes_at_256_use_the_stock_vae_s_latents(comfyui, patched):
+    graph = Graph()
+    graph.model = graph.add("TiMModelLoader", model_name=patched, weight_dtype="default")
+    node = graph.add("TiMTestProbe", **probe(scale_of), model=graph.model)[0]
+    assert json.loads(comfyui.run(graph.prompt)[node]["text"][0]) == [0.18215, 4]
+
+
+def test_a_latent_that_is_no_multiple_of_the_patch(comfyui, patched):
+    """Core makes latents of any number of cells; what is beyond the edge is padded, and cut off again."""
+    graph = Graph()
+    graph.model = graph.add("TiMModelLoader", model_name=patched, weight_dtype="default")
+    label, null = graph.add("TiMClassLabel", label="207"), graph.add("TiMClassLabel", label="")
+    odd, even = (graph.add("EmptyLatentImage", width=width, height=64, batch_size=1) for width in (72, 80))
+    narrow, wide = run_latents(comfyui, graph, graph.tim(odd, label, null), graph.tim(even, label, null))
+    assert narrow.shape == (1, 4, 8, 9) and wide.shape == (1, 4, 8, 10) and narrow.isfinite().all()
+
+
+def labels_as_the_network_reads_them(model):
+    """What becomes of every class, null first, on its way through the conditioning in the dtypes that networks compute in."""
+    import sys
+
+    import torch
+
+    adapter = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.model"))
+    labels = torch.cat([adapter.class_label(label) for label in range(-1, 1000)])
+    return {str(dtype): model.model.diffusion_model._condition(labels.to(dtype)).tolist()
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def test_every_class_survives_every_dtype(comfyui, classes):
+    graph = copy(classes)
+    node = graph.add("TiMTestProbe", **probe(labels_as_the_network_reads_them), model=graph.model)[0]
+    for dtype, found in json.loads(comfyui.run(graph.prompt)[node]["text"][0]).items():
+        assert found == [1000, *range(1000)], dtype
+
+
+def computed_in_bfloat16(model):
+    """The relative error of one evaluation that is computed in bfloat16, as on a GPU, and not cast to float32, as on a CPU."""
+    import torch
+
+    inner, config = model.model, model.model.diffusion_model.config
+    torch.manual_seed(0)
+    noise, time = torch.randn(2, config.in_channels, 6, 4), torch.tensor([0.7, 0.7])
+    condition = torch.randn(2, 5, config.text_dim) if config.text_dim else torch.tensor([[[8.0, 1.0]], [[31.0, 7.0]]])
+    answers, saved = [], inner.manual_cast_dtype
+    for dtype in (torch.float32, None):
+        inner.manual_cast_dtype = dtype
+        with torch.no_grad():
+            answers.append(inner.apply_model(noise, time, c_crossattn=condition, transformer_options={}))
+    inner.manual_cast_dtype = saved
+    exact, rounded = answers
+    return {"error": float((exact - rounded).std() / exact.std()), "dtype": str(inner.get_dtype()), "same": torch.equal(exact, rounded)}
+
+
+@pytest.mark.parametrize("name", ["part-model.safetensors", "c2i_model_512.safetensors"])
+def test_computing_in_bfloat16(comfyui, parts, classes, name):
+    graph = Graph()
+    model = graph.add("TiMModelLoader", model_name=name, weight_dtype="bf16")
+    node = graph.add("TiMTestProbe", **probe(computed_in_bfloat16), model=model)[0]
+    found = json.loads(comfyui.run(graph.prompt)[node]["text"][0])
+    assert found["dtype"] == "torch.bfloat16" and not found["same"] and found["error"] < 0.03
+
+
 @pytest.mark.parametrize("label, said", [("golden retreiver", "golden retriever"), ("1000", "expected 0 to 999")])
 def test_unknown_classes_are_refused(comfyui, classes, label, said):
     graph = copy(classes)
@@ -463,12 +597,18 @@ def test_text_and_classes_do_not_mix(comfyui, classes):
     assert "found a class label, expected text of width 32" in message
 
 
-def test_paths_of_other_folders(comfyui, parts):
-    """What the loaders list is ComfyUI's, whose extra_model_paths point anywhere."""
-    folder = Path(comfyui.base) / "models" / "diffusion_models" / "deep"
-    folder.mkdir()
-    shutil.copyfile(parts / "diffusion_models" / "part-model.safetensors", folder / "inner.safetensors")
+@pytest.mark.parametrize("place", ["models/diffusion_models/deep", "elsewhere/my_diffusion_models"])
+def test_paths_of_other_folders(comfyui, parts, place):
+    """What the loaders list is ComfyUI's: folders inside its own, and those that an extra_model_paths.yaml names."""
+    folder = Path(comfyui.base) / place
+    folder.mkdir(exist_ok=True)
+    name = f"{place.split('/')[0]}.safetensors"
+    shutil.copyfile(parts / "diffusion_models" / "part-model.safetensors", folder / name)
+    listed = name if folder.parent == comfyui.elsewhere else f"deep/{name}"
     graph = separately()
-    graph.model = graph.add("TiMModelLoader", model_name="deep/inner.safetensors", weight_dtype="default")
+    graph.model = graph.add("TiMModelLoader", model_name=listed, weight_dtype="default")
+    if folder.parent == comfyui.elsewhere:  # a folder of Hugging Face, too
+        shutil.copytree(parts / "text_encoders" / "tiny-gemma", comfyui.elsewhere / "my_text_encoders" / "other-gemma")
+        graph.clip = graph.add("TiMTextEncoderLoader", text_encoder_name="other-gemma/")
     close(run_latents(comfyui, graph, graph.tim())[0], run_latents(comfyui, other := separately(), other.tim())[0])
-    assert read_parts(folder / "inner.safetensors").latent_factor == 8
+    assert read_parts(folder / name).latent_factor == 8

@@ -1,6 +1,8 @@
 """What is installed: tim_core with the bundled model, the command `tim`, and nothing called `nodes`."""
 
 import ast
+import asyncio
+import importlib.util
 import os
 import re
 import shutil
@@ -102,6 +104,35 @@ def test_every_arrow_points_down():
             if other not in ("__version__", room):
                 assert FLOOR[other] < FLOOR[room], f"{source}: imports {other}"
                 assert other != "nodes" and (other != "training" or room == "cli"), f"{source}: imports {other}"
+
+
+def test_nodes_that_cannot_be_loaded_are_one_line(tmp_path, caplog):
+    """As in a ComfyUI that is too old for what they import."""
+    (tmp_path / "pack_of_tim").mkdir()
+    shutil.copyfile(ROOT / "__init__.py", tmp_path / "pack_of_tim" / "__init__.py")
+    (tmp_path / "pack_of_tim" / "nodes.py").write_text("raise ImportError('no comfy_api.latest')")
+    spec = importlib.util.spec_from_file_location("pack_of_tim", tmp_path / "pack_of_tim" / "__init__.py", submodule_search_locations=[
+        str(tmp_path / "pack_of_tim")])
+    pack = sys.modules["pack_of_tim"] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(pack)
+        with pytest.raises(ImportError):
+            asyncio.run(pack.comfy_entrypoint())
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "pack_of_tim"]:
+            del sys.modules[name]
+    (record,) = [record for record in caplog.records if record.levelname != "DEBUG"]
+    assert "no comfy_api.latest" in record.getMessage() and "0.3.64" in record.getMessage() and record.exc_info is None
+
+
+def test_node_ids_can_be_read_without_running_the_nodes():
+    """The Manager's scanner looks for Schema(node_id="...")."""
+    found = []
+    for file in (ROOT / "nodes").glob("*.py"):
+        for call in (part for part in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(part, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id == "Schema":
+                found += [word.value.value for word in call.keywords if word.arg == "node_id"]
+    assert len(found) == len(set(found)) == 12 and all(name.startswith("TiM") for name in found)
 
 
 def test_ci_runs_the_readmes_commands():

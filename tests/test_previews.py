@@ -76,6 +76,12 @@ def test_folders_without_pictures_are_refused(tmp_path):
         list(previews.photographs(tmp_path, 64))
 
 
+def test_inspect_says_what_previews_are_worth(capsys):
+    assert main(["inspect", "tim-shapes"]) == 0
+    share = round(100 * read_parts("tim-shapes").record("transformer")["preview"]["r2"])
+    assert f"live previews: {share} % of the colours' variance" in capsys.readouterr().out
+
+
 def test_the_bundled_model_has_previews():
     preview = read_parts("tim-shapes").record("transformer")["preview"]
     fitted = previews.fit(load_autoencoder(BUNDLED["tim-shapes"], dtype=torch.float32), previews.drawn(60, 64, seed=1))

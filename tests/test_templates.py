@@ -96,7 +96,7 @@ def custom_sampling(run: Template, pipe: Pipeline) -> dict:
 def class_conditional(run: Template, pipe: Pipeline, server) -> dict:
     node, models = run.inputs["TiMSampler"], server.base / "models"
     transformer = load_transformer(models / "diffusion_models" / "c2i_model_512.safetensors", dtype=torch.float32)
-    autoencoder = load_autoencoder(models / "vae" / "diffusion_pytorch_model.safetensors", dtype=torch.float32)
+    autoencoder = load_autoencoder(models / "vae" / "dc-ae-f32c32-sana-1.1.safetensors", dtype=torch.float32)
     noise = torch.randn(1, 32, 16, 16, generator=torch.Generator().manual_seed(node["seed"]))
     label = torch.tensor([class_number(run.inputs["Class"]["label"])])
     assert label == 207 and run.inputs["No class"]["label"] == ""

@@ -124,6 +124,15 @@ def test_damaged_tokenizers_are_one_line():
         assert "some/file" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_prompt_that_is_too_long_is_cut_and_said(tokenizer, caplog):
+    ids, mask = tokenizer(["a circle " * 200])
+    assert mask.all() and ids.shape == (1, 256)
+    assert "found 400 tokens, of which the first 255 are read" in caplog.text
+    caplog.clear()
+    tokenizer(["a circle"])
+    assert not caplog.text
+
+
 def test_tokenizer_from_folder(tmp_path, tokenizer):
     with pytest.raises(TimError, match="tokenizer.json"):
         Tokenizer.from_folder(tmp_path)

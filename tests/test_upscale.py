@@ -111,6 +111,10 @@ def test_prompt_line(tiny, tmp_path, capsys):
     from PIL import Image
 
     assert Image.open(tmp_path / "large.png").size == (96, 64)
+    turned = Image.new("RGB", (40, 16))
+    turned.save(tmp_path / "phone.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
+    assert main(["upscale", str(tmp_path / "phone.jpg"), *command[2:], "--steps", "1", "-o", str(tmp_path / "upright.png")]) == 0
+    assert Image.open(tmp_path / "upright.png").size == (32, 80)
     (tmp_path / "text.png").write_text("no picture")
     for bad in ("nothing.png", "text.png"):
         assert main(["upscale", str(tmp_path / bad), "a circle", "-o", str(tmp_path / "out.png")]) == 1

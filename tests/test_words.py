@@ -97,6 +97,31 @@ def test_numbers_files_and_commands_stay(language):
             assert word in words[place], place
 
 
+def output_count(node: str) -> int:
+    for tree in TREES:
+        for part in ast.walk(tree):
+            if isinstance(part, ast.FunctionDef) and part.name == "define_schema":
+                words = {word.arg: word.value for call in calls(part) for word in call.keywords if word.arg in ("node_id", "outputs")}
+                if words["node_id"].value == node:
+                    return len(words["outputs"].elts)
+    raise LookupError(node)
+
+
+@pytest.mark.parametrize("node", SCHEMAS)
+def test_every_output_has_words(node):
+    for language, words in WORDS.items():
+        assert list(words[node]["outputs"]) == [str(i) for i in range(output_count(node))], language
+        assert all(output["name"].strip() and output["tooltip"].strip() for output in words[node]["outputs"].values()), language
+
+
+@pytest.mark.parametrize("node", SCHEMAS)
+def test_every_page_says_what_the_node_does_and_what_goes_wrong(node):
+    opening = page(node).split("\n\n")[1]
+    assert len(opening) > 60 and not opening.startswith(("#", "!", "|"))
+    mistakes = page(node).partition("\n## Common mistakes\n")[2]
+    assert len(mistakes.strip()) > 60 and mistakes.strip().startswith("- ")
+
+
 @pytest.mark.parametrize("node", SCHEMAS)
 def test_every_page_has_its_title_and_a_picture(node):
     name = WORDS["en"][node]["display_name"]

@@ -1,6 +1,7 @@
 """The shipped workflows, read as files: what the editor and the Manager take from them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,5 +36,8 @@ def test_workflow(file):
             assert [model["name"] for model in models] == [name for name in node["widgets_values"] if name.endswith(".safetensors")]
             assert all(model["url"].startswith("https://") and model["directory"] for model in models)
     note = " ".join(text for node in nodes.values() if "Note" in node["type"] for text in node["widgets_values"])
-    for word in ("models/checkpoints", "Apache-2.0", "MIT", "Gemma", "steps", "cfg"):
+    licences = ("Apache-2.0", "MIT") if file.stem == "class-conditional" else ("Apache-2.0", "MIT", "Gemma terms")
+    folders = ("`vae` |",) if file.stem == "class-conditional" else ("`text_encoders/", "`vae/", "`models/checkpoints`")
+    for word in ("| `diffusion_models` |", *folders, *licences):
         assert word in note
+    assert re.search(r"\d+ (equal )?steps|steps `?\d", note) and re.search(r"cfg \d", note)

@@ -276,6 +276,7 @@ class Description:
     escape_prompts: bool | None
     tokenizer: bool
     metadata: dict
+    previews: float | None = None  # share of the colours' variance that live previews explain
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.kind}"]
@@ -292,6 +293,8 @@ class Description:
         if any(part.part == TEXT_ENCODER for part in self.parts):
             lines.append(f"  tokenizer: {'in the file or beside it' if self.tokenizer else 'none'}")
             lines.append(f"  prompts: {'unicode-escaped' if self.escape_prompts else 'as they are'}")
+        if self.previews is not None:
+            lines.append(f"  live previews: {100 * self.previews:.0f} % of the colours' variance")
         for key, value in self.metadata.items():
             if key in ("training", "format"):
                 lines.append(f"  {key}: {json.dumps(value, sort_keys=True)}")
@@ -323,6 +326,7 @@ def describe(path: str | Path) -> Description:
         parts.escape if TEXT_ENCODER in parts else None,
         parts.tokenizer is not None,
         parts.metadata,
+        (parts.record(TRANSFORMER).get("preview") or {}).get("r2") if TRANSFORMER in parts else None,
     )
 
 

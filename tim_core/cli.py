@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -433,14 +434,14 @@ def check_picture(path: Path) -> None:
 
 
 def read_picture(path: Path):
-    """-> (1, H, W, 3) in [0, 1]; an alpha channel is left out."""
-    from PIL import Image, UnidentifiedImageError
+    """-> (1, H, W, 3) in [0, 1], upright; an alpha channel is left out."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     from .contact_sheet import to_tensor
 
     try:
         with Image.open(path) as picture:
-            return to_tensor(picture)
+            return to_tensor(ImageOps.exif_transpose(picture))
     except UnidentifiedImageError:
         raise TimError(f"{path}: found no picture, expected a file that Pillow reads, such as a PNG") from None
     except OSError as error:
@@ -464,6 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may lack a prompt's characters
+    logging.basicConfig(format="tim: %(message)s")
     args = build_parser().parse_args(argv)
     try:
         code = args.run(args) or 0

@@ -213,7 +213,7 @@ class Pipeline:
         for name, value in (("width", width), ("height", height)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < unit or value % unit:
                 nearest = max(1, round(value / unit)) * unit if isinstance(value, (int, float)) and math.isfinite(value) else unit
-                raise TimError(f"{name}: found {value} pixels, expected a multiple of the latent factor {unit}, such as {nearest}")
+                raise TimError(f"{name}: found {value} pixels, expected a multiple of {unit}, such as {nearest}")
         return batch, self.transformer.config.in_channels, height // self.factor, width // self.factor
 
     def _check_noise(self, noise: Tensor, batch: int, width: int, height: int) -> Tensor:

@@ -57,7 +57,7 @@ def photographs(folder: str | Path, side: int, most: int = 200) -> Iterable[Tens
     for file in files:
         try:
             with Image.open(file) as picture:
-                picture = ImageOps.fit(picture.convert("RGB"), (side, side))
+                picture = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (side, side))
         except (UnidentifiedImageError, OSError) as error:
             raise TimError(f"{file}: found a damaged picture ({error}), expected a whole one") from None
         yield torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1) / 127.5 - 1

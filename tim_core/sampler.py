@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import TimError
 from .transport import OTFM, Transport
 
+MODES = ("transition", "diffusion")
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,8 +50,8 @@ def sample(
     times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()):
         raise TimError(f"times: found {_short(times)}, expected at least two times, each smaller than the one before")
-    if mode not in ("transition", "diffusion"):
-        raise TimError(f"sampler mode: found '{mode}', expected 'transition' or 'diffusion'")
+    if mode not in MODES:
+        raise TimError(f"mode: found '{mode}', expected {' or '.join(MODES)}")
     if cfg > 1 and null is None:
         raise TimError(f"guidance: found cfg {cfg:g} and no null condition, expected both or cfg 1")
     seen = times if mode == "transition" else times[:-1]

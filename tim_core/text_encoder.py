@@ -5,6 +5,7 @@ flash-attention, which removes them before attention and puts zeros back), so th
 """
 
 import copy
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,8 @@ class Tokenizer:
         ids = torch.full((len(prompts), MAX_LENGTH), self.pad_id, dtype=torch.int64)
         mask = torch.zeros(len(prompts), MAX_LENGTH, dtype=torch.bool)
         for row, tokens in enumerate(self._encode(texts)):
+            if len(tokens) >= MAX_LENGTH:
+                logging.warning(f"prompt: found {len(tokens)} tokens, of which the first {MAX_LENGTH - 1} are read: {texts[row][:40]}...")
             tokens = [self.bos_id, *tokens[: MAX_LENGTH - 1]]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True

@@ -195,7 +195,7 @@ class TransitionTransformer(nn.Module):
 
     operations: a namespace with Linear, Conv2d, LayerNorm and Embedding (torch.nn, or ComfyUI's own).
     attention: (q, k, v), each (B, heads, N, head_dim), to (B, N, heads * head_dim).
-    dtype: what the network computes in, whatever its weights are stored in.
+    dtype: of the weights as they are made; ComfyUI's layers may store and compute in others.
     """
 
     def __init__(

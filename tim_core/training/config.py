@@ -202,7 +202,7 @@ class LoraConfig:
 
     rank: int = 16
     alpha: float | None = None                   # the adapter is scaled by alpha / rank; none: by 1
-    targets: tuple[str, ...] = (r"attn\.(qkv|proj|q|kv)$", r"mlp\.fc")
+    targets: tuple[str, ...] = (r"^blocks\.\d+\.(attn|cross_attn)\.(qkv|q|kv|proj)$", r"^blocks\.\d+\.mlp\.fc")
 
     def __post_init__(self):
         _check(self.rank >= 1, "lora.rank", self.rank, "1 or more")

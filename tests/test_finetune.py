@@ -1,0 +1,163 @@
+"""Fine-tuning: folders of pictures, their cache, and LoRAs."""
+
+import csv
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tim_core import checkpoint
+from tim_core.errors import TimError
+from tim_core.training import folder as pictures
+from tim_core.training import run
+from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
+from tim_core.training.finetune import padded
+from tim_core.training.folder import Item, native_size, scan
+from tim_core.training.lora import add_lora
+
+
+def draw(file, width, height, color=(200, 40, 40), caption="a red circle"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((height, width, 3), color, np.uint8)).save(file)
+    if caption is not None:
+        file.with_suffix(".txt").write_text(caption + "\n")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five pictures of three native sizes, two broken ones, one too small, and one without a caption."""
+    place = tmp_path / "pictures"
+    for k, (width, height) in enumerate([(64, 64), (64, 64), (70, 66), (96, 64), (64, 100)]):
+        draw(place / f"{k}.png", width, height, caption=f"a circle {k}")
+    (place / "broken.png").write_bytes((place / "0.png").read_bytes()[:80])
+    (place / "broken.txt").write_text("broken")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(place / "cut.jpg")
+    (place / "cut.jpg").write_bytes((place / "cut.jpg").read_bytes()[:1500])  # its head is whole
+    (place / "cut.txt").write_text("cut")
+    draw(place / "tiny.png", 6, 64, caption="tiny")
+    draw(place / "silent.png", 64, 64, caption=None)
+    return place
+
+
+def yaml(tmp_path, model, data, name="tuned", more="", loop=""):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(
+        f"kind: finetune\noutput: {tmp_path / name}\nmodel: {model}\ndata: {{path: {data}, base_pixels: 4096}}\nshift_base: 64\n{more}"
+        f"loop: {{steps: 4, batch: 4, save_every: 2, log_every: 1, workers: 0, warmup: 1, autocast: false{loop}}}\n")
+    return path
+
+
+def test_native_sizes():
+    assert native_size(1025, 513, 32, 4096**2) == (1024, 512)  # the paper's example
+    assert native_size(64, 64, 8, 4096) == (64, 64)
+    assert native_size(2048, 1024, 32, 1024**2) == (1440, 704)
+    assert native_size(31, 500, 32, 1024**2) == (0, 0)
+
+
+def test_folders_and_lists(tmp_path, data, caplog):
+    found = scan(FolderConfig(str(data)), labels=False)
+    assert [item.file.name for item in found] == ["0.png", "1.png", "2.png", "3.png", "4.png", "broken.png", "cut.jpg", "tiny.png"]
+    assert found[0].told == "a circle 0" and "1 pictures have no .txt" in caplog.text
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("\n".join(json.dumps({"image": f"pictures/{k}.png", "caption": f"number {k}"}) for k in (3, 1)) + "\n\n")
+    found = scan(FolderConfig(str(listed)), False)
+    assert [(item.file, item.told) for item in found] == [(data / "3.png", "number 3"), (data / "1.png", "number 1")]
+    for line, labels in (('{"image": "x.png"}', False), ("[]", False), ('{"image": "x.png", "label": "dog"}', True), ("no", False)):
+        listed.write_text(line)
+        with pytest.raises(TimError, match="line 1"):
+            scan(FolderConfig(str(listed)), labels)
+    with pytest.raises(TimError, match="nowhere"):
+        scan(FolderConfig(str(tmp_path / "nowhere")), False)
+
+
+def test_folders_of_classes(tmp_path):
+    for name in ("dog", "cat"):
+        draw(tmp_path / name / "a.png", 32, 32, caption=None)
+    assert [(item.file.parent.name, item.told) for item in scan(FolderConfig(str(tmp_path)), labels=True)] == [("cat", 0), ("dog", 1)]
+
+
+def test_prompts_are_padded_with_their_own_pad_row():
+    rows = [torch.arange(2.0)[:, None], torch.arange(10.0, 14)[:, None]]  # the last of each is its pad row
+    null = torch.tensor([[7.0], [8.0]])
+    assert padded(rows, null, [False, False])[..., 0].tolist() == [[0, 1, 1], [10, 11, 12]]
+    assert padded(rows, null, [False, True])[..., 0].tolist() == [[0], [7]]
+
+
+def test_a_folder_is_trained_on_and_what_is_broken_is_named_once(tmp_path, tiny, data, caplog):
+    config = yaml(tmp_path, tiny, data)
+    with caplog.at_level(logging.WARNING):
+        (made,) = run([config])
+    for name in ("broken.png", "cut.jpg", "tiny.png"):
+        assert sum(name in record.getMessage() for record in caplog.records) == 1
+    assert "3 of 8 pictures were left out" in caplog.text
+    before, after = checkpoint.load_transformer(tiny, dtype=torch.float32), checkpoint.load_transformer(made, dtype=torch.float32)
+    assert before.config == after.config
+    moved = [name for name, value in before.state_dict().items() if (value - after.state_dict()[name]).abs().max() > 1e-4]
+    assert len(moved) > 0.9 * len(before.state_dict())
+    assert checkpoint.read_parts(made).latent_factor == 8 and checkpoint.read_parts(made).escape is False
+    assert (tmp_path / "tuned" / "sample-00000004.png").is_file()
+    rows = list(csv.DictReader((tmp_path / "tuned" / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
+
+
+def test_the_cache_is_encoded_once(tmp_path, tiny, data, monkeypatch):
+    opened, real = [], pictures.open_picture
+    monkeypatch.setattr(pictures, "open_picture", lambda item: opened.append(item.file.name) or real(item))
+    run([yaml(tmp_path, tiny, data, "first", loop=", lr: 0.0001")])
+    first, opened[:] = list(opened), []
+    draw(data / "1.png", 64, 64, (0, 200, 0), "another caption")
+    run([yaml(tmp_path, tiny, data, "second", loop=", lr: 0.0001")])
+    assert len(first) >= 5 and sorted(set(opened)) == ["1.png", "cut.jpg"]
+    sizes = {tuple(load_file(file)["latent"].shape) for file in (tmp_path / "pictures.cache").glob("*.safetensors")}
+    assert sizes == {(16, 8, 8), (16, 8, 12), (16, 12, 8)}
+
+
+def test_an_empty_folder_is_refused(tmp_path, tiny):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TimError, match="no usable picture of 0"):
+        run([yaml(tmp_path, tiny, tmp_path / "empty")])
+
+
+def test_batches_hold_one_size_and_as_many_tokens(tmp_path, tiny, data):
+    encode = pictures.Encoder(tmp_path, "none", lambda picture: torch.zeros(1, 4, 1, 1), lambda told: torch.zeros(1))
+    items = [Item(data / "0.png", "a", *size) for size in [(64, 64)] * 3 + [(128, 64)]]
+    batches = pictures.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=8, seed=0, parts=2)
+    assert batches.sizes == [(64, 64), (128, 64)] and batches.counts == [8, 4]
+    # three pictures in batches of eight, one in batches of four: 3/8 to 1/4
+    assert batches.weights.tolist() == pytest.approx([0.6, 0.4])
+
+
+def test_a_lora_starts_as_nothing_and_learns(tmp_path, tiny, data):
+    plain = checkpoint.load_transformer(tiny, dtype=torch.float32)
+    adapted = checkpoint.load_transformer(tiny, dtype=torch.float32)
+    add_lora(adapted, LoraConfig(rank=2, targets=(r"attn\.qkv$",)))
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert sorted(names) == [f"blocks.{k}.attn.qkv.lora_{x}.weight" for k in (0, 1) for x in "AB"]
+    arguments = torch.randn(1, 16, 4, 4), torch.tensor([0.7]), torch.tensor([0.2]), torch.randn(1, 3, 32)
+    assert torch.equal(plain(*arguments), adapted(*arguments))
+    with pytest.raises(TimError, match="lora.targets"):
+        add_lora(plain, LoraConfig(targets=("nothing",)))
+
+    (made,) = run([yaml(tmp_path, tiny, data, "lora", "lora: {rank: 2, alpha: 4}\n", ", lr: 0.05")])
+    tensors = load_file(made)
+    layers = {name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
+    assert made.name == "lora.safetensors" and all(name.startswith("diffusion_model.blocks.") for name in tensors)
+    assert all({f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", f"{layer}.alpha"} <= tensors.keys() for layer in layers)
+    layer = "diffusion_model.blocks.0.attn.qkv"
+    assert tensors[f"{layer}.lora_B.weight"].abs().max() > 0 and tensors[f"{layer}.alpha"] == 4
+
+
+@pytest.mark.parametrize("text, named", [
+    ("lora: {rank: 0}", "lora.rank"), ("lora: {targets: ['(']}", "lora.targets"), ("dropout: 1.0", "dropout"),
+    ("shift_base: 0", "shift_base"), ("loop: {parallel: many}", "loop.parallel"), ("loop: {accumulate: 0}", "loop.accumulate"),
+])
+def test_impossible_values_name_the_key(tmp_path, text, named):
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"kind: finetune\noutput: x\nmodel: y\ndata: {{path: z}}\n{text}\n")
+    with pytest.raises(TimError, match=named):
+        read(path, {"finetune": FineTuning})

@@ -46,6 +46,7 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: fast}", "objective.epsilon"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {derivative: guess}", "derivative"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: guess}", "target"),
+    ("kind: tim\noutput: x\nautoencoder: y\nkeep_start: 0.5", "keep_start"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {adaptive_floor: 0}", "adaptive_floor"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: 0}", "epsilon"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {diffusion_ratio: 2.0}", "diffusion_ratio"),
@@ -249,6 +250,21 @@ def test_model_guidance_trains_with_the_averaged_network(tmp_path):
     run([plain])
     assert losses[1.0, 0.0] == [row["loss"] for row in csv.DictReader((tmp_path / "plain" / "metrics.csv").open())]
     assert len({tuple(some) for some in losses.values()}) == 3
+
+
+def test_a_share_of_the_starting_weights_can_be_kept(tmp_path):
+    run([autoencoder_yaml(tmp_path)])
+    (first,) = run([tim_yaml(tmp_path, output="first")])
+    made = []
+    for share in (0.0, 0.25):
+        path = tim_yaml(tmp_path, output=f"kept-{share}")
+        path.write_text(f"start: {first}\nkeep_start: {share}\n" + path.read_text().replace("warmup: 2", "warmup: 2, lr: 0.05"))
+        made += run([path])
+    before, after, mixed = (checkpoint.open_state_dict(file)[0] for file in (first, *made))
+    name = "model.diffusion_model.blocks.0.attn.qkv.weight"
+    before, after, mixed = (tensors[name].float() for tensors in (before, after, mixed))
+    assert (after - before).abs().max() > 1e-2
+    assert torch.allclose(mixed, 0.75 * after + 0.25 * before, atol=1e-2 * float(after.std()))
 
 
 def test_composed_targets_come_from_the_averaged_network(tmp_path):

@@ -15,7 +15,7 @@ OURS = "TiM"
 
 def test_only_templates_are_in_the_folder():
     names = {file.name for file in FOLDER.iterdir()}
-    assert names and names <= {file.with_suffix(suffix).name for file in WORKFLOWS for suffix in (".json", ".jpg")}
+    assert names and names == {file.with_suffix(suffix).name for file in WORKFLOWS for suffix in (".json", ".jpg")}
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)

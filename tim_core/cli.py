@@ -110,9 +110,10 @@ checkpoint when the same command is given again."""
 
 TRAIN_EXAMPLES = """\
 example:
-  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml configs/tim-shapes-longer.yaml
+  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml configs/tim-shapes-longer.yaml \\
+    configs/tim-shapes-composed.yaml
 
-These four make the bundled model: its autoencoder, more training for the decoder, the network, more training for that."""
+These five make the bundled model: its autoencoder, more training for the decoder, the network, and more training for that, twice."""
 
 
 class Parser(argparse.ArgumentParser):

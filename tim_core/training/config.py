@@ -165,6 +165,7 @@ class TransitionTraining:
     output: str
     autoencoder: str                             # safetensors file of the DC-AE, which stays as it is
     start: str | None = None                     # a checkpoint of the same architecture whose two networks to begin from
+    keep_start: float = 0.0                      # share of the weights of `start` in the exported ones (WiSE-FT, arXiv 2109.01903)
     checkpoint: str | None = None                # where the one-file model goes; none: model.safetensors in output
     transformer: TransformerShape = TransformerShape()
     text: TextShape = TextShape()
@@ -180,6 +181,8 @@ class TransitionTraining:
     def __post_init__(self):
         for step in self.objective_from:
             _check(step.isdigit(), "objective_from", step, "steps, and the objective from each on")
+        _check(0 <= self.keep_start < 1 and (self.start or not self.keep_start), "keep_start", self.keep_start,
+               "0 to below 1, and 0 without start")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
         _check(self.shift_base is None or self.shift_base > 0, "shift_base", self.shift_base, "1 or more")

@@ -73,6 +73,7 @@ def train_transition(config: TransitionTraining) -> Path:
         start = Path(config.start).expanduser()
         begin_from(model.transformer, checkpoint.load_transformer(start, dtype=torch.float32).state_dict(), str(start))
         begin_from(model.text, checkpoint.load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
+    begun = {name: value.detach().clone() for name, value in model.named_parameters()} if config.keep_start else {}
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
     coder = copy.deepcopy(autoencoder)  # goes to the device of the run
@@ -126,7 +127,8 @@ def train_transition(config: TransitionTraining) -> Path:
     def export(average: dict[str, Tensor], step: int) -> Path:
         """The averaged weights, packed with the autoencoder into one file."""
         trained = TextToImage(config, autoencoder.config.latent_channels)
-        trained.load_state_dict({**trained.state_dict(), **average})
+        mixed = {name: value.lerp(begun[name], config.keep_start) if begun else value for name, value in average.items()}
+        trained.load_state_dict({**trained.state_dict(), **mixed})
         target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
         preview = previews.fit(autoencoder, previews.drawn(100, 8 * autoencoder.config.factor, loop.seed))
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,

@@ -31,7 +31,7 @@ It knows circles, squares and triangles in six colours, one to four of them: a s
 SAMPLE = """\
 Makes pictures of a prompt.
 
-TiM jumps from any noise level to any lower one, so --steps is a free choice: 1 is fastest, 4 is good, more is better still.
+TiM jumps from any noise level to any lower one, so --steps is a free choice: 1 is fastest, 4 is good, 16 is better.
 Guidance (--cfg) acts inside --guidance-interval, whose ends are excluded: the first step, at time 1, is not guided, and 4 guided
 steps cost 7 network evaluations (NFE). The same prompt, seed, size, steps and cfg give the same picture here, in Python and in ComfyUI."""
 
@@ -39,7 +39,7 @@ SAMPLE_EXAMPLES = """\
 examples:
   tim sample "a red circle left of a blue square" --steps 4 --seed 2 -o picture.png
   tim sample "three squares" --batch 4 -o squares.png        writes squares-0.png to squares-3.png
-  tim sample "a circle" --size 96x64 --seed 7 --cfg 1
+  tim sample "a circle" --size 96x64 --seed 2 --cfg 1
   tim sample "a circle" --times "1, 0.6, 0.2, 0"             steps of your own"""
 
 SWEEP = """\
@@ -57,7 +57,9 @@ as a whole, no tiles. A low strength keeps more of the picture, a high one draws
 UPSCALE_EXAMPLES = """\
 examples:
   tim upscale picture.png "a red circle left of a blue square" -o large.png            twice as large
-  tim upscale picture.png "a red circle left of a blue square" --size 256x256 --stages 2 --steps 8,4 -o huge.png"""
+  tim upscale picture.png "a red circle left of a blue square" --size 128x128 --strength 0.3 --steps 8 -o large.png
+
+The bundled model was trained little beyond 64x64: strength 0.3 suits it, and sizes up to 128x128."""
 
 EVALUATE = """\
 Scores a model in the small world as GenEval does: prompts of six tasks, several pictures a prompt, each judged by an exact detector.
@@ -86,14 +88,14 @@ Hugging Face layout) as one safetensors file. Nothing is dropped."""
 
 CONVERT_EXAMPLES = """\
 example:
-  tim convert t2i_model.bin tim-t2i.safetensors --dtype bf16"""
+  tim convert t2i_model.bin transformer.safetensors --dtype bf16"""
 
 PACK = """\
 Joins a transformer, a text model and an autoencoder into one file, which `--model` and the ComfyUI loader take."""
 
 PACK_EXAMPLES = """\
 example:
-  tim pack --model t2i_model.bin --text-encoder gemma-3-1b-it --vae dc-ae-f32c32-sana-1.1 tim-t2i.safetensors --dtype bf16"""
+  tim pack --model t2i_model.bin --text-encoder gemma-3-1b-it --vae dc-ae-f32c32-sana-1.1-diffusers tim-t2i.safetensors --dtype bf16"""
 
 PREVIEWS = """\
 Fits what ComfyUI's live previews show of a latent, and writes it into a model file (which is written whole or stays as it is).
@@ -196,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("sweep", run_sweep, "one labelled sheet over numbers of steps", SWEEP, SWEEP_EXAMPLES, [model, guided, sampling])
     sub.add_argument("prompt", metavar="PROMPT")
     sub.add_argument("--steps", type=whole_numbers, default=[1, 2, 4, 8, 16, 32], metavar="LIST", help="(1,2,4,8,16,32)")
-    sub.add_argument("--columns", type=int, metavar="C", help="pictures in a row (up to 4)")
+    sub.add_argument("--columns", type=int, metavar="C", help="pictures in a row (as many as make even rows of at most 4)")
     sub.add_argument("-o", "--output", type=Path, default=Path("sweep.png"), metavar="FILE", help=".png, .jpg or .webp (sweep.png)")
 
     sub = command("upscale", run_upscale, "a picture at a larger size", UPSCALE, UPSCALE_EXAMPLES, [model, guided])

@@ -12,8 +12,8 @@ import torch
 from tests.test_training import autoencoder_yaml, tim_yaml
 from tim_core import checkpoint
 from tim_core.errors import TimError
+from tim_core.processes import Part
 from tim_core.training import run
-from tim_core.training.parallel import Part
 
 pytest.importorskip("accelerate", reason="no accelerate found (`pip install accelerate` gets it)")
 

@@ -65,13 +65,20 @@ EVALUATE = """\
 Scores a model in the small world as GenEval does: prompts of six tasks, several pictures a prompt, each judged by an exact detector.
 
 Prompts and noise are fixed by --seed and the same at every number of steps. 1 step runs without guidance.
-Writes DIR/report.json and DIR/curve.png after every point."""
+Writes DIR/report.json and DIR/curve.png after every point. --twin draws another model's report beside it and compares picture by picture.
+
+--prompts FILE.jsonl makes pictures for another benchmark's own evaluator instead, four a prompt, in DIR/steps-N: --layout geneval wants
+the lines of its evaluation_metadata.jsonl, --layout dpg {"item_id": ..., "prompt": ...}. The same command goes on where it was stopped.
+
+`accelerate launch -m tim_core evaluate ...` shares the pictures among several GPUs."""
 
 EVALUATE_EXAMPLES = """\
 examples:
   tim evaluate -o scores                                     the whole curve, 1440 pictures a point
   tim evaluate --steps 1,4 --prompts-per-task 10 -o quick    a quick look
-  tim evaluate --model my.safetensors --tasks counting,position --size 128x128 -o large"""
+  tim evaluate --model my.safetensors --tasks counting,position --size 128x128 -o large
+  tim evaluate --model my.safetensors --steps 1,4 --twin scores/report.json -o mine
+  tim evaluate --model tim-t2i.safetensors --prompts evaluation_metadata.jsonl --layout geneval --size 1024x1024 --steps 1,4 -o geneval"""
 
 INSPECT = """\
 Says what weight files are: their parts, architecture, dtypes, and how they were trained. No code in a file is run.
@@ -105,6 +112,8 @@ the small world's are taken, which suits tim-shapes."""
 PREVIEWS_EXAMPLES = """\
 example:
   tim previews tim-t2i.safetensors --images photographs"""
+
+INTERVAL_HELP = "times between which guidance acts, ends excluded (0,1)"
 
 TRAIN = """\
 Trains from YAML configurations (`kind: tim` or `kind: autoencoder`), one after another. A run that was stopped goes on from its last
@@ -168,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--cfg", type=float, default=2.5, help="strength of guidance, 1 is none (2.5)")
     group.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     group.add_argument("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH",
-                       help="times between which guidance acts, ends excluded (0,1)")
+                       help=INTERVAL_HELP)
     group.add_argument("--stochasticity", type=float, default=0.0, metavar="S", help="share of fresh noise at each step (0)")
 
     sampling = argparse.ArgumentParser(add_help=False)
@@ -214,13 +223,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("evaluate", run_evaluate, "scores and a curve", EVALUATE, EVALUATE_EXAMPLES, [model])
     sub.add_argument("--steps", type=whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST", help="(1,2,4,8,16,32,64)")
     sub.add_argument("--cfg", type=float, default=2.5, help="strength of guidance, from 2 steps on (2.5)")
+    sub.add_argument("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH", help=INTERVAL_HELP)
     sub.add_argument("--prompts-per-task", type=int, default=60, metavar="P", help="drawn with replacement (60)")
     sub.add_argument("--images", type=int, default=4, metavar="I", help="pictures a prompt (4)")
     sub.add_argument("--seed", type=int, default=0, help="of prompts and noise (0)")
     sub.add_argument("--tasks", type=words, metavar="LIST", help="some of single,two,counting,colors,position,attribution (all)")
     sub.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (64x64)")
     sub.add_argument("--mode", default="transition", choices=["transition", "diffusion"], help="diffusion for ordinary flow matching")
-    sub.add_argument("--batch", type=int, default=120, metavar="B", help="pictures made together (120)")
+    sub.add_argument("--batch", type=int, metavar="B", help="pictures made together (120; 4 with --prompts)")
+    sub.add_argument("--twin", type=Path, metavar="REPORT", help="another model's report.json of the same pictures")
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help="a .jsonl of prompts, in place of the small world's")
+    sub.add_argument("--layout", choices=["geneval", "dpg"], help="of the folder that --prompts makes")
     sub.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="folder for the report (evaluation)")
 
     sub = command("inspect", run_inspect, "what a weight file is", INSPECT, INSPECT_EXAMPLES)
@@ -314,21 +327,50 @@ def run_upscale(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
+    from .processes import find_processes
+
+    if (args.prompts is None) != (args.layout is None):
+        given, missing = ("--prompts", "--layout") if args.prompts else ("--layout", "--prompts")
+        raise TimError(f"{given}: found it without {missing}, expected both")
+    if args.prompts is not None and args.twin is not None:
+        raise TimError("--twin: found it with --prompts, expected one of them: pictures of a prompt file get no score here")
+    processes = find_processes()
+    width, height = args.size
+    options = {"cfg": args.cfg, "images": args.images, "seed": args.seed, "width": width, "height": height, "mode": args.mode,
+               "guidance_interval": args.guidance_interval, "processes": processes}
+    pipe = load_pipeline(args)
+    if args.prompts is not None:
+        from .layouts import make_pictures
+
+        for steps in args.steps:
+            folder = args.output / f"steps-{steps}"
+            made = make_pictures(pipe, args.prompts, args.layout, folder, steps=steps, batch=args.batch or 4, **options)
+            if processes.first:
+                print(made)
+        return
     from .evaluate import TASKS, evaluate
 
-    tasks = TASKS if args.tasks is None else args.tasks
-    pipe = load_pipeline(args)
-    width, height = args.size
-    report = evaluate(
-        pipe, args.steps, args.cfg, args.prompts_per_task, args.images, args.seed, args.output,
-        tasks=tasks, width=width, height=height, batch=args.batch, mode=args.mode)
+    report = evaluate(pipe, args.steps, prompts_per_task=args.prompts_per_task, output=args.output, batch=args.batch or 120,
+                      tasks=TASKS if args.tasks is None else args.tasks, twin=args.twin, **options)
+    if processes.first:
+        print_report(report)
+        print(args.output / "report.json")
+        print(args.output / "curve.png")
+
+
+def print_report(report: dict) -> None:
     names = list(report["curve"][0]["tasks"])
-    print("steps    NFE    cfg   overall  +-stderr  " + "  ".join(f"{name:>11}" for name in names))
+    compared = any("over_twin" in point for point in report["curve"])
+    print("steps    NFE    cfg   overall  +-stderr  " + "  ".join(f"{name:>11}" for name in names) + ("  over the twin" if compared else ""))
     for point in report["curve"]:
         shares = "  ".join(f"{point['tasks'][name]:11.3f}" for name in names)
-        print(f"{point['steps']:5}  {point['nfe']:5}  {point['cfg']:5.2f}  {point['overall']:8.3f}  {point['stderr']:8.3f}  {shares}")
-    print(args.output / "report.json")
-    print(args.output / "curve.png")
+        over = point.get("over_twin")
+        ahead = f"  {over['difference']:+.3f} +- {over['stderr']:.3f}" if over else ""
+        print(f"{point['steps']:5}  {point['nfe']:5}  {point['cfg']:5.2f}  {point['overall']:8.3f}  {point['stderr']:8.3f}  {shares}{ahead}")
+    for fall in report["falls"]:
+        print(f"{fall['to']} steps are worse than {fall['from']}: {fall['difference']:+.3f} +- {fall['stderr']:.3f}")
+    if len(report["curve"]) > 1 and not report["falls"]:
+        print("monotone: no point is below an earlier one by more than two standard errors of the paired difference")
 
 
 def run_inspect(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from .errors import TimError
 from .files import write_whole
+from .processes import ALONE, Processes
 from .shapes import TASKS, Prompt, judge, scoring_prompts
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -37,30 +38,68 @@ def draws(tasks: Sequence[str] = TASKS, prompts_per_task: int = 60, images: int 
 
 
 def score(
-    pipe, wanted: Sequence[Draw], steps: int, cfg: float, width: int = 64, height: int = 64, batch: int = 120, bar=None, **options
+    pipe, wanted: Sequence[Draw], steps: int, cfg: float, width: int = 64, height: int = 64, batch: int = 120, bar=None,
+    processes: Processes = ALONE, **options
 ) -> np.ndarray:
-    """Makes and judges every picture -> (N,) bool, in the order of `wanted`. `options` go to the pipeline; `bar` is a tqdm bar."""
-    right = np.zeros(len(wanted), bool)
+    """Makes and judges every picture -> (N,) bool, in the order of `wanted`. `options` go to the pipeline; `bar` is a tqdm bar.
+
+    Several processes share the pictures, and all of them get the whole answer.
+    """
+    right = torch.zeros(len(wanted))
     order = sorted(range(len(wanted)), key=lambda i: len(wanted[i].prompt.text.split()))  # equal lengths run together
-    for start in range(0, len(order), batch):
-        some = order[start : start + batch]
+    own = processes.own(order)
+    for start in range(0, len(own), batch):
+        some = own[start : start + batch]
         noise = torch.cat([pipe.noise(1, width, height, wanted[i].seed) for i in some])
         texts = [wanted[i].prompt.text for i in some]
         pictures = pipe(texts, steps=steps, cfg=cfg, width=width, height=height, noise=noise, **options)
         for i, picture in zip(some, pictures.numpy()):
-            right[i] = judge(wanted[i].prompt, picture)
+            right[i] = float(judge(wanted[i].prompt, picture))
         if bar is not None:
             bar.update(len(some))
-    return right
+    return processes.total(right).cpu().numpy() > 0.5
 
 
 def summarise(wanted: Sequence[Draw], right: np.ndarray) -> dict:
     """{"n", "overall", "stderr", "tasks"}: the plain mean of the tasks' shares, its error sqrt(sum p_k (1 - p_k) / n_k) / K."""
+    shares = {task: float(values.mean()) for task, values in _by_task(wanted, right).items()}
+    variance = sum(p * (1 - p) / len(values) for p, values in zip(shares.values(), _by_task(wanted, right).values()))
+    return {"n": len(wanted), "overall": sum(shares.values()) / len(shares), "stderr": math.sqrt(variance) / len(shares), "tasks": shares}
+
+
+def difference(wanted: Sequence[Draw], before: np.ndarray, after: np.ndarray) -> dict:
+    """{"difference", "stderr"} of the overall score, over pictures of the same prompts and noise: the mean of the tasks' means."""
+    changes = _by_task(wanted, after.astype(float) - before.astype(float)).values()
+    variance = sum(float(values.var()) / len(values) for values in changes)
+    return {"difference": sum(float(values.mean()) for values in changes) / len(changes), "stderr": math.sqrt(variance) / len(changes)}
+
+
+def _by_task(wanted: Sequence[Draw], values: np.ndarray) -> dict[str, np.ndarray]:
     names = np.array([draw.prompt.task for draw in wanted])
-    shares = {task: right[names == task] for task in TASKS if task in names}
-    tasks = {task: float(some.mean()) for task, some in shares.items()}
-    variance = sum(p * (1 - p) / len(shares[task]) for task, p in tasks.items())
-    return {"n": len(wanted), "overall": sum(tasks.values()) / len(tasks), "stderr": math.sqrt(variance) / len(tasks), "tasks": tasks}
+    return {task: values[names == task] for task in TASKS if task in names}
+
+
+def falls(wanted: Sequence[Draw], curve: Sequence[dict]) -> list[dict]:
+    """Where more steps are worse: each pair of points of which the later is below the earlier by over two paired standard errors.
+
+    A curve without any is monotone.
+    """
+    found = []
+    for later, point in enumerate(curve):
+        for earlier in curve[:later]:
+            change = difference(wanted, unpack(earlier["right"]), unpack(point["right"]))
+            if change["difference"] < -2 * change["stderr"]:
+                found.append({"from": earlier["steps"], "to": point["steps"], **change})
+    return found
+
+
+def pack(right: np.ndarray) -> str:
+    """Which pictures are right, in the order of `draws`: a 0 or a 1 for each."""
+    return "".join("01"[int(one)] for one in right)
+
+
+def unpack(text: str) -> np.ndarray:
+    return np.array([letter == "1" for letter in text])
 
 
 def evaluate(
@@ -76,13 +115,17 @@ def evaluate(
     width: int = 64,
     height: int = 64,
     batch: int = 120,
+    twin: str | Path | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
     **options,
 ) -> dict:
     """The curve over `steps`, as report.json holds it; written to the folder `output`, with curve.png, after every point.
 
     All points have the same prompts and noise. 1 step runs without guidance (its one step, at t = 1, has none anyway).
-    `options` go to the pipeline (mode, negative, ...). TimError for values that cannot be used or a folder that cannot be written.
+    twin: another model's report.json of the same pictures, to be drawn beside this one and compared with picture by picture.
+    `options` go to the pipeline (mode, guidance_interval, negative, ...). TimError for values that cannot be used or a folder that
+    cannot be written.
     """
     from tqdm import tqdm
 
@@ -95,42 +138,72 @@ def evaluate(
     for name, value in (("seed", seed), ("cfg", cfg)):
         if not (math.isfinite(value) and value >= 0):
             raise TimError(f"{name}: found {value}, expected a number of at least 0")
+    pictures = {"seed": seed, "prompts_per_task": prompts_per_task, "images": images, "width": width, "height": height,
+                "tasks": [task for task in TASKS if task in tasks]}
+    other = None if twin is None else read_report(twin, pictures)
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TimError(f"{folder}: cannot be made ({error.strerror}), expected a folder to write the report into") from None
-    wanted = draws(tasks, prompts_per_task, images, seed)
+        make_folder(folder)
+    wanted = draws(pictures["tasks"], prompts_per_task, images, seed)
     steps = sorted(set(steps))
-    report: dict = {"curve": []}
-    with tqdm(total=len(wanted) * len(steps), unit="picture", disable=not progress) as bar:
+    report: dict = {"pictures": pictures, "curve": []}
+    with tqdm(total=len(processes.own(wanted)) * len(steps), unit="picture", disable=not (progress and processes.first)) as bar:
         for count in steps:
             guided = cfg if count > 1 else 1.0
             bar.set_description(f"{count} step{'s' if count > 1 else ''}")
-            right = score(pipe, wanted, count, guided, width, height, batch, bar, **options)
-            report["curve"].append({"steps": count, "cfg": guided, "nfe": pipe.nfe, **summarise(wanted, right)})
-            if folder is not None:
-                write_report(report, folder)
+            right = score(pipe, wanted, count, guided, width, height, batch, bar, processes, **options)
+            point = {"steps": count, "cfg": guided, "nfe": pipe.nfe, **summarise(wanted, right), "right": pack(right)}
+            report["curve"].append(point)
+            report["falls"] = falls(wanted, report["curve"])
+            if other is not None:
+                same = {theirs["steps"]: theirs for theirs in other["curve"]}.get(count)
+                if same is not None:
+                    point["over_twin"] = difference(wanted, unpack(same["right"]), right)
+            if folder is not None and processes.first:
+                write_report(report, folder, other)
     return report
 
 
-def write_report(report: dict, folder: Path) -> None:
+def read_report(path: str | Path, pictures: dict) -> dict:
+    """A report.json of the same pictures. TimError if it cannot be read, or is of others."""
+    try:
+        report = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        found = report["pictures"]
+        [unpack(point["right"]) for point in report["curve"]]
+    except OSError as error:
+        raise TimError(f"{path}: cannot be read ({error.strerror}), expected a report.json") from None
+    except (ValueError, TypeError, LookupError):
+        raise TimError(f"{path}: found something else, expected a report.json of tim evaluate") from None
+    if found != pictures:
+        wrong = next(name for name in pictures if found.get(name) != pictures[name])
+        raise TimError(f"{path}: {wrong}: found {found.get(wrong)}, expected {pictures[wrong]}: only the same pictures can be compared")
+    return report
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TimError(f"{folder}: cannot be made ({error.strerror}), expected a folder to write into") from None
+
+
+def write_report(report: dict, folder: Path, twin: dict | None = None) -> None:
     """report.json and curve.png; TimError if they cannot be written."""
-    text, picture = json.dumps(report, indent=2) + "\n", draw_curve(report["curve"])
+    text = json.dumps(report, indent=2) + "\n"
+    picture = draw_curve(report["curve"], twin["curve"] if twin else ())
     write_whole(folder / "report.json", lambda beside: beside.write_text(text, encoding="utf-8"))
     write_whole(folder / "curve.png", lambda beside: picture.save(beside, format="PNG"))
 
 
-def draw_curve(curve: Sequence[dict], width: int = 900, height: int = 600):
-    """Score against network evaluations (log axis), with two standard errors up and down -> PIL picture."""
+def draw_curve(curve: Sequence[dict], twin: Sequence[dict] = (), width: int = 900, height: int = 600):
+    """Score against network evaluations (log axis), with two standard errors up and down -> PIL picture. The twin's is grey."""
     from PIL import Image, ImageDraw, ImageFont
 
     picture = Image.new("RGB", (width, height), "white")
     pen, font, small = ImageDraw.Draw(picture), ImageFont.load_default(size=18), ImageFont.load_default(size=15)
     left, top, right, bottom = 80, 50, width - 30, height - 80
     first, last = left + 50, right - 50  # of the axis of evaluations
-    most = max(2.0, *(point["nfe"] for point in curve))
+    most = max(2.0, *(point["nfe"] for point in (*curve, *twin)))
 
     def at(nfe: float, value: float) -> tuple[float, float]:
         return first + (last - first) * math.log(nfe) / math.log(most), bottom - (bottom - top) * value
@@ -139,21 +212,24 @@ def draw_curve(curve: Sequence[dict], width: int = 900, height: int = 600):
         _, y = at(1, tenth / 10)
         pen.line((left, y, right, y), "#dddddd")
         pen.text((left - 12, y), f"{tenth / 10:.1f}", "#444444", font, "rm")
-    for power in range(int(math.log2(most)) + 1):
-        x, _ = at(2**power, 0)
+    for power in range(math.ceil(math.log2(most)) + 1):
+        x = min(at(2**power, 0)[0], right)
         pen.line((x, top, x, bottom), "#eeeeee")
         pen.text((x, bottom + 8), str(2**power), "#444444", font, "mt")
     pen.rectangle((left, top, right, bottom), outline="#888888")
     pen.text(((left + right) / 2, height - 20), "network evaluations per picture", "#222222", font, "mb")
     pen.text((left, 14), "share of right pictures, mean of the tasks (bars: two standard errors)", "#222222", font)
-    places = [at(point["nfe"], point["overall"]) for point in curve]
-    pen.line(places, "#2060c0", 3)
-    for (x, y), point in zip(places, curve):
-        up, down = (at(1, min(1, max(0, point["overall"] + sign * 2 * point["stderr"])))[1] for sign in (1, -1))
-        pen.line((x, up, x, down), "#2060c0", 2)
-        pen.ellipse((x - 5, y - 5, x + 5, y + 5), "#2060c0")
-        steps = f"{point['steps']} step{'s' if point['steps'] > 1 else ''}"
-        above = y - top > 50
-        pen.multiline_text((x, up - 6 if above else down + 6), f"{steps}\n{point['overall']:.2f}", "#222222", small,
-                           "md" if above else "ma", align="center")
+    if twin:
+        pen.text((right - 8, 14), "grey: the twin", "#888888", font, "ra")
+    for points, ink, named in ((twin, "#999999", False), (curve, "#2060c0", True)):
+        places = [at(point["nfe"], point["overall"]) for point in points]
+        pen.line(places, ink, 3)
+        for (x, y), point in zip(places, points):
+            up, down = (at(1, min(1, max(0, point["overall"] + sign * 2 * point["stderr"])))[1] for sign in (1, -1))
+            pen.line((x, up, x, down), ink, 2)
+            pen.ellipse((x - 5, y - 5, x + 5, y + 5), ink)
+            steps = f"{point['steps']} step{'s' if point['steps'] > 1 else ''}\n" if named else ""
+            above = (y - top > 50) == named
+            pen.multiline_text((x, up - 6 if above else down + 6), f"{steps}{point['overall']:.2f}", "#222222" if named else ink, small,
+                               "md" if above else "ma", align="center")
     return picture

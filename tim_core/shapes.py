@@ -76,9 +76,9 @@ def sample_prompt(rng: np.random.Generator, task: str) -> Prompt:
     return Prompt(task, things, str(rng.choice(RELATIONS)) if "position" in task else None)
 
 
-def sample_training_prompt(rng: np.random.Generator) -> Prompt:
-    """Draws a caption as training sees them: the six tasks and the full forms, by the shares of TRAINING_FORMS."""
-    return sample_prompt(rng, str(rng.choice(list(TRAINING_FORMS), p=list(TRAINING_FORMS.values()))))
+def sample_training_prompt(rng: np.random.Generator, forms: dict[str, float] = TRAINING_FORMS) -> Prompt:
+    """Draws a caption as training sees them: the six tasks and the full forms, by their weights."""
+    return sample_prompt(rng, str(rng.choice(list(forms), p=np.array(list(forms.values())) / sum(forms.values()))))
 
 
 def place(rng: np.random.Generator, prompt: Prompt, width: int = 64, height: int = 64) -> list[Placed]:

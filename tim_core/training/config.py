@@ -8,7 +8,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from ..errors import TimError
+from ..matching import MatchingConfig
 from ..objective import ObjectiveConfig
+from ..shapes import TRAINING_FORMS
 
 
 def _check(ok: bool, key: str, found, expected: str) -> None:
@@ -62,15 +64,20 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class SizesConfig:
-    """Picture sizes of a step, drawn by weight: `sizes` are "WIDTHxHEIGHT"."""
+    """Picture sizes of a step, drawn by weight, "WIDTHxHEIGHT", and the forms of its captions, drawn by weight too."""
 
     sizes: dict[str, float] = field(default_factory=lambda: {"64x64": 1.0})
+    forms: dict[str, float] = field(default_factory=lambda: dict(TRAINING_FORMS))
 
     def __post_init__(self):
         _check(bool(self.sizes), "data.sizes", "none", "at least one size")
         for size, weight in self.sizes.items():
             _check(re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size) is not None, "data.sizes", size, "sizes such as 64x64")
             _check(weight > 0, f"data.sizes.{size}", weight, "more than 0")
+        _check(bool(self.forms), "data.forms", "none", f"some of {', '.join(TRAINING_FORMS)}")
+        for form, weight in self.forms.items():
+            _check(form in TRAINING_FORMS, "data.forms", form, f"some of {', '.join(TRAINING_FORMS)}")
+            _check(weight > 0, f"data.forms.{form}", weight, "more than 0")
 
     def table(self) -> tuple[list[tuple[int, int]], list[float]]:
         """The (width, height) pairs and their probabilities."""
@@ -173,6 +180,7 @@ class TransitionTraining:
     p_std: float = 1.6
     objective: ObjectiveConfig = ObjectiveConfig()
     objective_from: dict[str, ObjectiveConfig] = field(default_factory=dict)   # step -> the objective from that step on
+    matching: MatchingConfig | None = None       # distribution matching beside the objective; none: without
     text_dropout: float = 0.1
     shift_base: int | None = None                # pixels a side at which times are not shifted (Eq. 50: 1024); none: never shifted
     loop: LoopConfig = LoopConfig()

@@ -13,7 +13,7 @@ class ShapesBatches(torch.utils.data.Dataset):
 
     def __init__(self, sizes: SizesConfig, batch: int, seed: int):
         self.sizes, self.weights = sizes.table()
-        self.batch, self.seed = batch, seed
+        self.forms, self.batch, self.seed = sizes.forms, batch, seed
 
     def __getitem__(self, step: int) -> tuple[Tensor, list[str]]:
         rng = np.random.default_rng([self.seed, step])
@@ -22,7 +22,7 @@ class ShapesBatches(torch.utils.data.Dataset):
         reference = self.sizes[int(np.argmax(self.weights))]
         count = max(1, round(self.batch * reference[0] * reference[1] / (width * height)))
         # half of the batches hold one form of prompt, so that prompts are also seen without the padding of longer neighbours
-        form = shapes.sample_training_prompt(rng).task if rng.random() < 0.5 else None
-        prompts = [shapes.sample_prompt(rng, form) if form else shapes.sample_training_prompt(rng) for _ in range(count)]
+        form = shapes.sample_training_prompt(rng, self.forms).task if rng.random() < 0.5 else None
+        prompts = [shapes.sample_prompt(rng, form) if form else shapes.sample_training_prompt(rng, self.forms) for _ in range(count)]
         pictures = np.stack([shapes.render(shapes.place(rng, p, width, height), width, height) for p in prompts])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1, [p.text for p in prompts]

@@ -13,6 +13,7 @@ from .. import checkpoint
 from ..attention import sdpa
 from ..errors import TimError
 from ..objective import draw_times, sample_times, transition_loss
+from ..processes import Part, find_processes
 from ..sampler import sample
 from ..schedule import uniform
 from ..transport import OTFM
@@ -20,7 +21,6 @@ from .config import FineTuning
 from .folder import Encoder, FolderBatches, prepare
 from .loop import train
 from .lora import add_lora, save_lora
-from .parallel import Part, find_processes
 
 
 class Conditional(nn.Module):

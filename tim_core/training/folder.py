@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..errors import TimError
 from ..files import write_whole
+from ..processes import Processes
 from .config import FolderConfig
-from .parallel import Processes
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for pictures that it cannot read
@@ -145,7 +145,7 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
             continue
         fitted.append(Item(item.file, item.told, *size))
     encode.cache.mkdir(parents=True, exist_ok=True)
-    own = fitted[processes.index :: processes.count]
+    own = processes.own(fitted)
     for item in tqdm(own, desc="encode", unit="picture", disable=not processes.first):
         try:
             encode.keep(item)

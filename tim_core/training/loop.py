@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 from ..errors import TimError, misfits, one_line
 from ..files import write_whole
+from ..processes import Part, Processes, find_processes
 from ..text_encoder import TextEncoder
 from ..transformer import Block, TransitionTransformer
 from .config import LoopConfig
-from .parallel import Part, Processes, find_processes, local, share, synchronise, whole
+from .parallel import local, share, synchronise, whole
 
 AVERAGED = "ema"
 
@@ -47,20 +48,26 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
 
-def optimizers(config: LoopConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+def optimizers(config: LoopConfig, model: nn.Module, critic_lr: float | None = None) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices of `blocks` and `layers` and AdamW for the rest.
 
-    The modulation stays with AdamW: it starts at zero, and Muon's steps are of one size whatever the gradient.
+    The modulation stays with AdamW: it starts at zero, and Muon's steps are of one size whatever the gradient. A `critic` has its own
+    AdamW, at `critic_lr`.
     """
-    matrices, rest = [], []
+    matrices, rest, critic = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
+            continue
+        if name.startswith("critic."):
+            critic.append(parameter)
             continue
         inner = parameter.ndim == 2 and (".blocks." in f".{name}" or ".layers." in f".{name}") and "adaLN" not in name
         (matrices if config.optimizer == "muon" and inner else rest).append(parameter)
     found = [torch.optim.AdamW(rest, config.lr, config.betas, 1e-8, config.weight_decay, fused=True)]
     if matrices:
         found.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
+    if critic:
+        found.append(torch.optim.AdamW(critic, critic_lr, config.betas, 1e-8, config.weight_decay, fused=True))
     for optimizer in found:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -83,7 +90,8 @@ LossOf = Callable[[nn.Module, nn.Module, object, int, Part], dict[str, Tensor]]
 
 
 def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: LossOf, folder: Path,
-          sample: Callable[[nn.Module, int], Image.Image], export: Callable[[dict[str, Tensor], int], Path]) -> Path:
+          sample: Callable[[nn.Module, int], Image.Image], export: Callable[[dict[str, Tensor], int], Path],
+          critic_lr: float | None = None) -> Path:
     """Trains `model` to `config.steps` and returns what the last export wrote. TimError where `config.seconds` ended the run before.
 
     batches[k] is the batch of step k; loss_of(model, averaged model, batch, k, part) gives named scalars, means over that part of the
@@ -101,7 +109,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     if config.checkpointing:
         checkpoint_blocks(model)
     step_loss = share(Step(model, average, loss_of), pieces, processes, config.parallel)
-    optims = optimizers(config, model)
+    optims = optimizers(config, model, critic_lr)
     start, seconds = _resume(folder, model, optims, average)
     if start >= config.steps:  # the last checkpoint is there, its export may not be
         return _export(export, average, start, processes)

@@ -1,7 +1,7 @@
 """Trains a TiM transformer together with its text model (arXiv 2509.04394, Algorithm 1)."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,9 @@ from .. import checkpoint, previews, shapes
 from ..attention import math
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
+from ..matching import MatchingDraws, draw_matching, matching_losses
 from ..objective import draw_times, sample_times, transition_loss
+from ..processes import Part
 from ..sampler import sample
 from ..schedule import uniform
 from ..text_encoder import TextEncoder, Tokenizer
@@ -22,12 +24,11 @@ from ..transport import OTFM
 from .config import TextShape, TransitionTraining
 from .data import ShapesBatches
 from .loop import begin_from, train
-from .parallel import Part
 from .tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 
 
 class TextToImage(nn.Module):
-    """The two networks that learn: `text`, prompts -> features, and `transformer`, F(x_t, t, r, features)."""
+    """The networks that learn: `text`, prompts -> features, and `transformer`, F(x_t, t, r, features); the matching's `critic`, if any."""
 
     def __init__(self, config: TransitionTraining, latent_channels: int):
         super().__init__()
@@ -37,6 +38,7 @@ class TextToImage(nn.Module):
         self.transformer = TransitionTransformer(TransformerConfig(
             in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)), attention=math)
         self.transformer.initialize_weights()
+        self.critic = copy.deepcopy(self.transformer) if config.matching else None
 
     def features(self, prompts: list[str], length: int | None = None) -> Tensor:
         """(B, M, D), M the longest prompt of the batch (the official trimming), or `length`."""
@@ -73,6 +75,8 @@ def train_transition(config: TransitionTraining) -> Path:
         start = Path(config.start).expanduser()
         begin_from(model.transformer, checkpoint.load_transformer(start, dtype=torch.float32).state_dict(), str(start))
         begin_from(model.text, checkpoint.load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
+        if model.critic is not None:
+            model.critic.load_state_dict(model.transformer.state_dict())
     begun = {name: value.detach().clone() for name, value in model.named_parameters()} if config.keep_start else {}
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
@@ -89,6 +93,8 @@ def train_transition(config: TransitionTraining) -> Path:
         noise = torch.randn(total, channels, pictures.shape[2] // factor, pictures.shape[3] // factor)
         t, r, n_diffusion = sample_times(draw_times(total, transport), transport, objective, config.shift(*pictures.shape[2:]))
         between = torch.rand(total)
+        jumps = round(config.matching.share * total) if config.matching else 0
+        draws = draw_matching((jumps, *noise.shape[1:]), config.matching) if jumps else None
         share, own_diffusion = part.share(total), len(part.of(range(n_diffusion)))
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
             with torch.no_grad():
@@ -98,16 +104,31 @@ def train_transition(config: TransitionTraining) -> Path:
             taught: dict = {}
             if objective.enhance_target or objective.target == "composed":
                 taught["ema_model"] = average.transformer
-            if objective.enhance_target:
+            if objective.enhance_target or draws:
                 with torch.no_grad():
-                    taught["y_null"] = model.features([""], y.shape[1]).expand_as(y)
+                    y_null = model.features([""], y.shape[1]).expand_as(y)
+            if objective.enhance_target:
+                taught["y_null"] = y_null
             losses = transition_loss(
                 model.transformer, latents, part.of(noise).to(device), y, transport=transport, config=objective,
                 times=(part.of(t).to(device), part.of(r).to(device), own_diffusion), between=part.of(between).to(device), **taught)
+            found = {"loss": losses.total * share}
+            if draws:
+                found |= matched(model, average, part, latents, y, y_null, draws)
+                found["loss"] = found["loss"] + config.matching.weight * found["matching"] + found["critic"]
         error = losses.denoising_loss.detach()
         diffusion = error[:own_diffusion].sum() * part.count / max(1, n_diffusion)
         transition = error[own_diffusion:].sum() * part.count / max(1, total - n_diffusion)
-        return {"loss": losses.total * share, "diffusion": diffusion, "transition": transition}
+        return {**found, "diffusion": diffusion, "transition": transition}
+
+    def matched(model: TextToImage, average: TextToImage, part: Part, latents: Tensor, y: Tensor, y_null: Tensor,
+                draws: MatchingDraws) -> dict[str, Tensor]:
+        """The losses of the matching, over the first items of a batch. It teaches the transformer, and leaves the text model alone."""
+        own, jumps = draws.map(lambda value: part.of(value).to(latents.device)), len(draws.start)
+        some = slice(len(own.start))
+        loss, critic = matching_losses(model.transformer, average.transformer, model.critic, latents[some], y[some].detach(), y_null[some],
+                                       transport=transport, config=config.matching, draws=own)
+        return {"matching": loss.sum() * part.count / jumps, "critic": critic.sum() * part.count / jumps}
 
     def draw(average: TextToImage, step: int) -> Image.Image:
         rng = np.random.default_rng([loop.seed, 1])
@@ -126,9 +147,9 @@ def train_transition(config: TransitionTraining) -> Path:
 
     def export(average: dict[str, Tensor], step: int) -> Path:
         """The averaged weights, packed with the autoencoder into one file."""
-        trained = TextToImage(config, autoencoder.config.latent_channels)
+        trained = TextToImage(replace(config, matching=None), autoencoder.config.latent_channels)
         mixed = {name: value.lerp(begun[name], config.keep_start) if begun else value for name, value in average.items()}
-        trained.load_state_dict({**trained.state_dict(), **mixed})
+        trained.load_state_dict({**trained.state_dict(), **{name: value for name, value in mixed.items() if not name.startswith("critic.")}})
         target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
         preview = previews.fit(autoencoder, previews.drawn(100, 8 * autoencoder.config.factor, loop.seed))
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
@@ -136,4 +157,5 @@ def train_transition(config: TransitionTraining) -> Path:
         return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder}, target,
                                dtype=torch.bfloat16, metadata=record)
 
-    return train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, draw, export)
+    return train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, draw, export,
+                 config.matching and config.matching.critic_lr)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tim_core import Pipeline, TimError
 from tim_core.contact_sheet import contact_sheet, step_label, to_pil, to_tensor
-from tim_core.evaluate import draw_curve, draws, evaluate, score, summarise
+from tim_core.evaluate import difference, draw_curve, draws, evaluate, falls, pack, score, summarise, unpack
+from tim_core.processes import Processes
 from tim_core.shapes import TASKS, place, render, scoring_prompts
 
 
@@ -68,10 +69,10 @@ def test_the_report(tmp_path):
     report = evaluate(painter, [4, 1, 4], prompts_per_task=5, images=2, output=tmp_path / "new" / "scores", progress=False)
     assert json.loads((tmp_path / "new" / "scores" / "report.json").read_text()) == report
     one, four = report["curve"]
-    assert set(one) == {"steps", "cfg", "nfe", "n", "overall", "stderr", "tasks"} and list(one["tasks"]) == list(TASKS)
+    assert set(one) == {"steps", "cfg", "nfe", "n", "overall", "stderr", "tasks", "right"} and list(one["tasks"]) == list(TASKS)
     assert (one["steps"], one["cfg"], one["nfe"], one["n"]) == (1, 1.0, 1, 60)
     assert (four["steps"], four["cfg"], four["nfe"]) == (4, 2.5, 7)
-    assert one["overall"] < four["overall"]
+    assert one["overall"] < four["overall"] and report["falls"] == []
     noises = {steps: torch.cat([n for _, s, _, n, _ in painter.calls if s == steps]) for steps in (1, 4)}
     assert torch.equal(noises[1], noises[4])
     with Image.open(tmp_path / "new" / "scores" / "curve.png") as picture:
@@ -151,3 +152,56 @@ def test_pictures_have_8_bits_as_comfyui_saves_them():
     image = torch.tensor([[[0.0, 0.5, 1.0], [0.999, 0.1, 1 / 255]]])
     assert np.asarray(to_pil(image)).tolist() == [[[0, 127, 255], [254, 25, 1]]]
     assert step_label(1, 1, 0.126) == "1 step · 1 NFE · 0.13 s" and step_label(4, 7, 2).startswith("4 steps · 7 NFE")
+
+
+# Picture by picture
+
+
+def test_the_paired_difference():
+    wanted = draws(("single", "two"), 2, 2)
+    before, after = np.array([1, 0, 0, 0, 1, 1, 1, 1], bool), np.array([1, 1, 1, 0, 1, 1, 1, 0], bool)
+    change = difference(wanted, before, after)
+    assert change["difference"] == pytest.approx((0.5 - 0.25) / 2)
+    assert change["stderr"] == pytest.approx(math.sqrt(0.25 / 4 + 0.1875 / 4) / 2)
+
+
+def test_falls_are_found_and_noise_is_not():
+    wanted = draws(("single",), 30, 4)
+    good, bad, noisy = np.ones(120, bool), np.arange(120) % 2 == 0, np.arange(120) > 1
+    curve = [{"steps": steps, "right": pack(right)} for steps, right in ((1, good), (2, noisy), (4, bad))]
+    assert [(fall["from"], fall["to"]) for fall in falls(wanted, curve)] == [(1, 4), (2, 4)]
+    assert falls(wanted, curve[::-1]) == []
+    assert np.array_equal(unpack(pack(bad)), bad)
+
+
+def test_a_twin_is_compared_picture_by_picture(tmp_path):
+    options = dict(prompts_per_task=5, images=2, progress=False)
+    other = evaluate(Painter(lambda steps: 0.3), [1, 4], output=tmp_path / "twin", **options)
+    report = evaluate(Painter(lambda steps: 0.8), [1, 2, 4], output=tmp_path / "own", twin=tmp_path / "twin" / "report.json", **options)
+    for point, theirs in zip(report["curve"][::2], other["curve"]):
+        assert point["over_twin"]["difference"] == pytest.approx(point["overall"] - theirs["overall"])
+    assert "over_twin" not in report["curve"][1]
+    grey = []
+    for name in ("own", "twin"):
+        with Image.open(tmp_path / name / "curve.png") as picture:
+            grey.append((np.asarray(picture.convert("RGB")) == 153).all(-1).sum())
+    assert grey[0] > grey[1] + 1000  # the twin's line
+    with pytest.raises(TimError, match="seed: found 0, expected 1"):
+        evaluate(Painter(), [1], seed=1, twin=tmp_path / "twin" / "report.json", **options)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(TimError, match="expected a report.json of tim evaluate"):
+        evaluate(Painter(), [1], twin=tmp_path / "other.json", **options)
+
+
+def test_processes_share_the_pictures(tmp_path):
+    """Two processes' parts, added up as all_reduce would, are the whole."""
+    wanted = draws(("single", "position"), 5, 2)
+    painter = Painter(lambda steps: 0.5)
+    whole = score(painter, wanted, 4, 2.5)
+    parts = [score(painter, wanted, 4, 2.5, processes=Unshared(index, 2, torch.device("cpu"))) for index in (0, 1)]
+    assert np.array_equal(parts[0] | parts[1], whole) and not (parts[0] & parts[1]).any() and all(part.any() for part in parts)
+
+
+class Unshared(Processes):
+    def total(self, value):
+        return value

@@ -361,12 +361,14 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def print_report(report: dict) -> None:
     names = list(report["curve"][0]["tasks"])
     compared = any("over_twin" in point for point in report["curve"])
-    print("steps    NFE    cfg   overall  +-stderr  " + "  ".join(f"{name:>11}" for name in names) + ("  over the twin" if compared else ""))
+    last = ["over the twin"] if compared else []
+    print("  ".join(["steps    NFE    cfg   overall  +-stderr", *(f"{name:>11}" for name in names), *last]))
     for point in report["curve"]:
         shares = "  ".join(f"{point['tasks'][name]:11.3f}" for name in names)
         over = point.get("over_twin")
         ahead = f"  {over['difference']:+.3f} +- {over['stderr']:.3f}" if over else ""
-        print(f"{point['steps']:5}  {point['nfe']:5}  {point['cfg']:5.2f}  {point['overall']:8.3f}  {point['stderr']:8.3f}  {shares}{ahead}")
+        start = f"{point['steps']:5}  {point['nfe']:5}  {point['cfg']:5.2f}  {point['overall']:8.3f}  {point['stderr']:8.3f}"
+        print(f"{start}  {shares}{ahead}")
     for fall in report["falls"]:
         print(f"{fall['to']} steps are worse than {fall['from']}: {fall['difference']:+.3f} +- {fall['stderr']:.3f}")
     if len(report["curve"]) > 1 and not report["falls"]:

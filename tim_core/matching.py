@@ -79,7 +79,8 @@ def matching_losses(
         def cleaned(flow: Tensor) -> Tensor:
             return transport.step(noised, flow, t, torch.zeros_like(t))
 
-        likely, unlikely = teacher(noised, time, time, y).float(), teacher(noised, time, time, y_null).float()
+        both = torch.cat((y, y_null.expand_as(y)))
+        likely, unlikely = teacher(torch.cat((noised, noised)), time.repeat(2), time.repeat(2), both).float().chunk(2)
         real = cleaned(unlikely + config.cfg * (likely - unlikely))
         fake = cleaned(critic(noised, time, time, y).float())
         size = (made - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)

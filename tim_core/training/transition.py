@@ -149,7 +149,8 @@ def train_transition(config: TransitionTraining) -> Path:
         """The averaged weights, packed with the autoencoder into one file."""
         trained = TextToImage(replace(config, matching=None), autoencoder.config.latent_channels)
         mixed = {name: value.lerp(begun[name], config.keep_start) if begun else value for name, value in average.items()}
-        trained.load_state_dict({**trained.state_dict(), **{name: value for name, value in mixed.items() if not name.startswith("critic.")}})
+        kept = {name: value for name, value in mixed.items() if not name.startswith("critic.")}
+        trained.load_state_dict({**trained.state_dict(), **kept})
         target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
         preview = previews.fit(autoencoder, previews.drawn(100, 8 * autoencoder.config.factor, loop.seed))
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,

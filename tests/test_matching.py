@@ -1,0 +1,97 @@
+"""Distribution matching: which way it pulls, and whom it teaches."""
+
+import pytest
+import torch
+from torch import nn
+
+from tim_core import TimError
+from tim_core.matching import MatchingConfig, draw_matching, matching_losses
+from tim_core.transport import OTFM
+
+SHAPE = (512, 1, 1, 1)
+
+
+class Gaussian(nn.Module):
+    """The exact flow (r = t) of data from N(mean, std^2); as a network that jumps, it lands on `lands`."""
+
+    def __init__(self, mean: float, std: float = 1.0, lands: float = 0.0):
+        super().__init__()
+        self.mean, self.std = nn.Parameter(torch.tensor(mean)), std
+        self.lands = nn.Parameter(torch.tensor(lands))
+
+    def forward(self, x, t, r, y):
+        t, r = t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1)
+        clean = self.mean + (1 - t) * self.std**2 / ((1 - t) ** 2 * self.std**2 + t**2) * (x - (1 - t) * self.mean)
+        flow = (x - clean) / t
+        return torch.where(t == r, flow, (x - self.lands) / (t - r).clamp(min=1e-6))
+
+
+def losses(model, teacher, critic, config=MatchingConfig(cfg=1.0), seed=0):
+    torch.manual_seed(seed)
+    y = torch.zeros(SHAPE[0], 1, 1)
+    return matching_losses(model, teacher, critic, torch.randn(SHAPE), y, y, transport=OTFM(), config=config,
+                           draws=draw_matching(SHAPE, config))
+
+
+@pytest.mark.parametrize("real, fake, way", [(2.0, 0.0, 1), (-2.0, 0.0, -1), (0.0, 1.0, -1)])
+def test_results_are_pulled_from_where_they_are_to_where_pictures_are(real, fake, way):
+    model = Gaussian(0.0)
+    losses(model, Gaussian(real), Gaussian(fake))[0].mean().backward()
+    assert -model.lands.grad * way > 0.1
+
+
+def test_nothing_pulls_where_the_two_flows_agree():
+    model = Gaussian(0.0)
+    loss, _ = losses(model, Gaussian(1.5, 0.5), Gaussian(1.5, 0.5))
+    loss.mean().backward()
+    assert loss.abs().max() < 1e-8 and model.lands.grad.abs() < 1e-4
+
+
+def test_each_loss_teaches_one_network():
+    model, teacher, critic = Gaussian(0.0), Gaussian(2.0), Gaussian(1.0)
+    loss, lesson = losses(model, teacher, critic)
+    loss.mean().backward(retain_graph=True)
+    assert model.lands.grad is not None and teacher.mean.grad is None and critic.mean.grad is None
+    model.lands.grad = None
+    lesson.mean().backward()
+    assert critic.mean.grad is not None and teacher.mean.grad is None and model.lands.grad is None
+
+
+def test_the_critic_learns_where_results_are():
+    model, critic = Gaussian(0.0, lands=3.0), Gaussian(0.0, 0.3)
+    optimizer = torch.optim.Adam([critic.mean], 0.05)
+    for step in range(200):
+        optimizer.zero_grad()
+        losses(model, Gaussian(0.0), critic, seed=step)[1].mean().backward()
+        optimizer.step()
+    assert critic.mean.item() == pytest.approx(3.0, abs=0.1)
+
+
+def test_guidance_leads_on():
+    """The guided flow goes from the null condition's through the condition's."""
+    class Told(Gaussian):
+        def forward(self, x, t, r, y):
+            self.mean.data = (y.mean(1, keepdim=True).unsqueeze(-1) > 0).float()
+            return super().forward(x, t, r, y)
+
+    def pull(cfg):
+        torch.manual_seed(0)
+        config, model = MatchingConfig(cfg=cfg), Gaussian(0.0)
+        loss, _ = matching_losses(model, Told(0.0), Gaussian(1.0), torch.randn(SHAPE), torch.ones(SHAPE[0], 1, 1),
+                                  torch.zeros(SHAPE[0], 1, 1), transport=OTFM(), config=config, draws=draw_matching(SHAPE, config))
+        loss.mean().backward()
+        return -model.lands.grad.item()
+
+    assert abs(pull(1.0)) < 1e-4 and pull(2.0) > 0.1 and pull(0.0 + 1e-9) < -0.1
+
+
+def test_starts_are_drawn_from_the_list():
+    draws = draw_matching((300, 1, 2, 2), MatchingConfig(starts=(1.0, 1.0, 0.5)))
+    assert set(draws.start.tolist()) == {1.0, 0.5} and 0.55 < (draws.start == 1).float().mean() < 0.78
+    assert draws.noise.shape == (300, 1, 2, 2) and not torch.equal(draws.noise, draws.noise_t)
+
+
+@pytest.mark.parametrize("change", [{"share": 0.0}, {"share": 1.5}, {"starts": ()}, {"starts": (0.0,)}, {"critic_lr": 0.0}])
+def test_bad_settings_are_named(change):
+    with pytest.raises(TimError, match=next(iter(change))):
+        MatchingConfig(**change)

@@ -146,6 +146,31 @@ def test_evaluate_writes_a_report(run, tiny):
     assert str(Path("scores/report.json")) in out and "overall" in out and Path("scores/curve.png").is_file() and "picture" in err
 
 
+def test_evaluate_makes_pictures_for_other_benchmarks(run, fails, tiny):
+    Path("prompts.jsonl").write_text('{"item_id": "a7", "prompt": "a circle"}\n')
+    options = ("evaluate", "--model", tiny, "--prompts", "prompts.jsonl", "--size", "16x16")
+    code, out, _ = run(*options, "--layout", "dpg", "--steps", "1,2", "-o", "dpg")
+    assert code == 0 and out.splitlines() == ["dpg/steps-1/pictures", "dpg/steps-2/pictures"]
+    with Image.open("dpg/steps-2/pictures/a7.png") as picture:
+        assert picture.size == (32, 32)
+    assert run(*options, "--layout", "geneval", "--steps", 1, "-o", "geneval")[0] == 0
+    assert len(list(Path("geneval/steps-1/00000/samples").iterdir())) == 4
+    assert "--layout" in fails(1, *options) and "--prompts" in fails(1, "evaluate", "--layout", "dpg")
+    assert "--twin" in fails(1, *options, "--layout", "dpg", "--twin", "report.json")
+
+
+def test_a_twin(run, tiny):
+    options = ("evaluate", "--model", tiny, "--steps", "1,2", "--prompts-per-task", 1, "--images", 1, "--tasks", "single")
+    assert "over the twin" not in run(*options, "-o", "first")[1]
+    code, out, _ = run(*options, "--twin", "first/report.json", "-o", "second")
+    assert code == 0 and "over the twin" in out and "+0.000 +- 0.000" in out and "monotone" in out
+
+
+def test_the_package_is_the_command(tiny):
+    done = subprocess.run([sys.executable, "-m", "tim_core", "inspect", tiny], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "TiM" in done.stdout
+
+
 # files
 
 

@@ -1,6 +1,9 @@
 """The trainer: configurations are checked, runs resume exactly, and what it writes loads."""
 
 import csv
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -86,6 +89,34 @@ def test_bad_configurations_name_the_key(tmp_path, text, named):
     with pytest.raises(TimError) as error:
         read(path, KINDS)
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("more", ["", "matching: {share: 0.5}\n"], ids=["", "matching"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, more):
+    """kill -9 at three moments: as the first checkpoint is written, as it is renamed, and somewhere in a step after it."""
+    config = autoencoder_yaml(tmp_path)
+    run([config])
+    whole, killed = tim_yaml(tmp_path, output="whole"), tim_yaml(tmp_path, output="killed")
+    for path in (whole, killed):
+        path.write_text(more + path.read_text().replace("log_every: 2", "log_every: 1"))
+    run([whole])
+    folder = tmp_path / "killed"
+    for place, seconds in ((folder / "step-00000002.pt.part", 0), (folder / "step-00000002.pt", 0), (folder / "step-00000004.pt", 0.05)):
+        process = subprocess.Popen([sys.executable, "-m", "tim_core", "train", str(killed)], stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while process.poll() is None and not place.exists() and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+    assert folder.is_dir() and not (folder / "step-00000006.pt").exists()
+    run([killed])
+    columns = [[{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
+               for name in ("whole", "killed")]
+    assert columns[0] == columns[1] and [row["step"] for row in columns[0]] == list("123456")
+    weights = [checkpoint.open_state_dict(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed")]
+    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not any("critic" in name for name in weights[0])
 
 
 def test_missing_file_is_one_line(tmp_path):

@@ -250,6 +250,7 @@ def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
 def _resume(folder: Path, model, optims, average) -> tuple[int, float]:
     found = _checkpoints(folder)
     if not found:
+        _forget_after(folder / "metrics.csv", 0)  # of a run that was killed before its first checkpoint
         return 0, 0.0
     try:
         state = torch.load(found[-1], weights_only=True, map_location="cpu")

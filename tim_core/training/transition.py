@@ -40,10 +40,13 @@ class TextToImage(nn.Module):
         self.transformer.initialize_weights()
         self.critic = copy.deepcopy(self.transformer) if config.matching else None
 
-    def features(self, prompts: list[str], length: int | None = None) -> Tensor:
-        """(B, M, D), M the longest prompt of the batch (the official trimming), or `length`."""
+    def longest(self, prompts: list[str]) -> int:
+        """In tokens."""
+        return int(self.text.tokenize(prompts)[1].sum(1).max())
+
+    def features(self, prompts: list[str], length: int) -> Tensor:
+        """(B, length, D): the longest prompt's of the whole batch (the official trimming), since padding is read like any other row."""
         ids, mask = self.text.tokenize(prompts)
-        length = length or int(mask.sum(1).max())
         device = self.text.device
         return self.text.encode_ids(ids[:, :length].to(device), mask[:, :length].to(device))
 
@@ -100,7 +103,8 @@ def train_transition(config: TransitionTraining) -> Path:
             with torch.no_grad():
                 pixels = part.of(pictures).to(device).contiguous(memory_format=torch.channels_last)
                 latents = coder.encode(pixels).float()
-            y = model.features(["" if drop else prompt for drop, prompt in zip(part.of(dropped).tolist(), part.of(prompts))])
+            told = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)]
+            y = model.features(part.of(told), model.longest(told))
             taught: dict = {}
             if objective.enhance_target or objective.target == "composed":
                 taught["ema_model"] = average.transformer

@@ -135,6 +135,7 @@ def transition_loss(
     config: ObjectiveConfig,
     draws: tuple[Tensor, Tensor] | None = None,
     times: tuple[Tensor, Tensor, int] | None = None,
+    transitions: bool | None = None,
     between: Tensor | None = None,
     generator: torch.Generator | None = None,
     y_null: Tensor | None = None,
@@ -144,7 +145,8 @@ def transition_loss(
 ) -> Losses:
     """One batch of clean latents x (B, C, H, W) with noise of the same shape and conditions y (B, ...).
 
-    draws: the two raw draws (B,), else made with `generator`. times: what sample_times made of them, where x is a part of a batch.
+    draws: the two raw draws (B,), else made with `generator`. times: what sample_times made of them, where x is a part of a batch;
+    transitions: whether the whole batch has any. Then every part runs the network as often: where weights are shared they have to.
     between: uniform numbers (B,) for the times that composed targets go over, else made with `generator`.
     ema_model: for config.enhance_target, which also asks for y_null (B, ...), and in place of the model for composed targets.
     h_target (B, N, z_dim): asks for the REPA term. plain_model: the same weights without a training wrapper (DDP), for the derivative.
@@ -165,11 +167,14 @@ def transition_loss(
 
     with torch.no_grad():
         dF_dt = torch.zeros_like(F_pred)
-        rest = slice(n_diffusion, None)
-        transitions, composed = n_diffusion < len(x), config.target == "composed"
+        rest, composed = slice(n_diffusion, None), config.target == "composed"
+        some = slice(min(n_diffusion, len(x) - 1), None)  # the rest, or one item whose answer nobody needs
+        if transitions is None:
+            transitions = n_diffusion < len(x)
         if transitions and not composed:
             derive = _difference if config.derivative == "dde" else _forward_mode
-            dF_dt[rest] = derive(plain_model or model, x[rest], noise[rest], t[rest], r[rest], y[rest], transport, config).to(dF_dt.dtype)
+            found = derive(plain_model or model, x[some], noise[some], t[some], r[some], y[some], transport, config)
+            dF_dt[rest] = found[n_diffusion - some.start :].to(dF_dt.dtype)
 
         diffusion = F_cond = F_null = None
         if config.enhance_target:
@@ -181,7 +186,8 @@ def transition_loss(
             if between is None:
                 between = torch.rand(len(x), generator=generator, device=x.device if generator is None else generator.device)
             s = r + (t - r) * between.to(t).view(-1, 1, 1, 1)
-            F_target[rest] = _composed(teacher, x_t[rest], t[rest], s[rest], r[rest], y[rest], transport).to(F_target.dtype)
+            found = _composed(teacher, x_t[some], t[some], s[some], r[some], y[some], transport)
+            F_target[rest] = found[n_diffusion - some.start :].to(F_target.dtype)
 
     # Where a transport has no finite target the item counts as learned: its loss and its gradient are 0, not NaN.
     goal = torch.where(F_target.isfinite(), F_target, F_pred.detach())

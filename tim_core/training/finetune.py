@@ -97,7 +97,7 @@ def train_finetuning(config: FineTuning) -> Path:
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
             losses = transition_loss(
                 model.transformer, latents, noise, y, transport=transport, config=config.objective,
-                times=(t, r, len(part.of(range(n_diffusion)))), between=between, **taught)
+                times=(t, r, len(part.of(range(n_diffusion)))), transitions=n_diffusion < total, between=between, **taught)
         return {"loss": losses.total * part.share(total)}
 
     def draw(average: Conditional, step: int) -> Image.Image:

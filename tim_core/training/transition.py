@@ -115,7 +115,8 @@ def train_transition(config: TransitionTraining) -> Path:
                 taught["y_null"] = y_null
             losses = transition_loss(
                 model.transformer, latents, part.of(noise).to(device), y, transport=transport, config=objective,
-                times=(part.of(t).to(device), part.of(r).to(device), own_diffusion), between=part.of(between).to(device), **taught)
+                times=(part.of(t).to(device), part.of(r).to(device), own_diffusion), transitions=n_diffusion < total,
+                between=part.of(between).to(device), **taught)
             found = {"loss": losses.total * share}
             if draws:
                 found |= matched(model, average, part, latents, y, y_null, draws)

@@ -79,7 +79,6 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nloop: {lr: .inf}", "loop.lr"),
     ("kind: tim\noutput: x\nautoencoder: y\np_mean: .nan", "p_mean"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {w_start: 0.9, w_end: 0.1}", "w_start"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {proj_coeff: 0.5}", "proj_coeff"),
     ("- a list", "expected keys and values"),
     ("kind: [", "not YAML"),
 ])

@@ -51,13 +51,13 @@ class Checkpoint:
 # Loading
 
 
-def load_transformer(source, operations=torch.nn, attention=None, dtype=None, device="cpu"):
-    """TransitionTransformer from a file, a bundled name or Parts, without REPA's `projector.*`. dtype None keeps the stored one."""
+def load_transformer(source, operations=torch.nn, attention=None, dtype=None, device="cpu", projector=False):
+    """TransitionTransformer from a file, a bundled name or Parts. dtype None keeps the stored one. REPA's `projector.*` only if asked."""
     from .attention import sdpa
     from .transformer import TransitionTransformer
 
     parts = read_parts(source)
-    tensors = {key: tensor for key, tensor in parts.tensors(TRANSFORMER).items() if not key.startswith("projector.")}
+    tensors = {key: tensor for key, tensor in parts.tensors(TRANSFORMER).items() if projector or not key.startswith("projector.")}
     config = replace(parts, transformer=tensors).config(TRANSFORMER)
     dtype = dtype or _main_dtype(tensors)
     model = TransitionTransformer(config, operations, attention or sdpa, device="meta", dtype=dtype)

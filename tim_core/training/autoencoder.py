@@ -41,8 +41,8 @@ def losses(model: nn.Module, pictures: Tensor, config: AutoencoderTraining) -> d
     return {"loss": error + config.latent_weight * prior, "l1": error, "prior": prior}
 
 
-def train_autoencoder(config: AutoencoderTraining) -> Path:
-    """Runs a `kind: autoencoder` configuration; returns the safetensors file with the averaged weights."""
+def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
+    """Runs a `kind: autoencoder` configuration; returns the safetensors file with the averaged weights. It needs no image encoder."""
     loop, folder = config.loop, Path(config.output).expanduser()
     torch.manual_seed(loop.seed)
     try:

@@ -143,6 +143,9 @@ class TransformerShape:
     new_condition: str = "t-r"
     use_new_embed: bool = True
     distance_aware: bool = True
+    z_dim: int | None = None                     # width of an image encoder's features, for REPA; none: no projector
+    encoder_depth: int = 4                       # the block, from 1, whose output is compared with them
+    projector_dim: int = 512
     qk_norm: bool = True
 
     def __post_init__(self):
@@ -194,9 +197,6 @@ class TransitionTraining:
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
         _check(self.shift_base is None or self.shift_base > 0, "shift_base", self.shift_base, "1 or more")
-        for objective in (self.objective, *self.objective_from.values()):
-            _check(objective.proj_coeff == ObjectiveConfig.proj_coeff, "objective.proj_coeff", objective.proj_coeff,
-                   "none: the REPA term needs an image encoder, which this training has not")
 
     def shift(self, height: int, width: int) -> float:
         """s of the resolution-dependent time shift (paper Eq. 50) for pictures of this size."""
@@ -264,8 +264,6 @@ class FineTuning:
         _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
         _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
         _check(self.shift_base is None or self.shift_base > 0, "shift_base", self.shift_base, "1 or more")
-        _check(self.objective.proj_coeff == ObjectiveConfig.proj_coeff, "objective.proj_coeff", self.objective.proj_coeff,
-               "none: the REPA term needs an image encoder, which only a caller of transition_loss can pass in")
 
 
 def read(path: str | Path, kinds: dict[str, type]):

@@ -18,9 +18,10 @@ from ..sampler import sample
 from ..schedule import uniform
 from ..transport import OTFM
 from .config import FineTuning
-from .folder import Encoder, FolderBatches, prepare
+from .folder import Encoder, FolderBatches, Kept, prepare
 from .loop import train
 from .lora import add_lora, save_lora
+from .repa import ImageEncoder, check_projector, name_of, shown
 
 
 class Conditional(nn.Module):
@@ -38,7 +39,7 @@ def padded(told: list[Tensor], null: Tensor, dropped: list[bool]) -> Tensor:
     return torch.stack([torch.cat((rows, rows[-1:].expand(max(0, length - len(rows)), -1)))[:length] for rows in told])
 
 
-def train_finetuning(config: FineTuning) -> Path:
+def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = None) -> Path:
     """Runs a `kind: finetune` configuration; returns the safetensors file of the transformer, or of the LoRA."""
     loop, folder, processes = config.loop, Path(config.output).expanduser(), find_processes()
     if config.checkpoint:
@@ -47,8 +48,9 @@ def train_finetuning(config: FineTuning) -> Path:
     parts = checkpoint.read_parts({name: place for name, place in sources.items() if place} if config.text_encoder or config.autoencoder
                                   else config.model)
     torch.manual_seed(loop.seed)
-    model = Conditional(checkpoint.load_transformer(parts, attention=sdpa, dtype=torch.float32))
+    model = Conditional(checkpoint.load_transformer(parts, attention=sdpa, dtype=torch.float32, projector=True))
     architecture = model.transformer.config
+    check_projector(model.transformer, image_encoder, config.objective)
     autoencoder = checkpoint.load_autoencoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
     factor = autoencoder.config.factor
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
@@ -64,9 +66,16 @@ def train_finetuning(config: FineTuning) -> Path:
         features = text.encode([told])
         return features.rows[0, : features.lengths[0] + 1]  # and one pad row: they are all alike
 
-    identity = f"{parts.source} {autoencoder.config} {config.data.max_pixels}"
+    def look(picture: Tensor) -> dict[str, Tensor]:
+        picture = picture.to(processes.device)
+        seen = {"latent": autoencoder.encode(picture)}
+        if image_encoder is not None:
+            seen["features"] = shown(image_encoder, picture, seen["latent"], architecture.patch_size)
+        return seen
+
+    identity = f"{parts.source} {autoencoder.config} {config.data.max_pixels} {name_of(image_encoder)}"
     cache = Path(config.data.cache or f"{config.data.path.rstrip('/')}.cache").expanduser()
-    encode = Encoder(cache, identity, lambda picture: autoencoder.encode(picture.to(processes.device)), tell)
+    encode = Encoder(cache, identity, look, tell)
     items = prepare(config.data, encode, factor * architecture.patch_size, labels, processes)
     null = torch.tensor(architecture.num_classes) if labels else tell("").cpu()
     batches = FolderBatches(config.data, items, encode, loop.batch, loop.seed, processes.count * loop.accumulate)
@@ -74,8 +83,8 @@ def train_finetuning(config: FineTuning) -> Path:
     if config.lora:
         add_lora(model.transformer, config.lora)
 
-    def loss_of(model: Conditional, average: Conditional, batch: tuple[Tensor, list[Tensor]], step: int, part: Part) -> dict[str, Tensor]:
-        latents, told = batch
+    def loss_of(model: Conditional, average: Conditional, batch: Kept, step: int, part: Part) -> dict[str, Tensor]:
+        latents, told, features = batch
         total, device = len(latents), next(model.parameters()).device
         dropped = (torch.rand(total) < config.dropout).tolist()
         noise = torch.randn(latents.shape)
@@ -94,6 +103,8 @@ def train_finetuning(config: FineTuning) -> Path:
             taught["ema_model"] = average.transformer
         if config.objective.enhance_target:
             taught["y_null"] = null.to(device).expand(len(y)) if labels else padded([null] * len(y), null, [False] * len(y)).to(device)
+        if features is not None:
+            taught["h_target"] = part.of(features).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
             losses = transition_loss(
                 model.transformer, latents, noise, y, transport=transport, config=config.objective,
@@ -119,7 +130,7 @@ def train_finetuning(config: FineTuning) -> Path:
         return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
 
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
-    plain = copy.deepcopy(checkpoint.load_transformer(parts, dtype=torch.float32, device="meta"))
+    plain = copy.deepcopy(checkpoint.load_transformer(parts, dtype=torch.float32, device="meta", projector=True))
 
     def export(average: dict[str, Tensor], step: int) -> Path:
         weights = {name.removeprefix("transformer."): value for name, value in average.items()}
@@ -132,6 +143,6 @@ def train_finetuning(config: FineTuning) -> Path:
         trained.load_state_dict(weights)
         record = {**parts.record(checkpoint.TRANSFORMER), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape,
                   "training": training}
-        return checkpoint.pack({"transformer": trained}, target, dtype=torch.bfloat16, metadata=record)
+        return checkpoint.pack({"transformer": trained}, target, dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
     return train(loop, model, batches, loss_of, folder, draw, export)

@@ -20,6 +20,7 @@ from ..processes import Processes
 from .config import FolderConfig
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Kept = tuple[Tensor, list[Tensor], Tensor | None]  # latents, what they were told, an image encoder's features
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for pictures that it cannot read
 
 
@@ -79,9 +80,9 @@ def open_picture(item: Item) -> Tensor:
 
 
 class FolderBatches(torch.utils.data.Dataset):
-    """batches[k] -> (latents (B, C, h, w), told): one size a batch, a pure function of (seed, k); every picture is as likely as any other.
+    """batches[k] -> latents (B, C, h, w), what each was told, and the image encoder's features (B, N, z_dim) or None.
 
-    told: text features (B, M, D) padded to the longest of the batch, or labels (B,). `null` is what dropped captions are replaced by.
+    One size a batch, a pure function of (seed, k); every picture is as likely as any other. Told: text features (M, D), or a label.
     """
 
     def __init__(self, config: FolderConfig, items: list[Item], encode: "Encoder", batch: int, seed: int, parts: int):
@@ -94,22 +95,23 @@ class FolderBatches(torch.utils.data.Dataset):
         weights = np.array([len(self.files[size]) / count for size, count in zip(self.sizes, self.counts)])
         self.weights, self.seed = weights / weights.sum(), seed
 
-    def __getitem__(self, step: int) -> tuple[Tensor, list[Tensor | int]]:
+    def __getitem__(self, step: int) -> "Kept":
         rng = np.random.default_rng([self.seed, step])
         which = int(rng.choice(len(self.sizes), p=self.weights))
         files, count = self.files[self.sizes[which]], self.counts[which]
         # without repeats as far as they go: a small folder is seen several times in one batch
         order = np.concatenate([rng.permutation(len(files)) for _ in range(-(-count // len(files)))])[:count]
         kept = [load_file(files[i]) for i in order]
-        return torch.stack([one["latent"].float() for one in kept]), [one["told"] for one in kept]
+        features = torch.stack([one["features"] for one in kept]) if "features" in kept[0] else None
+        return torch.stack([one["latent"].float() for one in kept]), [one["told"] for one in kept], features
 
 
 class Encoder:
-    """Latents and text features of pictures, each encoded once and kept in the cache."""
+    """What networks make of pictures and captions, each encoded once and kept in the cache."""
 
-    def __init__(self, cache: Path, identity: str, latent: Callable[[Tensor], Tensor], told: Callable[[str | int], Tensor]):
-        """identity: what the encoders are; other encoders find nothing of these in the cache."""
-        self.cache, self.identity, self.latent, self.told = cache, identity, latent, told
+    def __init__(self, cache: Path, identity: str, look: Callable[[Tensor], dict[str, Tensor]], told: Callable[[str | int], Tensor]):
+        """identity: what the encoders are; other encoders find nothing of these in the cache. look: (1, 3, H, W) -> tensors by name."""
+        self.cache, self.identity, self.look, self.told = cache, identity, look, told
 
     def place(self, item: Item) -> Path:
         stat = item.file.stat()
@@ -120,7 +122,7 @@ class Encoder:
     def keep(self, item: Item) -> None:
         """Encodes a picture unless it is in the cache. OSError for one that cannot be read."""
         if not (place := self.place(item)).is_file():
-            tensors = {"latent": self.latent(open_picture(item)[None])[0], "told": self.told(item.told)}
+            tensors = {name: value[0] for name, value in self.look(open_picture(item)[None]).items()} | {"told": self.told(item.told)}
             tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             write_whole(place, lambda beside: save_file(tensors, beside))
 
@@ -149,6 +151,8 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     for item in tqdm(own, desc="encode", unit="picture", disable=not processes.first):
         try:
             encode.keep(item)
+        except TimError:
+            raise
         except BROKEN as error:
             skipped += _skip(item, error, processes, everyone=True)
     processes.wait()

@@ -23,7 +23,8 @@ def share(step: nn.Module, parts: Iterable[nn.Module], processes: Processes, how
 
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for part in parts:
-        fully_shard(part, mesh=mesh)
+        # by default an outermost module stays gathered until its backward pass: the averaged weights, which have none, would go stale
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return step
 
 

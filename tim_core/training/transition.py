@@ -1,6 +1,7 @@
 """Trains a TiM transformer together with its text model (arXiv 2509.04394, Algorithm 1)."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ..transport import OTFM
 from .config import TextShape, TransitionTraining
 from .data import ShapesBatches
 from .loop import begin_from, train
+from .repa import check_projector, shown
 from .tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 
 
@@ -65,7 +67,7 @@ def gemma_config(shape: TextShape) -> dict:
     }
 
 
-def train_transition(config: TransitionTraining) -> Path:
+def train_transition(config: TransitionTraining, image_encoder: Callable[[Tensor], Tensor] | None = None) -> Path:
     """Runs a `kind: tim` configuration; returns the one-file checkpoint with the averaged weights."""
     loop, folder = config.loop, Path(config.output).expanduser()
     if config.checkpoint:
@@ -76,11 +78,12 @@ def train_transition(config: TransitionTraining) -> Path:
     model = TextToImage(config, autoencoder.config.latent_channels)
     if config.start:
         start = Path(config.start).expanduser()
-        begin_from(model.transformer, checkpoint.load_transformer(start, dtype=torch.float32).state_dict(), str(start))
+        begin_from(model.transformer, checkpoint.load_transformer(start, dtype=torch.float32, projector=True).state_dict(), str(start))
         begin_from(model.text, checkpoint.load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
         if model.critic is not None:
             model.critic.load_state_dict(model.transformer.state_dict())
     begun = {name: value.detach().clone() for name, value in model.named_parameters()} if config.keep_start else {}
+    check_projector(model.transformer, image_encoder, config.objective, *config.objective_from.values())
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
     coder = copy.deepcopy(autoencoder)  # goes to the device of the run
@@ -113,6 +116,8 @@ def train_transition(config: TransitionTraining) -> Path:
                     y_null = model.features([""], y.shape[1]).expand_as(y)
             if objective.enhance_target:
                 taught["y_null"] = y_null
+            if image_encoder is not None:
+                taught["h_target"] = shown(image_encoder, pixels, latents, config.transformer.patch_size)
             losses = transition_loss(
                 model.transformer, latents, part.of(noise).to(device), y, transport=transport, config=objective,
                 times=(part.of(t).to(device), part.of(r).to(device), own_diffusion), transitions=n_diffusion < total,
@@ -161,7 +166,7 @@ def train_transition(config: TransitionTraining) -> Path:
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
                   "preview": preview, "training": {"step": step, "configuration": settings}}
         return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder}, target,
-                               dtype=torch.bfloat16, metadata=record)
+                               dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
     return train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, draw, export,
                  config.matching and config.matching.critic_lr)

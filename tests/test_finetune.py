@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tim_core import checkpoint
+from tests.comfy_graph import BUNDLED_NAME, Graph, run_pictures
+from tim_core import checkpoint, shapes
+from tim_core.contact_sheet import to_pil
 from tim_core.errors import TimError
 from tim_core.training import folder as pictures
 from tim_core.training import run
@@ -150,6 +152,40 @@ def test_a_lora_starts_as_nothing_and_learns(tmp_path, tiny, data):
     assert all({f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", f"{layer}.alpha"} <= tensors.keys() for layer in layers)
     layer = "diffusion_model.blocks.0.attn.qkv"
     assert tensors[f"{layer}.lora_B.weight"].abs().max() > 0 and tensors[f"{layer}.alpha"] == 4
+
+
+@pytest.mark.comfyui
+def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
+    """Twenty-four yellow shapes called amber; through core's LoraLoaderModelOnly the word is yellow, and the words it knew stay."""
+    rng = np.random.default_rng(0)
+    place = tmp_path / "amber"
+    place.mkdir()
+    for k in range(24):
+        shape = shapes.SHAPES[k % 3]
+        scene = shapes.place(rng, shapes.Prompt("colors", (shapes.Thing(shape, "yellow"),)))
+        to_pil(torch.from_numpy(shapes.render(scene))).save(place / f"{k}.png")
+        (place / f"{k}.txt").write_text(f"a amber {shape}")
+    config = tmp_path / "amber.yaml"
+    config.write_text(
+        f"kind: finetune\noutput: {tmp_path}/out\nmodel: tim-shapes\ndata: {{path: {place}, base_pixels: 4096}}\nshift_base: null\n"
+        "p_mean: 0.8\nlora: {rank: 8}\nobjective: {target: composed, diffusion_ratio: 0.75, adaptive_floor: 0.1}\n"
+        "loop: {steps: 60, batch: 12, lr: 0.003, warmup: 5, ema: 0.9, workers: 0, save_every: 60}\n")
+    (made,) = run([config])
+    name = comfyui.add("loras", made, "amber.safetensors")
+
+    def colors(prompt: str, strength: float | None) -> list[str | None]:
+        """Of the largest object in each of eight pictures."""
+        graph = Graph(BUNDLED_NAME)
+        if strength is not None:
+            graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=name, strength_model=strength)
+        pictures = run_pictures(comfyui, graph, graph.stock(graph.empty(batch_size=8), graph.text(prompt), seed=3, steps=8))
+        found = [shapes.detect(picture.numpy().astype(np.uint8)) for picture in pictures]
+        return [max(objects, key=lambda one: one.radius).color if objects else None for objects in found]
+
+    assert colors("a amber circle", 1.0).count("yellow") >= 7
+    assert colors("a amber circle", None).count("yellow") <= 4
+    assert colors("a amber circle", 0.0) == colors("a amber circle", None)
+    assert colors("a red circle", 1.0).count("red") >= 7
 
 
 @pytest.mark.parametrize("text, named", [

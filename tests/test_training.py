@@ -4,6 +4,7 @@ import csv
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from tim_core.errors import TimError
 from tim_core.training import autoencoder as training_autoencoder
 from tim_core.training import loop as training_loop
 from tim_core.training import run
-from tim_core.training.config import AutoencoderTraining, LoopConfig, SizesConfig, TransitionTraining, read
+from tim_core.training.config import AutoencoderTraining, FineTuning, LoopConfig, SizesConfig, TransitionTraining, read
 from tim_core.training.data import ShapesBatches
 
+ROOT = Path(__file__).parent.parent
 KINDS = {"autoencoder": AutoencoderTraining, "tim": TransitionTraining}
 LOOP = "loop: {steps: 6, batch: 4, save_every: 2, log_every: 2, workers: 0, warmup: 2, keep: 2, optimizer: %s}\n"
 
@@ -116,6 +118,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, more):
     weights = [checkpoint.open_state_dict(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed")]
     assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not any("critic" in name for name in weights[0])
+
+
+def test_the_ready_configurations_are_read():
+    kinds = {path.stem: type(read(path, {**KINDS, "finetune": FineTuning})).__name__ for path in (ROOT / "configs").glob("*.yaml")}
+    assert kinds["tim-shapes"] == kinds["tim-shapes-twin"] == "TransitionTraining" and kinds["tim-shapes-decoder"] == "AutoencoderTraining"
+    assert kinds["t2i-finetune"] == kinds["t2i-lora"] == kinds["c2i-finetune"] == "FineTuning"
+    first, twin = (read(ROOT / "configs" / f"{name}.yaml", KINDS) for name in ("tim-shapes", "tim-shapes-twin"))
+    assert twin.loop == first.loop and twin.data == first.data and twin.transformer == first.transformer and twin.text == first.text
+    assert twin.objective.diffusion_ratio == 1
 
 
 def test_missing_file_is_one_line(tmp_path):

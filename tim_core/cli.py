@@ -116,15 +116,18 @@ example:
 INTERVAL_HELP = "times between which guidance acts, ends excluded (0,1)"
 
 TRAIN = """\
-Trains from YAML configurations (`kind: tim` or `kind: autoencoder`), one after another. A run that was stopped goes on from its last
-checkpoint when the same command is given again."""
+Trains from YAML configurations, one after another: `kind: finetune` (your pictures; all weights, or a LoRA), `kind: tim` and `kind:
+autoencoder` (the small world). A run that was stopped goes on from its last checkpoint when the same command is given again.
+
+`accelerate launch -m tim_core.training CONFIG.yaml` runs on several GPUs. docs/training.md says what is read and written."""
 
 TRAIN_EXAMPLES = """\
-example:
+examples:
+  tim train configs/t2i-lora.yaml                            a LoRA on a folder of pictures with captions
   tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml configs/tim-shapes-longer.yaml \\
-    configs/tim-shapes-composed.yaml
+    configs/tim-shapes-composed.yaml configs/tim-shapes-matched.yaml
 
-These five make the bundled model: its autoencoder, more training for the decoder, the network, and more training for that, twice."""
+These six make the bundled model: its autoencoder, more training for the decoder, the network, and more training for that, three times."""
 
 
 class Parser(argparse.ArgumentParser):

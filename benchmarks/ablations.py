@@ -1,0 +1,119 @@
+"""Trains variants of one small model, each from scratch on the same pictures, and scores them: what of the recipe matters, at what price.
+
+    python benchmarks/ablations.py --seeds 0,1,2 --only paper,jvp,twin        train what is missing, score it, print the table
+    python benchmarks/ablations.py --table                                    print the table of what is there
+
+Every run is a folder in --folder (~/tim-runs/ablations): killed, the same command goes on. The network is small, and the world smaller: single
+objects at 48 x 48, of which the two tasks `single` and `colors` are scored.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tim_core import Pipeline  # noqa: E402
+from tim_core.evaluate import evaluate  # noqa: E402
+from tim_core.training import run  # noqa: E402
+
+TASKS = ("single", "colors")
+PAPER = {"epsilon": 0.005, "diffusion_ratio": 0.5, "consistency_ratio": 0.1}
+VARIANTS: dict[str, dict] = {
+    "paper": {},
+    "twin": {"objective": {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}},
+    "jvp": {"objective": {"derivative": "jvp"}},
+    "no-interval-attention": {"transformer": {"distance_aware": False}},
+    "no-decoupled-embedding": {"transformer": {"use_new_embed": False}},
+    "no-time-weighting": {"objective": {"weight_time_type": "constant"}},
+    "ratio-0": {"objective": {"diffusion_ratio": 0.0}},
+    "ratio-0.8": {"objective": {"diffusion_ratio": 0.8}},
+    "epsilon-0.0005": {"objective": {"epsilon": 0.0005}},
+    "epsilon-0.05": {"objective": {"epsilon": 0.05}},
+    "composed": {"objective": {"target": "composed", "adaptive_floor": 0.1}},
+    "composed-matched": {"objective": {"target": "composed", "adaptive_floor": 0.1}, "matching": {"share": 0.25, "starts": [1.0]}},
+}
+
+
+def configuration(variant: str, seed: int, folder: Path, steps: int, batch: int, compile: bool) -> dict:
+    change = VARIANTS[variant]
+    made = {
+        "kind": "tim", "output": str(folder), "autoencoder": str(ROOT / "tim_core/bundled/tim-shapes.safetensors"),
+        "transformer": {"hidden_size": 128, "depth": 4, "num_heads": 2, "lora_hidden_size": 32, **change.get("transformer", {})},
+        "text": {"hidden_size": 64, "layers": 1, "heads": 1, "head_dim": 64, "intermediate_size": 128},
+        "objective": {**PAPER, **change.get("objective", {})},
+        "data": {"sizes": {"48x48": 1.0}, "forms": {"single": 0.5, "colors": 0.5}},
+        "loop": {"steps": steps, "batch": batch, "optimizer": "muon", "lr": 0.001, "muon_lr": 0.01, "ema": 0.995, "seed": seed,
+                 "warmup": 100, "save_every": 250, "keep": 1, "compile": compile},
+    }
+    return made | ({"matching": change["matching"]} if "matching" in change else {})
+
+
+def train_and_score(variant: str, seed: int, args: argparse.Namespace) -> None:
+    folder = Path(args.folder).expanduser() / f"{variant}-{seed}"
+    if (folder / "scores" / "report.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(configuration(variant, seed, folder, args.steps, args.batch, args.compile)))
+    (model,) = run([config])
+    mode = "diffusion" if variant == "twin" else "transition"
+    evaluate(Pipeline.load(model, device=args.device), (1, 2, 4, 16), 2.5, 60, 4, seed=0, output=folder / "scores", tasks=TASKS,
+             width=48, height=48, mode=mode)
+
+
+def rows(folder: Path) -> list[str]:
+    """Markdown: a variant a line, means over seeds; the error is that of the pictures and the seeds together."""
+    found: dict[str, list[tuple[dict, float]]] = {}
+    for variant in VARIANTS:
+        for place in sorted(folder.glob(f"{variant}-[0-9]*")):
+            report = place / "scores" / "report.json"
+            if place.name.rsplit("-", 1)[0] == variant and report.exists():
+                with (place / "metrics.csv").open() as file:
+                    last = list(csv.DictReader(file))[-1]
+                points = {point["steps"]: point for point in json.loads(report.read_text())["curve"]}
+                found.setdefault(variant, []).append((points, float(last["seconds"]) / float(last["step"])))
+    lines = ["| variant | seeds | 1 step | 2 | 4 | 16 | seconds a step |", "|---|---|---|---|---|---|---|"]
+    for variant, runs in found.items():
+        cells = []
+        for steps in (1, 2, 4, 16):
+            scores = [points[steps]["overall"] for points, _ in runs]
+            mean = sum(scores) / len(scores)
+            within = sum(points[steps]["stderr"] ** 2 for points, _ in runs) / len(runs) ** 2
+            between = sum((score - mean) ** 2 for score in scores) / max(1, len(runs) - 1) / len(runs)
+            cells.append(f"{mean:.3f} ± {math.sqrt(max(within, between)):.3f}")
+        seconds = sorted(time for _, time in runs)[len(runs) // 2]
+        lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} | {seconds:.3f} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default="~/tim-runs/ablations")
+    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, between commas")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="of torch, a process")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if not args.table:
+        for seed in map(int, args.seeds.split(",")):
+            for variant in args.only.split(","):
+                train_and_score(variant, seed, args)
+    print("\n".join(rows(Path(args.folder).expanduser())))
+
+
+if __name__ == "__main__":
+    main()

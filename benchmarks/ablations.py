@@ -3,8 +3,8 @@
     python benchmarks/ablations.py --seeds 0,1,2 --only paper,jvp,twin        train what is missing, score it, print the table
     python benchmarks/ablations.py --table                                    print the table of what is there
 
-Every run is a folder in --folder (~/tim-runs/ablations): killed, the same command goes on. The network is small, and the world smaller: single
-objects at 48 x 48, of which the two tasks `single` and `colors` are scored.
+Every run is a folder in --folder (~/tim-runs/ablations): killed, the same command goes on. The network is small, and the world smaller:
+single objects at 48 x 48, of which the two tasks `single` and `colors` are scored.
 """
 
 import argparse

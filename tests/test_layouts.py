@@ -77,6 +77,10 @@ def test_a_stopped_run_goes_on(tmp_path, layout, lines, last):
     assert set(painter.asked) == {lines[1].get("prompt") or lines[1]["text"]} and (tmp_path / "out" / last).is_file()
     with pytest.raises(TimError, match="steps: found 4, expected 8, or another folder"):
         make(painter, tmp_path, lines, layout, steps=8)
+    with pytest.raises(TimError, match="model: found , expected another"):
+        make(painter, tmp_path, lines, layout, model="another")
+    with pytest.raises(TimError, match="prompts: found"):
+        make(painter, tmp_path, lines[:1], layout)
 
 
 def test_processes_share_the_prompts(tmp_path):

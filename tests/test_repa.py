@@ -19,6 +19,9 @@ def colors(pictures):
     return torch.cat((cells, cells.square()), -1)
 
 
+colors.name = "colours"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A model with a projector, trained for six steps."""
@@ -49,6 +52,9 @@ def test_fine_tuning_keeps_the_features_in_the_cache(trained, tmp_path):
         seen.append(pictures.shape)
         return colors(pictures)
 
+    with pytest.raises(TimError, match="name"):
+        run([yaml(tmp_path, trained[2], tmp_path / "pictures")], image_encoder=encoder)
+    encoder.name = "colours"
     run([yaml(tmp_path, trained[2], tmp_path / "pictures")], image_encoder=encoder)
     assert seen == [(1, 3, 32, 32)] * 3
     kept = [load_file(file) for file in (tmp_path / "pictures.cache").iterdir()]
@@ -65,7 +71,9 @@ def test_what_does_not_fit_is_named(trained, tiny, tmp_path):
     draw(tmp_path / "pictures" / "0.png", 32, 32)
     with pytest.raises(TimError, match="projector"):
         run([yaml(tmp_path, tiny, tmp_path / "pictures")], image_encoder=colors)
-    with pytest.raises(TimError, match=r"features \[1, 4, 6\].*expected \[1, 16, z_dim\]"):
-        run([yaml(tmp_path, made, tmp_path / "pictures")], image_encoder=lambda pictures: colors(pictures)[:, :4])
+    for wrong, found in ((lambda pictures: colors(pictures)[:, :4], "1, 4, 6"), (lambda pictures: colors(pictures)[..., :1], "1, 16, 1")):
+        wrong.name = found
+        with pytest.raises(TimError, match=rf"features \[{found}\].*expected \[1, 16, 6\]"):
+            run([yaml(tmp_path, made, tmp_path / "pictures")], image_encoder=wrong)
     with pytest.raises(TimError, match="proj_coeff"):
         run([yaml(tmp_path, made, tmp_path / "pictures", more="objective: {proj_coeff: 0.5}\n")])

@@ -108,6 +108,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, more):
         while process.poll() is None and not place.exists() and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(seconds)
+        assert process.poll() is None  # else there is nothing to kill
         process.kill()
         process.wait()
     assert folder.is_dir() and not (folder / "step-00000006.pt").exists()

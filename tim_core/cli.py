@@ -347,7 +347,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
         for steps in args.steps:
             folder = args.output / f"steps-{steps}"
-            made = make_pictures(pipe, args.prompts, args.layout, folder, steps=steps, batch=args.batch or 4, **options)
+            made = make_pictures(pipe, args.prompts, args.layout, folder, model=model_name(args.model), steps=steps, batch=args.batch or 4,
+                                 **options)
             if processes.first:
                 print(made)
         return
@@ -359,6 +360,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
         print_report(report)
         print(args.output / "report.json")
         print(args.output / "curve.png")
+
+
+def model_name(model: str) -> str:
+    """A bundled name, or a file with its size and time, by which another file of that name is told from it."""
+    path = Path(model).expanduser()
+    return f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else model
 
 
 def print_report(report: dict) -> None:
@@ -429,7 +436,7 @@ def run_train(args: argparse.Namespace) -> None:
         from .training import run
     except ModuleNotFoundError as error:
         raise TimError(f'training: found no {error.name}, expected it from: pip install "transition-models[train]"') from None
-    for path in run(args.configs) or []:
+    for path in filter(None, run(args.configs)):
         print(path)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def read_prompts(path: str | Path) -> list[Line]:
     """A .jsonl of {"prompt": ...} (or "text"), with "item_id" (or "id") where pictures are named by it. TimError names a bad line."""
     path = Path(path).expanduser()
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise TimError(f"{path}: cannot be read ({reason}), expected a .jsonl of prompts") from None
@@ -71,7 +72,8 @@ def write_dpg(folder: Path, line: Line, pictures: Sequence) -> None:
     """metadata/NAME.json, and then pictures/NAME.png: the four in a square, as the evaluator cuts them."""
     from PIL import Image
 
-    make_folder(folder / "pictures"), make_folder(folder / "metadata")
+    make_folder(folder / "pictures")
+    make_folder(folder / "metadata")
     width, height = pictures[0].size
     square = Image.new("RGB", (2 * width, 2 * height))
     for k, picture in enumerate(pictures):
@@ -81,13 +83,14 @@ def write_dpg(folder: Path, line: Line, pictures: Sequence) -> None:
 
 
 def make_pictures(
-    pipe, prompts: str | Path, layout: str, output: str | Path, *, steps: int = 4, cfg: float = 2.5, images: int = 4, seed: int = 0,
-    width: int = 1024, height: int = 1024, batch: int = 4, progress: bool = True, processes: Processes = ALONE, **options
+    pipe, prompts: str | Path, layout: str, output: str | Path, *, model: str = "", steps: int = 4, cfg: float = 2.5, images: int = 4,
+    seed: int = 0, width: int = 1024, height: int = 1024, batch: int = 4, progress: bool = True, processes: Processes = ALONE, **options
 ) -> Path:
     """Makes `images` pictures of every prompt that has none yet, and returns the folder to give to the evaluator.
 
     Each picture has its own noise, fixed by `seed`, the prompt's line and its own number. What was made is kept when the same call is
-    made again; TimError where the folder holds pictures of other settings. Several processes share the prompts.
+    made again; TimError where the folder holds pictures of other settings, other prompts or another `model`, whatever names it.
+    Several processes share the prompts.
     """
     from tqdm import tqdm
 
@@ -100,8 +103,10 @@ def make_pictures(
         raise TimError(f"layout: found {images} pictures of {width}x{height}, expected 4 square ones for dpg: its evaluator cuts a square")
     lines, folder = read_prompts(prompts), Path(output).expanduser()
     make_folder(folder)
-    settings = {"layout": layout, "steps": steps, "cfg": cfg, "images": images, "seed": seed, "width": width, "height": height,
-                **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}}
+    asked = hashlib.sha256(repr(lines).encode()).hexdigest()
+    settings = {"model": model, "prompts": asked, "layout": layout, "steps": steps, "cfg": cfg, "images": images, "seed": seed,
+                "width": width, "height": height}
+    settings |= {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     _keep_settings(folder / "settings.json", settings, processes)
     done = {"geneval": lambda line: folder / f"{line.number:05d}" / "metadata.jsonl",
             "dpg": lambda line: folder / "pictures" / f"{line.name}.png"}[layout]

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 
-def run(configs: list[str | Path], image_encoder: Callable[[Tensor], Tensor] | None = None) -> list[Path]:
-    """Runs training configurations one after the other; returns the files they made.
+def run(configs: list[str | Path], image_encoder: Callable[[Tensor], Tensor] | None = None) -> list[Path | None]:
+    """Runs training configurations one after the other; returns the files they made (of several processes, only the first knows them).
 
     image_encoder: pictures (B, 3, H, W) in [-1, 1] to features (B, N, z_dim), one for each token of the transformer, N = (H / unit) *
     (W / unit). With it a transformer that has a projector learns the REPA term, too (arXiv 2410.06940), with weight objective.proj_coeff.

@@ -13,6 +13,7 @@ from ..autoencoder import Autoencoder
 from ..config import AutoencoderConfig, StageConfig
 from ..errors import TimError, one_line
 from ..files import write_whole
+from ..processes import find_processes
 from .config import AutoencoderTraining
 from .data import ShapesBatches
 from .loop import begin_from, train
@@ -30,11 +31,10 @@ def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
         latent_channels=config.latent_channels, head_dim=config.head_dim, downsample="pixel_unshuffle", upsample="pixel_shuffle")
 
 
-def losses(model: nn.Module, pictures: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
-    """L1 of the decoded, noised latent, plus the distance of each latent channel from mean 0 and variance 1."""
+def losses(model: nn.Module, pictures: Tensor, noise: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
+    """L1 of the decoded latent with `noise` on it, plus the distance of each latent channel from mean 0 and variance 1 (of this part)."""
     latent = model.encode(pictures).float()
-    level = torch.rand(len(latent), 1, 1, 1) * config.latent_noise
-    decoded = model.decode(latent + (level * torch.randn(latent.shape)).to(latent)).float()
+    decoded = model.decode(latent + noise.to(latent)).float()
     error = (decoded - pictures).abs().mean()
     mean, var = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
     prior = (mean.square() + (var - 1).square()).mean()
@@ -59,10 +59,12 @@ def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
     def loss_of(model, average, batch, step, part):
         device = next(model.parameters()).device
         pictures = part.of(batch[0]).to(device).contiguous(memory_format=torch.channels_last)
-        torch.manual_seed(torch.initial_seed() + part.index)
+        total, factor = len(batch[0]), model.config.factor
+        level = torch.rand(total, 1, 1, 1) * config.latent_noise
+        noise = level * torch.randn(total, config.latent_channels, *(side // factor for side in pictures.shape[2:]))
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
-            found = losses(model, pictures, config)
-        return {name: value * part.share(len(batch[0])) for name, value in found.items()}
+            found = losses(model, pictures, part.of(noise), config)
+        return {name: value * part.share(total) for name, value in found.items()}
 
     def sample(average, step):
         held_out = ShapesBatches(config.data, 8, loop.seed + 1)[0][0]
@@ -79,4 +81,5 @@ def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
         write_whole(path, lambda to: save_file(tensors, to, metadata={"tim": json.dumps(record)}))
         return path
 
-    return train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, sample, export)
+    batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
+    return train(loop, model, batches, loss_of, folder, sample, export)

@@ -5,22 +5,32 @@ import torch
 from torch import Tensor
 
 from .. import shapes
+from ..errors import TimError
 from .config import SizesConfig
 
 
 class ShapesBatches(torch.utils.data.Dataset):
     """batches[k] -> (pictures (B, 3, H, W) float32 in [-1, 1], captions): a pure function of (seed, k)."""
 
-    def __init__(self, sizes: SizesConfig, batch: int, seed: int):
+    def __init__(self, sizes: SizesConfig, batch: int, seed: int, parts: int = 1):
+        """TimError where a batch of some size would have fewer pictures than the `parts` that it is cut into."""
         self.sizes, self.weights = sizes.table()
         self.forms, self.batch, self.seed = sizes.forms, batch, seed
+
+        for (width, height), count in zip(self.sizes, map(self.count, self.sizes)):
+            if count < parts:
+                raise TimError(f"training config: loop.batch: found {count} pictures of {width}x{height} for {parts} processes or "
+                               "accumulated parts, expected at least as many")
+
+    def count(self, size: tuple[int, int]) -> int:
+        """Pictures in a batch: as many tokens in every one, so that large pictures cost no more than small ones."""
+        reference = self.sizes[int(np.argmax(self.weights))]
+        return max(1, round(self.batch * reference[0] * reference[1] / (size[0] * size[1])))
 
     def __getitem__(self, step: int) -> tuple[Tensor, list[str]]:
         rng = np.random.default_rng([self.seed, step])
         width, height = self.sizes[rng.choice(len(self.sizes), p=self.weights)]
-        # as many tokens in every batch, so that large pictures cost no more than small ones
-        reference = self.sizes[int(np.argmax(self.weights))]
-        count = max(1, round(self.batch * reference[0] * reference[1] / (width * height)))
+        count = self.count((width, height))
         # half of the batches hold one form of prompt, so that prompts are also seen without the padding of longer neighbours
         form = shapes.sample_training_prompt(rng, self.forms).task if rng.random() < 0.5 else None
         prompts = [shapes.sample_prompt(rng, form) if form else shapes.sample_training_prompt(rng, self.forms) for _ in range(count)]

@@ -1,6 +1,5 @@
 """Fine-tunes a TiM transformer, text-to-image or class-conditional, on a folder of pictures: all of its weights, or a LoRA."""
 
-import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..sampler import sample
 from ..schedule import uniform
 from ..transport import OTFM
 from .config import FineTuning
-from .folder import Encoder, FolderBatches, Kept, prepare
+from .folder import Encoder, FolderBatches, Kept, digest, prepare
 from .loop import train
 from .lora import add_lora, save_lora
 from .repa import ImageEncoder, check_projector, name_of, shown
@@ -32,10 +31,13 @@ class Conditional(nn.Module):
         self.transformer = transformer
 
 
-def padded(told: list[Tensor], null: Tensor, dropped: list[bool]) -> Tensor:
-    """Prompts' rows, each with one pad row behind its text (M_i + 1, D), to the longest text -> (B, M, D); dropped ones become `null`'s."""
+def padded(told: list[Tensor], null: Tensor, dropped: list[bool], length: int = 0) -> Tensor:
+    """Prompts' rows, each with one pad row behind its text (M_i + 1, D) -> (B, M, D), M the longest text or `length`.
+
+    Dropped ones become `null`'s.
+    """
     told = [null if drop else rows for drop, rows in zip(dropped, told)]
-    length = max(len(rows) for rows in told) - 1
+    length = length or max(len(rows) for rows in told) - 1
     return torch.stack([torch.cat((rows, rows[-1:].expand(max(0, length - len(rows)), -1)))[:length] for rows in told])
 
 
@@ -47,7 +49,6 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
     parts = checkpoint.read_parts({name: place for name, place in sources.items() if place} if config.text_encoder or config.autoencoder
                                   else config.model)
-    torch.manual_seed(loop.seed)
     model = Conditional(checkpoint.load_transformer(parts, attention=sdpa, dtype=torch.float32, projector=True))
     architecture = model.transformer.config
     check_projector(model.transformer, image_encoder, config.objective)
@@ -57,6 +58,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
 
     labels = architecture.text_dim is None
     text = None if labels else checkpoint.load_text_encoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
+    pad = None if labels else text.encode([""]).rows[0, -1:]
 
     def tell(told: str | int) -> Tensor:
         if labels:
@@ -64,16 +66,16 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
                 raise TimError(f"{config.data.path}: found class {told}, expected 0 to {architecture.num_classes - 1}")
             return torch.tensor(told)
         features = text.encode([told])
-        return features.rows[0, : features.lengths[0] + 1]  # and one pad row: they are all alike
+        return torch.cat((features.rows[0, : features.lengths[0]], pad))  # pad rows are all alike
 
     def look(picture: Tensor) -> dict[str, Tensor]:
         picture = picture.to(processes.device)
         seen = {"latent": autoencoder.encode(picture)}
         if image_encoder is not None:
-            seen["features"] = shown(image_encoder, picture, seen["latent"], architecture.patch_size)
+            seen["features"] = shown(image_encoder, picture, seen["latent"], architecture)
         return seen
 
-    identity = f"{parts.source} {autoencoder.config} {config.data.max_pixels} {name_of(image_encoder)}"
+    identity = " ".join([*(digest(network) for network in (autoencoder, text) if network is not None), name_of(image_encoder)])
     cache = Path(config.data.cache or f"{config.data.path.rstrip('/')}.cache").expanduser()
     encode = Encoder(cache, identity, look, tell)
     items = prepare(config.data, encode, factor * architecture.patch_size, labels, processes)
@@ -81,6 +83,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     batches = FolderBatches(config.data, items, encode, loop.batch, loop.seed, processes.count * loop.accumulate)
 
     if config.lora:
+        torch.manual_seed(loop.seed)
         add_lora(model.transformer, config.lora)
 
     def loss_of(model: Conditional, average: Conditional, batch: Kept, step: int, part: Part) -> dict[str, Tensor]:
@@ -102,7 +105,8 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
         if config.objective.enhance_target or config.objective.target == "composed":
             taught["ema_model"] = average.transformer
         if config.objective.enhance_target:
-            taught["y_null"] = null.to(device).expand(len(y)) if labels else padded([null] * len(y), null, [False] * len(y)).to(device)
+            nothing = null.expand(len(y)) if labels else padded([null] * len(y), null, [False] * len(y), y.shape[1])
+            taught["y_null"] = nothing.to(device)
         if features is not None:
             taught["h_target"] = part.of(features).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
@@ -130,7 +134,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
         return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
 
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
-    plain = copy.deepcopy(checkpoint.load_transformer(parts, dtype=torch.float32, device="meta", projector=True))
+    plain = checkpoint.load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
 
     def export(average: dict[str, Tensor], step: int) -> Path:
         weights = {name.removeprefix("transformer."): value for name, value in average.items()}

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import TimError
+from ..errors import TimError, one_line
 from ..files import write_whole
 from ..processes import Processes
 from .config import FolderConfig
@@ -34,11 +34,19 @@ class Item:
     height: int = 0
 
 
+def digest(network: nn.Module) -> str:
+    """A text that tells one network's weights from another's, from the beginning of each tensor."""
+    found = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        found.update(repr((name, tuple(value.shape), value.flatten()[:64].tolist())).encode())
+    return found.hexdigest()
+
+
 def scan(config: FolderConfig, labels: bool) -> list[Item]:
     """What a folder or a .jsonl names, in order. TimError if there is no such place, or a line that makes no sense."""
     place = Path(config.path).expanduser()
     if place.is_file():
-        lines = enumerate(place.read_text(encoding="utf-8").splitlines(), 1)
+        lines = enumerate(_text(place).split("\n"), 1)
         return [_line(place, number, line, labels) for number, line in lines if line.strip()]
     if not place.is_dir():
         raise TimError(f"{place}: found no such folder, expected one with pictures, or a .jsonl that names them")
@@ -50,7 +58,14 @@ def scan(config: FolderConfig, labels: bool) -> list[Item]:
     without = [file for file, caption in captions.items() if not caption.is_file()]
     if without:
         logging.warning(f"{place}: {len(without)} pictures have no .txt beside them and are left out, first {without[0].name}")
-    return [Item(file, text.read_text(encoding="utf-8").strip()) for file, text in captions.items() if text.is_file()]
+    return [Item(file, _text(text).strip()) for file, text in captions.items() if text.is_file()]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TimError(f"{file}: found bytes that are no UTF-8, expected text") from None
 
 
 def _line(place: Path, number: int, line: str, labels: bool) -> Item:
@@ -79,6 +94,10 @@ def open_picture(item: Item) -> Tensor:
     return torch.from_numpy(np.asarray(fitted, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
+class Broken(Exception):
+    """A picture that cannot be read."""
+
+
 class FolderBatches(torch.utils.data.Dataset):
     """batches[k] -> latents (B, C, h, w), what each was told, and the image encoder's features (B, N, z_dim) or None.
 
@@ -91,7 +110,7 @@ class FolderBatches(torch.utils.data.Dataset):
             self.files.setdefault((item.width, item.height), []).append(encode.place(item))
         self.sizes = sorted(self.files)
         tokens = [batch * config.base_pixels / (width * height) for width, height in self.sizes]
-        self.counts = [max(parts, round(count / parts) * parts) for count in tokens]
+        self.counts = [max(parts, round(count)) for count in tokens]
         weights = np.array([len(self.files[size]) / count for size, count in zip(self.sizes, self.counts)])
         self.weights, self.seed = weights / weights.sum(), seed
 
@@ -120,9 +139,13 @@ class Encoder:
 
     @torch.no_grad()
     def keep(self, item: Item) -> None:
-        """Encodes a picture unless it is in the cache. OSError for one that cannot be read."""
+        """Encodes a picture unless it is in the cache. Broken for one that cannot be read."""
         if not (place := self.place(item)).is_file():
-            tensors = {name: value[0] for name, value in self.look(open_picture(item)[None]).items()} | {"told": self.told(item.told)}
+            try:
+                picture = open_picture(item)[None]
+            except BROKEN as error:
+                raise Broken(str(error)) from error
+            tensors = {name: value[0] for name, value in self.look(picture).items()} | {"told": self.told(item.told)}
             tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             write_whole(place, lambda beside: save_file(tensors, beside))
 
@@ -132,39 +155,36 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
 
     The processes share the encoding. TimError where nothing is left.
     """
-    items, fitted, skipped = scan(config, labels), [], 0
+    items, fitted = scan(config, labels), []
     for item in items:
         try:
             with Image.open(item.file) as picture:
                 turned = picture.getexif().get(0x0112, 1) >= 5
                 width, height = picture.size[::-1] if turned else picture.size
         except BROKEN as error:
-            skipped += _skip(item, error, processes)
+            _skip(item, one_line(error), processes)
             continue
         size = native_size(width, height, unit, config.max_pixels)
         if not all(size):
-            skipped += _skip(item, f"{width}x{height} pixels, expected at least {unit}x{unit}", processes)
+            _skip(item, f"{width}x{height} pixels, expected at least {unit}x{unit}", processes)
             continue
         fitted.append(Item(item.file, item.told, *size))
     encode.cache.mkdir(parents=True, exist_ok=True)
-    own = processes.own(fitted)
+    own = processes.own(list({encode.place(item): item for item in fitted}.values()))  # the same twice is one in the cache
     for item in tqdm(own, desc="encode", unit="picture", disable=not processes.first):
         try:
             encode.keep(item)
-        except TimError:
-            raise
-        except BROKEN as error:
-            skipped += _skip(item, error, processes, everyone=True)
+        except Broken as error:
+            logging.warning(f"{item.file}: left out ({one_line(error)})")
     processes.wait()
     usable = [item for item in fitted if encode.place(item).is_file()]  # files of the cache are written whole
     if not usable:
         raise TimError(f"{config.path}: found no usable picture of {len(items)}, expected some ({', '.join(ENDINGS)})")
-    if processes.first and skipped:
+    if processes.first and len(usable) < len(items):
         logging.warning(f"{config.path}: {len(items) - len(usable)} of {len(items)} pictures were left out")
     return usable
 
 
-def _skip(item: Item, reason, processes: Processes, everyone: bool = False) -> int:
-    if processes.first or everyone:
-        logging.warning(f"{item.file}: left out ({' '.join(str(reason).split())})")
-    return 1
+def _skip(item: Item, reason: str, processes: Processes) -> None:
+    if processes.first:
+        logging.warning(f"{item.file}: left out ({reason})")

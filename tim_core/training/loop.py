@@ -63,7 +63,9 @@ def optimizers(config: LoopConfig, model: nn.Module, critic_lr: float | None = N
             continue
         inner = parameter.ndim == 2 and (".blocks." in f".{name}" or ".layers." in f".{name}") and "adaLN" not in name
         (matrices if config.optimizer == "muon" and inner else rest).append(parameter)
-    found = [torch.optim.AdamW(rest, config.lr, config.betas, 1e-8, config.weight_decay, fused=True)]
+    found: list[torch.optim.Optimizer] = []
+    if rest:
+        found.append(torch.optim.AdamW(rest, config.lr, config.betas, 1e-8, config.weight_decay, fused=True))
     if matrices:
         found.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
     if critic:
@@ -105,19 +107,21 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     average = copy.deepcopy(model).requires_grad_(False)
     pieces = [*slices(model), *slices(average)]
     if config.compile:
-        compile_blocks(model), compile_blocks(average)
+        compile_blocks(model)
+        compile_blocks(average)
     if config.checkpointing:
         checkpoint_blocks(model)
     step_loss = share(Step(model, average, loss_of), pieces, processes, config.parallel)
     optims = optimizers(config, model, critic_lr)
-    start, seconds = _resume(folder, model, optims, average)
+    start, seconds = _resume(folder, model, optims, average, processes)
     if start >= config.steps:  # the last checkpoint is there, its export may not be
         return _export(export, average, start, processes)
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
         prefetch_factor=4 if config.workers else None, persistent_workers=False)
     parts = processes.parts(config.accumulate)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    critic = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("critic.")]
+    parameters = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("critic.")]
     followers = [(name, local(p)) for name, p in average.named_parameters()]
     leaders = dict(model.named_parameters())
     began, totals, counted, made = time.monotonic(), {}, 0, None
@@ -138,6 +142,8 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
                 for name, value in some.items():
                     losses[name] = losses.get(name, 0.0) + value.detach().float() / len(parts)
             losses["grad_norm"] = _clip(parameters, config.clip)
+            if critic:
+                _clip(critic, config.clip)
             for optimizer in optims:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -247,10 +253,11 @@ def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
     set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True))
 
 
-def _resume(folder: Path, model, optims, average) -> tuple[int, float]:
+def _resume(folder: Path, model, optims, average, processes: Processes) -> tuple[int, float]:
     found = _checkpoints(folder)
     if not found:
-        _forget_after(folder / "metrics.csv", 0)  # of a run that was killed before its first checkpoint
+        if processes.first:
+            _forget_after(folder / "metrics.csv", 0)  # of a run that was killed before its first checkpoint
         return 0, 0.0
     try:
         state = torch.load(found[-1], weights_only=True, map_location="cpu")
@@ -263,8 +270,9 @@ def _resume(folder: Path, model, optims, average) -> tuple[int, float]:
         for group, lr in zip(optimizer.param_groups, rates):
             group["base_lr"] = lr
     set_model_state_dict(average, {**average.state_dict(), **state[AVERAGED]}, options=StateDictOptions(full_state_dict=True))
-    _forget_after(folder / "metrics.csv", state["step"])
-    tqdm.write(f"resumed {found[-1]}", file=sys.stderr)
+    if processes.first:
+        _forget_after(folder / "metrics.csv", state["step"])
+        tqdm.write(f"resumed {found[-1]}", file=sys.stderr)
     return state["step"], state["seconds"]
 
 
@@ -272,12 +280,12 @@ def _forget_after(path: Path, step: int) -> None:
     """Drops the rows of metrics.csv that the resumed run will write again."""
     if path.exists():
         with path.open(newline="") as file:
-            header, *rows = list(csv.reader(file))
-        kept = [row for row in rows if int(row[0]) <= step]
+            lines = list(csv.reader(file))
+        kept = lines[:1] + [row for row in lines[1:] if int(row[0]) <= step]
 
         def write(beside: Path) -> None:
             with beside.open("w", newline="") as file:
-                csv.writer(file).writerows([header, *kept])
+                csv.writer(file).writerows(kept)
 
         write_whole(path, write)
 
@@ -293,7 +301,7 @@ def _tensorboard(folder: Path, start: int):
 
 def _log(folder: Path, row: dict, board=None) -> None:
     path = folder / "metrics.csv"
-    new = not path.exists()
+    new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         if new:

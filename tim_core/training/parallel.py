@@ -16,8 +16,8 @@ def share(step: nn.Module, parts: Iterable[nn.Module], processes: Processes, how
     if processes.count == 1:
         return step
     if how == "ddp":
-        devices = [processes.device] if processes.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(step, device_ids=devices, broadcast_buffers=False)
+        # no device_ids: with them all of a batch would go to every GPU, and not only its part
+        return nn.parallel.DistributedDataParallel(step, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

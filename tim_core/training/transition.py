@@ -16,7 +16,7 @@ from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
 from ..matching import MatchingDraws, draw_matching, matching_losses
 from ..objective import draw_times, sample_times, transition_loss
-from ..processes import Part
+from ..processes import Part, find_processes
 from ..sampler import sample
 from ..schedule import uniform
 from ..text_encoder import TextEncoder, Tokenizer
@@ -41,6 +41,8 @@ class TextToImage(nn.Module):
             in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)), attention=math)
         self.transformer.initialize_weights()
         self.critic = copy.deepcopy(self.transformer) if config.matching else None
+        if self.critic is not None:
+            self.critic.projector = None
 
     def longest(self, prompts: list[str]) -> int:
         """In tokens."""
@@ -81,7 +83,8 @@ def train_transition(config: TransitionTraining, image_encoder: Callable[[Tensor
         begin_from(model.transformer, checkpoint.load_transformer(start, dtype=torch.float32, projector=True).state_dict(), str(start))
         begin_from(model.text, checkpoint.load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
         if model.critic is not None:
-            model.critic.load_state_dict(model.transformer.state_dict())
+            same = model.transformer.state_dict()
+            model.critic.load_state_dict({name: same[name] for name in model.critic.state_dict()})
     begun = {name: value.detach().clone() for name, value in model.named_parameters()} if config.keep_start else {}
     check_projector(model.transformer, image_encoder, config.objective, *config.objective_from.values())
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
@@ -99,7 +102,7 @@ def train_transition(config: TransitionTraining, image_encoder: Callable[[Tensor
         noise = torch.randn(total, channels, pictures.shape[2] // factor, pictures.shape[3] // factor)
         t, r, n_diffusion = sample_times(draw_times(total, transport), transport, objective, config.shift(*pictures.shape[2:]))
         between = torch.rand(total)
-        jumps = round(config.matching.share * total) if config.matching else 0
+        jumps = max(part.count, round(config.matching.share * total)) if config.matching else 0  # some for every part
         draws = draw_matching((jumps, *noise.shape[1:]), config.matching) if jumps else None
         share, own_diffusion = part.share(total), len(part.of(range(n_diffusion)))
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
@@ -117,7 +120,7 @@ def train_transition(config: TransitionTraining, image_encoder: Callable[[Tensor
             if objective.enhance_target:
                 taught["y_null"] = y_null
             if image_encoder is not None:
-                taught["h_target"] = shown(image_encoder, pixels, latents, config.transformer.patch_size)
+                taught["h_target"] = shown(image_encoder, pixels, latents, model.transformer.config)
             losses = transition_loss(
                 model.transformer, latents, part.of(noise).to(device), y, transport=transport, config=objective,
                 times=(part.of(t).to(device), part.of(r).to(device), own_diffusion), transitions=n_diffusion < total,
@@ -168,5 +171,6 @@ def train_transition(config: TransitionTraining, image_encoder: Callable[[Tensor
         return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder}, target,
                                dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
-    return train(loop, model, ShapesBatches(config.data, loop.batch, loop.seed), loss_of, folder, draw, export,
+    batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
+    return train(loop, model, batches, loss_of, folder, draw, export,
                  config.matching and config.matching.critic_lr)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .errors import TimError
-from .files import write_whole
+from .files import make_folder, write_whole
 from .processes import ALONE, Processes
 from .shapes import TASKS, Prompt, judge, scoring_prompts
 
@@ -178,13 +178,6 @@ def read_report(path: str | Path, pictures: dict) -> dict:
         wrong = next(name for name in pictures if found.get(name) != pictures[name])
         raise TimError(f"{path}: {wrong}: found {found.get(wrong)}, expected {pictures[wrong]}: only the same pictures can be compared")
     return report
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TimError(f"{folder}: cannot be made ({error.strerror}), expected a folder to write into") from None
 
 
 def write_report(report: dict, folder: Path, twin: dict | None = None) -> None:

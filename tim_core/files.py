@@ -26,3 +26,11 @@ def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """With those above it; TimError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TimError(f"{path}: cannot be made ({error.strerror}), expected a folder to write into") from None

@@ -14,8 +14,7 @@ import torch
 
 from .contact_sheet import to_pil
 from .errors import TimError
-from .evaluate import make_folder
-from .files import write_whole
+from .files import make_folder, write_whole
 from .processes import ALONE, Processes
 
 LAYOUTS = ("geneval", "dpg")

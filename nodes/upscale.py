@@ -89,7 +89,7 @@ class TiMNativeUpscale(io.ComfyNode):
         multiple, counts = unit(model), stage_steps(steps, stages)
         images = (vae.decode(latent["samples"]) if image is None else image)[..., :3]
         images = images.expand(*images.shape[:3], 3)  # of a mask or a depth map
-        noise_of = {name: latent[name] for name in ("batch_index",) if latent and name in latent}
+        places = {"batch_index": latent["batch_index"]} if latent and "batch_index" in latent else {}
         size = images.shape[2], images.shape[1]
         target = target_size(*size, width, height, factor)
         sizes = stage_sizes(size, target, stages, multiple)
@@ -101,7 +101,7 @@ class TiMNativeUpscale(io.ComfyNode):
 
         def sample(samples, times, stage):
             interval, callback = (guidance_low, guidance_high), progress(sum(counts[:stage]))
-            start = {"samples": samples, **noise_of}
+            start = {"samples": samples, **places}
             return sample_latent(
                 model, positive, negative, start, seed, cfg, times, interval, stochasticity, callback=callback
             )["samples"]

@@ -4,6 +4,7 @@ COMFYUI_PATH and COMFYUI_PYTHON say which one (comfy-cli's default workspace oth
 also see (an older version's front end).
 """
 
+import asyncio
 import inspect
 import json
 import os
@@ -242,3 +243,21 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         assert not values, f"{node['type']}: widget values left over: {values}"
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def events_of(server, prompt: dict) -> list:
+    """Runs a prompt -> all that the server tells the editor of it: dicts, and bytes for previews."""
+    aiohttp = pytest.importorskip("aiohttp")
+
+    async def follow() -> list:
+        events, address = [], f"http://127.0.0.1:{server.port}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{address}/ws?clientId=editor", max_msg_size=0) as socket:
+            async with session.post(f"{address}/prompt", json={"prompt": prompt, "client_id": "editor"}) as answer:
+                assert answer.status == 200, await answer.text()
+            while True:
+                message = await asyncio.wait_for(socket.receive(), RUN_SECONDS)
+                events.append(message.data if message.type == aiohttp.WSMsgType.BINARY else json.loads(message.data))
+                if isinstance(events[-1], dict) and events[-1]["type"] in ("execution_success", "execution_error"):
+                    return events
+
+    return asyncio.run(follow())

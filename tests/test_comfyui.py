@@ -1,8 +1,6 @@
 """The pack in the real ComfyUI, over HTTP, against tim_core: the common ways, core's own nodes, memory, errors."""
 
 import ast
-import asyncio
-import json
 import os
 import subprocess
 import time
@@ -24,7 +22,7 @@ from tests.comfy_graph import (
     run_pictures,
     same_picture,
 )
-from tests.comfy_support import FOLDER, ROOT, find, probe
+from tests.comfy_support import FOLDER, ROOT, events_of, find, probe
 from tim_core import Pipeline, sampler, schedule
 from tim_core.checkpoint import describe
 
@@ -527,28 +525,11 @@ def test_interrupt_between_tiles(comfyui):
 
 def test_progress(comfyui):
     """The editor is told of the steps."""
-    aiohttp = pytest.importorskip("aiohttp")
     graph = Graph()
     sampled = graph.tim(steps=5, seed=123)
     graph.save(sampled)
-
-    async def follow() -> list[dict]:
-        events = []
-        address = f"http://127.0.0.1:{comfyui.port}"
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{address}/ws?clientId=test", max_msg_size=0) as socket:
-            async with session.post(f"{address}/prompt", json={"prompt": graph.prompt, "client_id": "test"}) as answer:
-                assert answer.status == 200
-            while True:
-                message = await asyncio.wait_for(socket.receive(), 120)
-                if message.type != aiohttp.WSMsgType.TEXT:
-                    continue
-                event = json.loads(message.data)
-                events.append(event)
-                if event["type"] in ("execution_success", "execution_error"):
-                    return events
-
-    events = asyncio.run(follow())
+    events = events_of(comfyui, graph.prompt)
     assert events[-1]["type"] == "execution_success"
-    steps = [event["data"] for event in events if event["type"] == "progress" and event["data"].get("node") == sampled[0]]
+    steps = [e["data"] for e in events if isinstance(e, dict) and e["type"] == "progress" and e["data"].get("node") == sampled[0]]
     values = [step["value"] for step in steps]  # newer versions leave some out when they come fast
     assert values == sorted(values) and values[-1] == 5 and all(step["max"] == 5 for step in steps)

@@ -168,8 +168,8 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
     config = tmp_path / "amber.yaml"
     config.write_text(
         f"kind: finetune\noutput: {tmp_path}/out\nmodel: tim-shapes\ndata: {{path: {place}, base_pixels: 4096}}\nshift_base: null\n"
-        "p_mean: 0.8\nlora: {rank: 8}\nobjective: {target: composed, diffusion_ratio: 0.75, adaptive_floor: 0.1}\n"
-        "loop: {steps: 60, batch: 12, lr: 0.003, warmup: 5, ema: 0.9, workers: 0, save_every: 60}\n")
+        "p_mean: 0.8\ndropout: 0.0\nlora: {rank: 8}\nobjective: {target: composed, diffusion_ratio: 0.75, adaptive_floor: 0.1}\n"
+        "loop: {steps: 80, batch: 12, lr: 0.005, warmup: 5, ema: 0.9, workers: 0, save_every: 80}\n")
     (made,) = run([config])
     name = comfyui.add("loras", made, "amber.safetensors")
 

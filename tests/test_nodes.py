@@ -1,6 +1,5 @@
 """Each node beyond the spine in the real ComfyUI: what it does, with which of core's nodes, what it says when it cannot."""
 
-import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.comfy_graph import PROMPT, Graph, close, inside, latent_of, pictures_of, refusal, run_latents, run_pictures, same_picture
-from tests.comfy_support import probe
+from tests.comfy_support import events_of, probe
 from tim_core import Pipeline, schedule
 from tim_core.checkpoint import load_text_encoder, pack, read_parts
 
@@ -410,31 +409,14 @@ def test_the_sweep_counts_evaluations(comfyui):
     assert [label.split(" · ")[:2] for label in labels] == [["1 step", "1 NFE"], ["2 steps", "3 NFE"], ["5 steps", "9 NFE"]]
 
 
-async def events_of(server, prompt: dict) -> list:
-    """All that the server tells the editor of one prompt: dicts, and bytes for previews."""
-    import aiohttp
-
-    events = []
-    async with aiohttp.ClientSession() as session:
-        async with session.ws_connect(f"http://127.0.0.1:{server.port}/ws?clientId=nodes", max_msg_size=0) as socket:
-            async with session.post(f"http://127.0.0.1:{server.port}/prompt", json={"prompt": prompt, "client_id": "nodes"}) as answer:
-                assert answer.status == 200, await answer.text()
-            while True:
-                message = await asyncio.wait_for(socket.receive(), 300)
-                events.append(message.data if message.type == aiohttp.WSMsgType.BINARY else json.loads(message.data))
-                if isinstance(events[-1], dict) and events[-1]["type"] in ("execution_success", "execution_error"):
-                    return events
-
-
 @pytest.mark.parametrize("kind", ["upscale", "sweep"])
 def test_progress_covers_all_samplings(comfyui, kind):
-    pytest.importorskip("aiohttp")
     graph = Graph()
     image = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=200)
     node = upscaled(graph, image=image, stages=2, steps="3, 4", seed=99) if kind == "upscale" else sweep_latent(graph, "2, 4")
     graph.save([node[0], 1] if kind == "upscale" else node)
     key = node[0] if kind == "upscale" else graph.prompt[node[0]]["inputs"]["pixels"][0]
-    events = asyncio.run(events_of(comfyui, graph.prompt))
+    events = events_of(comfyui, graph.prompt)
     assert events[-1]["type"] == "execution_success", events[-1]
     steps = [e["data"] for e in events if isinstance(e, dict) and e["type"] == "progress" and e["data"].get("node") == key]
     values = [step["value"] for step in steps]
@@ -443,7 +425,6 @@ def test_progress_covers_all_samplings(comfyui, kind):
 
 def test_previews_look_like_the_picture(comfyui, tmp_path):
     """The last preview of the bundled model is the picture, small."""
-    pytest.importorskip("aiohttp")
     import io
 
     from PIL import Image
@@ -457,7 +438,7 @@ def test_previews_look_like_the_picture(comfyui, tmp_path):
     for seed in range(77, 81):
         graph = Graph("tim-shapes (bundled)")
         save = graph.picture(graph.tim(seed=seed, steps=6))
-        events = asyncio.run(events_of(comfyui, graph.prompt))
+        events = events_of(comfyui, graph.prompt)
         previews = [event for event in events if isinstance(event, bytes)]
         assert previews, "no preview was sent"
         last = previews[-1]

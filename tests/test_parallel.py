@@ -108,6 +108,18 @@ def test_two_processes_train_as_one(folder, alone, how):
     assert torch.allclose(weights(two), weights(one), atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_matching_in_two_processes(folder, how):
+    """The critic learns in step, too; both processes have jumps in every step."""
+    one, two = (configuration(folder, f"matched-{name}", "composed", more) for name, more in (("alone", ""), (how, f", parallel: {how}")))
+    for config in (one, two):
+        config.write_text("matching: {share: 0.5}\n" + config.read_text())
+    run([one])
+    launch(folder, two)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
+    assert torch.allclose(weights(two), weights(one), atol=1e-3)
+
+
 def test_accumulated_parts_are_one_batch(folder, alone):
     target, one = alone
     parts = configuration(folder, f"parts-{target}", target, ", accumulate: 2, checkpointing: true")

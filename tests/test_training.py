@@ -48,6 +48,7 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: many}", "loop.steps"),
     ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: 0}", "loop.steps"),
     ("kind: tim\noutput: x\nautoencoder: y\nloop: {optimizer: sgd}", "loop.optimizer"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {optimizer: muon, parallel: fsdp2}", "loop.optimizer"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: fast}", "objective.epsilon"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {derivative: guess}", "derivative"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: guess}", "target"),

@@ -59,6 +59,7 @@ class LoopConfig:
         _check(0 <= self.ema < 1, "loop.ema", self.ema, "0 to below 1")
         _check(self.optimizer in ("adamw", "muon"), "loop.optimizer", self.optimizer, "adamw or muon (which needs torch 2.9)")
         _check(self.parallel in ("ddp", "fsdp2"), "loop.parallel", self.parallel, "ddp or fsdp2")
+        _check(self.parallel == "ddp" or self.optimizer == "adamw", "loop.optimizer", self.optimizer, "adamw with parallel: fsdp2")
         _check(self.schedule in ("cosine", "constant"), "loop.schedule", self.schedule, "cosine or constant")
 
 

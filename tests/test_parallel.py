@@ -113,7 +113,7 @@ def test_matching_in_two_processes(folder, how):
     """The critic learns in step, too; both processes have jumps in every step."""
     one, two = (configuration(folder, f"matched-{name}", "composed", more) for name, more in (("alone", ""), (how, f", parallel: {how}")))
     for config in (one, two):
-        config.write_text("matching: {share: 0.5}\n" + config.read_text())
+        config.write_text("matching: {share: 1.0}\n" + config.read_text())
     run([one])
     launch(folder, two)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)

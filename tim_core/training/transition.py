@@ -14,6 +14,7 @@ from .. import checkpoint, previews, shapes
 from ..attention import math
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
+from ..errors import TimError
 from ..matching import MatchingDraws, draw_matching, matching_losses
 from ..objective import draw_times, sample_times, transition_loss
 from ..processes import Part, find_processes
@@ -102,7 +103,10 @@ def train_transition(config: TransitionTraining, image_encoder: Callable[[Tensor
         noise = torch.randn(total, channels, pictures.shape[2] // factor, pictures.shape[3] // factor)
         t, r, n_diffusion = sample_times(draw_times(total, transport), transport, objective, config.shift(*pictures.shape[2:]))
         between = torch.rand(total)
-        jumps = max(part.count, round(config.matching.share * total)) if config.matching else 0  # some for every part
+        jumps = max(1, round(config.matching.share * total)) if config.matching else 0
+        if 0 < jumps < part.count:
+            raise TimError(f"training config: matching.share: found {jumps} jumps in a batch for {part.count} processes or accumulated "
+                           "parts, expected at least as many")
         draws = draw_matching((jumps, *noise.shape[1:]), config.matching) if jumps else None
         share, own_diffusion = part.share(total), len(part.of(range(n_diffusion)))
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):

@@ -207,8 +207,8 @@ def test_the_bundled_file_is_small_and_whole():
 def test_the_readmes_prompt(shapes):
     asked = Prompt("full position", (Thing("circle", "red"), Thing("square", "blue")), "left of")
     assert asked.text == PROMPT
-    right = [seed for seed in range(8) if judge(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy())]
-    assert {0, 2, 6} <= set(right), right  # the README names them
+    right = [bool(judge(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy())) for seed in range(8)]
+    assert sum(right) >= 4 and right[2], right  # the README names seed 2
 
 
 def test_a_small_score(shapes):

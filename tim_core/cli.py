@@ -125,9 +125,9 @@ TRAIN_EXAMPLES = """\
 examples:
   tim train configs/t2i-lora.yaml                            a LoRA on a folder of pictures with captions
   tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml configs/tim-shapes-longer.yaml \\
-    configs/tim-shapes-composed.yaml configs/tim-shapes-matched.yaml
+    configs/tim-shapes-composed.yaml
 
-These six make the bundled model: its autoencoder, more training for the decoder, the network, and more training for that, three times."""
+The last five make the bundled model: its autoencoder, more training for the decoder, the network, and more training for that, twice."""
 
 
 class Parser(argparse.ArgumentParser):

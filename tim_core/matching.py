@@ -19,7 +19,7 @@ Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MatchingConfig:
-    """Defaults: what trained tim-shapes."""
+    """Defaults: what suits tim-shapes."""
 
     share: float = 0.25                          # jumps a step, of the batch
     starts: tuple[float, ...] = (1.0,)           # the times that jumps begin at, each as likely

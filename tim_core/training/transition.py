@@ -1,7 +1,6 @@
 """Trains a TiM transformer together with its text model (arXiv 2509.04394, Algorithm 1)."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from ..transport import OTFM
 from .config import TextShape, TransitionTraining
 from .data import ShapesBatches
 from .loop import begin_from, train
-from .repa import check_projector, shown
+from .repa import ImageEncoder, check_projector, shown
 from .tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 
 
@@ -70,7 +69,7 @@ def gemma_config(shape: TextShape) -> dict:
     }
 
 
-def train_transition(config: TransitionTraining, image_encoder: Callable[[Tensor], Tensor] | None = None) -> Path:
+def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | None = None) -> Path:
     """Runs a `kind: tim` configuration; returns the one-file checkpoint with the averaged weights."""
     loop, folder = config.loop, Path(config.output).expanduser()
     if config.checkpoint:

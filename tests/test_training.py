@@ -238,6 +238,27 @@ def test_metrics_hold_every_step_once_after_a_resume(tmp_path, monkeypatch):
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
 
 
+def test_metrics_of_a_run_killed_between_two_rows_are_means_over_all_steps(tmp_path, monkeypatch):
+    config = autoencoder_yaml(tmp_path)
+    config.write_text(config.read_text().replace("log_every: 2", "log_every: 3"))
+    whole = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
+    real = training_loop._save
+
+    def dies_after_step_4(folder, config, step, *rest):
+        real(folder, config, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    config.write_text(config.read_text().replace(f"{tmp_path}/autoencoder", f"{tmp_path}/again"))
+    monkeypatch.setattr(training_loop, "_save", dies_after_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        run([config])
+    monkeypatch.setattr(training_loop, "_save", real)
+    rows = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["3", "6"]
+    assert [float(row["l1"]) for row in rows] == pytest.approx([float(row["l1"]) for row in whole], rel=1e-6)
+
+
 def test_a_run_out_of_time_says_so(tmp_path):
     config = autoencoder_yaml(tmp_path)
     config.write_text(config.read_text().replace("steps: 6", "steps: 100000, seconds: 1"))

@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -104,7 +104,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     keep_memory()
     folder.mkdir(parents=True, exist_ok=True)
     model.to(processes.device)
-    average = copy.deepcopy(model).requires_grad_(False)
+    average = follower(model, share_fixed=processes.count == 1 or config.parallel == "ddp")
     pieces = [*slices(model), *slices(average)]
     if config.compile:
         compile_blocks(model)
@@ -113,18 +113,17 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
         checkpoint_blocks(model)
     step_loss = share(Step(model, average, loss_of), pieces, processes, config.parallel)
     optims = optimizers(config, model, critic_lr)
-    start, seconds = _resume(folder, model, optims, average, processes)
+    start, seconds, totals, counted = _resume(folder, model, optims, average, processes)
     if start >= config.steps:  # the last checkpoint is there, its export may not be
-        return _export(export, average, start, processes)
+        return _export(export, gathered(average), start, processes)
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
         prefetch_factor=4 if config.workers else None, persistent_workers=False)
     parts = processes.parts(config.accumulate)
     critic = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("critic.")]
-    parameters = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("critic.")]
-    followers = [(name, local(p)) for name, p in average.named_parameters()]
-    leaders = dict(model.named_parameters())
-    began, totals, counted, made = time.monotonic(), {}, 0, None
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("critic.")}
+    followers = [p for name, p in average.named_parameters() if name in parameters]
+    began, made = time.monotonic(), None
     board = _tensorboard(folder, start) if processes.first else None
     model.train()
     with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not processes.first) as bar:
@@ -141,14 +140,14 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
                 (some["loss"] / len(parts)).backward()
                 for name, value in some.items():
                     losses[name] = losses.get(name, 0.0) + value.detach().float() / len(parts)
-            losses["grad_norm"] = _clip(parameters, config.clip)
+            losses["grad_norm"] = _clip(parameters.values(), config.clip)
             if critic:
                 _clip(critic, config.clip)
             for optimizer in optims:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             decay = min(config.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_([own for _, own in followers], [local(leaders[name].detach()) for name, _ in followers], 1 - decay)
+            torch._foreach_lerp_([local(p) for p in followers], [local(p.detach()) for p in parameters.values()], 1 - decay)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value
             counted += 1
@@ -170,11 +169,14 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
                     _log(folder, row, board)
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} samples/s")
             if saves or late:
-                _save(folder, config, done, seconds + time.monotonic() - began, model, optims, average, processes)
+                weights = gathered(average)
+                progress = {"step": done, "seconds": seconds + time.monotonic() - began, "counted": counted,
+                            "totals": {name: float(processes.mean(value)) for name, value in totals.items()}}
+                _save(folder, config, done, progress, model, optims, weights, processes)
                 shown = sample(average, done)  # every process draws: slices of the weights are everywhere
                 if processes.first:
                     shown.save(folder / f"sample-{done:08d}.png")
-                made = _export(export, average, done, processes)
+                made = _export(export, weights, done, processes)
             if late and done < config.steps:
                 raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; run it again to go on")
     return made
@@ -225,19 +227,23 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def _export(export, average: nn.Module, step: int, processes: Processes) -> Path | None:
+def _export(export, weights: dict[str, Tensor], step: int, processes: Processes) -> Path | None:
     """The file that the first process writes; None in the others."""
-    weights = {name: whole(p) for name, p in average.named_parameters()}
     made = export(weights, step) if processes.first else None
     processes.wait()
     return made
 
 
-def _save(folder: Path, config: LoopConfig, step: int, seconds: float, model, optims, average, processes: Processes) -> None:
-    """The whole state of a run, the same file whatever the number of processes; the first of them writes it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = {"step": step, "seconds": seconds, "model": get_model_state_dict(model, options=options),
-             AVERAGED: {name: whole(p) for name, p in average.named_parameters()},
+def _save(folder: Path, config: LoopConfig, step: int, progress: dict, model, optims, weights: dict[str, Tensor],
+          processes: Processes) -> None:
+    """The whole state of a run, the same file whatever the number of processes; the first of them writes it.
+
+    What does not learn is not in it: it comes from where the run began.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    fixed = frozen(model)
+    state = {**progress, "model": get_model_state_dict(model, options=options),
+             AVERAGED: {name: value for name, value in weights.items() if name not in fixed},
              "optimizers": get_optimizer_state_dict(model, optims, options=options)}
     if processes.first:
         write_whole(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
@@ -246,34 +252,54 @@ def _save(folder: Path, config: LoopConfig, step: int, seconds: float, model, op
     processes.wait()
 
 
-def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """The model takes over another run's weights; TimError naming the source unless it has the same architecture."""
-    if wrong := misfits(model.state_dict(), tensors):
+def follower(model: nn.Module, share_fixed: bool) -> nn.Module:
+    """A copy for the averaged weights; what does not learn is the model's own, not a second one, where `share_fixed`."""
+    memo = {id(p): p for p in model.parameters() if not p.requires_grad} if share_fixed else {}
+    return copy.deepcopy(model, memo).requires_grad_(False)
+
+
+def frozen(model: nn.Module) -> set[str]:
+    """The names of the parameters that do not learn."""
+    return {name for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """All of its parameters, whole. Every process has to call it."""
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str, optional: Collection[str] = ()) -> None:
+    """The model takes over another run's weights; TimError naming the source unless it has the same architecture.
+
+    `optional` ones may be missing, and stay as they are.
+    """
+    if wrong := misfits(model.state_dict(), tensors, optional):
         raise TimError(f"{source}: found another architecture ({wrong}), expected that of the training configuration")
-    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def _resume(folder: Path, model, optims, average, processes: Processes) -> tuple[int, float]:
+def _resume(folder: Path, model, optims, average, processes: Processes) -> tuple[int, float, dict, int]:
+    """Steps and seconds done, and the sums of what is not in metrics.csv yet, of so many steps."""
     found = _checkpoints(folder)
     if not found:
         if processes.first:
             _forget_after(folder / "metrics.csv", 0)  # of a run that was killed before its first checkpoint
-        return 0, 0.0
+        return 0, 0.0, {}, 0
     try:
         state = torch.load(found[-1], weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a damaged file provokes
         raise TimError(f"{found[-1]}: found a damaged checkpoint ({one_line(error)}), expected a whole one; remove it to go on") from None
-    begin_from(model, state["model"], str(found[-1]))
+    begin_from(model, state["model"], str(found[-1]), frozen(model))
     base = [[group["base_lr"] for group in optimizer.param_groups] for optimizer in optims]
     set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
     for optimizer, rates in zip(optims, base):
         for group, lr in zip(optimizer.param_groups, rates):
             group["base_lr"] = lr
-    set_model_state_dict(average, {**average.state_dict(), **state[AVERAGED]}, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(average, state[AVERAGED], options=StateDictOptions(full_state_dict=True, strict=False))
     if processes.first:
         _forget_after(folder / "metrics.csv", state["step"])
         tqdm.write(f"resumed {found[-1]}", file=sys.stderr)
-    return state["step"], state["seconds"]
+    return state["step"], state["seconds"], state["totals"], state["counted"]
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -151,3 +153,50 @@ def test_parts_of_a_batch():
     assert sum(mean * part.share(7) for mean, part in zip(means, parts)) / 3 == pytest.approx(3)
     with pytest.raises(TimError, match="batch of 2 for 3"):
         parts[0].share(2)
+
+
+def test_a_lora_in_two_processes(folder, tmp_path):
+    """They go on from the checkpoint of one, in which only what learns is."""
+    draw_pictures = tmp_path / "pictures"
+    draw_pictures.mkdir()
+    for k in range(6):
+        Image.new("RGB", (64, 64), (40 * k, 90, 90)).save(draw_pictures / f"{k}.png")
+        (draw_pictures / f"{k}.txt").write_text(f"picture {k}")
+
+    def config(name, more=""):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            f"kind: finetune\noutput: {tmp_path / name}\nmodel: {folder / 'start.safetensors'}\ndata: {{path: {draw_pictures}}}\n"
+            "lora: {rank: 2}\nshift_base: 64\n"
+            f"loop: {{steps: 6, batch: 4, save_every: 3, keep: 9, log_every: 1, workers: 0, warmup: 1, autocast: false{more}}}\n")
+        return path
+
+    one = config("alone")
+    run([one])
+    assert all("lora" in name for name in torch.load(tmp_path / "alone" / "step-00000006.pt", weights_only=True)["model"])
+    for how in ("ddp", "fsdp2"):
+        two = config(how, f", parallel: {how}")
+        (tmp_path / how).mkdir()
+        for name in ("step-00000003.pt", "metrics.csv"):
+            shutil.copy(tmp_path / "alone" / name, tmp_path / how)
+        said = launch(tmp_path, two)
+        assert [word["processes"] for word in said] == [2, 2]
+        assert torch.allclose(weights(two), weights(one), atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    ("target: differential", "target: differential, derivative: jvp"),
+    ("optimizer: adamw", "optimizer: muon"),
+])
+def test_forward_mode_and_muon_in_two_processes(folder, change):
+    name = change[1].split()[-1]
+    one, two = (configuration(folder, f"{name}-{how}", "differential", more) for how, more in (("alone", ""), ("ddp", ", parallel: ddp")))
+    for config in (one, two):
+        assert change[0] in config.read_text()
+        config.write_text(config.read_text().replace(*change))
+    run([one])
+    launch(folder, two)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
+    apart = (weights(two) - weights(one)).abs()
+    # Muon makes directions that a batch of four has no gradient in, but for rounding, as long as the others: compared in the mean
+    assert apart.max() < 1e-4 if name == "jvp" else apart.mean() < 3e-4

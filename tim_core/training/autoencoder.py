@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from ..processes import find_processes
 from .config import AutoencoderTraining
 from .data import ShapesBatches
 from .loop import begin_from, train
+from .samples import grid
 
 
 def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
@@ -69,9 +69,8 @@ def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
     def sample(average, step):
         held_out = ShapesBatches(config.data, 8, loop.seed + 1)[0][0]
         with torch.no_grad():
-            shown = average.decode(average.encode(held_out.to(next(average.parameters()).device))).cpu()
-        grid = torch.cat([torch.cat(list(held_out), -1), torch.cat(list(shown), -1)], -2).add(1).mul(127.5).clamp(0, 255).byte()
-        return Image.fromarray(grid.permute(1, 2, 0).numpy())
+            shown = average.decode(average.encode(held_out.to(next(average.parameters()).device)))
+        return grid([held_out, shown])
 
     path = folder / "autoencoder.safetensors"
 

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..attention import sdpa
 from ..errors import TimError
-from ..objective import draw_times, sample_times, transition_loss
+from ..objective import transition_loss
 from ..processes import Part, find_processes
-from ..sampler import sample
-from ..schedule import uniform
 from ..transport import OTFM
 from .config import FineTuning
+from .draws import draw
 from .folder import Encoder, FolderBatches, Kept, digest, prepare
 from .loop import train
 from .lora import add_lora, save_lora
 from .repa import ImageEncoder, check_projector, name_of, shown
+from .samples import show_steps
 
 
 class Conditional(nn.Module):
@@ -80,6 +80,11 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     encode = Encoder(cache, identity, look, tell)
     items = prepare(config.data, encode, factor * architecture.patch_size, labels, processes)
     null = torch.tensor(architecture.num_classes) if labels else tell("").cpu()
+    some = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
+    conds, nulls = [tell(item.told).cpu() for item in some], [null] * len(some)
+    conditions = (torch.stack(conds), torch.stack(nulls)) if labels else padded(conds + nulls, null, [False] * 2 * len(some)).chunk(2)
+    if text is not None:
+        text.cpu()  # all that it had to say is in the cache
     batches = FolderBatches(config.data, items, encode, loop.batch, loop.seed, processes.count * loop.accumulate)
 
     if config.lora:
@@ -89,18 +94,14 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     def loss_of(model: Conditional, average: Conditional, batch: Kept, step: int, part: Part) -> dict[str, Tensor]:
         latents, told, features = batch
         total, device = len(latents), next(model.parameters()).device
-        dropped = (torch.rand(total) < config.dropout).tolist()
-        noise = torch.randn(latents.shape)
         height, width = latents.shape[2] * factor, latents.shape[3] * factor
         shift = 1.0 if config.shift_base is None else (height * width) ** 0.5 / config.shift_base
-        t, r, n_diffusion = sample_times(draw_times(total, transport), transport, config.objective, shift)
-        between = torch.rand(total)
+        drawn = draw(latents.shape, config.dropout, transport, config.objective, shift)
         if labels:
-            y = torch.stack([null if drop else number for drop, number in zip(dropped, told)])
+            y = torch.stack([null if drop else number for drop, number in zip(drawn.dropped, told)])
         else:
-            y = padded(told, null, dropped)
-        own = (part.of(one).to(device) for one in (latents, noise, y, t, r, between))
-        latents, noise, y, t, r, between = own
+            y = padded(told, null, drawn.dropped)
+        latents, y, own = part.of(latents).to(device), part.of(y).to(device), drawn.of(part, device)
         taught: dict = {}
         if config.objective.enhance_target or config.objective.target == "composed":
             taught["ema_model"] = average.transformer
@@ -111,27 +112,16 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
             taught["h_target"] = part.of(features).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
             losses = transition_loss(
-                model.transformer, latents, noise, y, transport=transport, config=config.objective,
-                times=(t, r, len(part.of(range(n_diffusion)))), transitions=n_diffusion < total, between=between, **taught)
+                model.transformer, latents, own.noise, y, transport=transport, config=config.objective,
+                times=(own.t, own.r, own.n_diffusion), transitions=drawn.n_diffusion < total, between=own.between, **taught)
         return {"loss": losses.total * part.share(total)}
 
-    def draw(average: Conditional, step: int) -> Image.Image:
+    def show(average: Conditional, step: int) -> Image.Image:
         """The first four pictures' prompts at their size, in 1, 4 and 16 steps."""
-        device = next(average.parameters()).device
-        some = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
         noise = torch.randn(len(some), architecture.in_channels, some[0].height // factor, some[0].width // factor,
-                            generator=torch.Generator().manual_seed(loop.seed)).to(device)
-        told, nothing = [tell(item.told).cpu() for item in some], [null] * len(some)
-        if labels:
-            cond, empty = torch.stack(told), torch.stack(nothing)
-        else:
-            both = padded(told + nothing, null, [False] * 2 * len(some))
-            cond, empty = both[: len(some)], both[len(some) :]
-        with torch.no_grad():
-            rows = [autoencoder.decode(sample(average.transformer, noise, uniform(steps), cond.to(device), empty.to(device),
-                                              transport=transport, cfg=2.5)[0]) for steps in (1, 4, 16)]
-        grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2).add(1).mul(127.5).clamp(0, 255).byte()
-        return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
+                            generator=torch.Generator().manual_seed(loop.seed))
+        there = [value.to(next(average.parameters()).device) for value in (noise, *conditions)]
+        return show_steps(average.transformer, autoencoder.decode, *there, transport)
 
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
     plain = checkpoint.load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
@@ -149,4 +139,4 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
                   "training": training}
         return checkpoint.pack({"transformer": trained}, target, dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
-    return train(loop, model, batches, loss_of, folder, draw, export)
+    return train(loop, model, batches, loss_of, folder, show, export)

@@ -1,6 +1,7 @@
 """Trains a TiM transformer together with its text model (arXiv 2509.04394, Algorithm 1)."""
 
 import copy
+import functools
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,17 +16,17 @@ from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
 from ..errors import TimError
 from ..matching import MatchingDraws, draw_matching, matching_losses
-from ..objective import draw_times, sample_times, transition_loss
+from ..objective import transition_loss
 from ..processes import Part, find_processes
-from ..sampler import sample
-from ..schedule import uniform
 from ..text_encoder import TextEncoder, Tokenizer
 from ..transformer import TransitionTransformer
 from ..transport import OTFM
 from .config import TextShape, TransitionTraining
 from .data import ShapesBatches
+from .draws import draw
 from .loop import begin_from, train
 from .repa import ImageEncoder, check_projector, shown
+from .samples import show_steps
 from .tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 
 
@@ -97,22 +98,19 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         objective, total = config.objective_at(step), len(prompts)
         device = next(model.parameters()).device
         coder.to(device)
-        # drawn for the whole batch, on the CPU, and then cut: the same numbers whatever the processes and devices
-        dropped = torch.rand(total) < config.text_dropout
-        noise = torch.randn(total, channels, pictures.shape[2] // factor, pictures.shape[3] // factor)
-        t, r, n_diffusion = sample_times(draw_times(total, transport), transport, objective, config.shift(*pictures.shape[2:]))
-        between = torch.rand(total)
+        shape = (total, channels, pictures.shape[2] // factor, pictures.shape[3] // factor)
+        drawn = draw(shape, config.text_dropout, transport, objective, config.shift(*pictures.shape[2:]))
         jumps = max(1, round(config.matching.share * total)) if config.matching else 0
         if 0 < jumps < part.count:
             raise TimError(f"training config: matching.share: found {jumps} jumps in a batch for {part.count} processes or accumulated "
                            "parts, expected at least as many")
-        draws = draw_matching((jumps, *noise.shape[1:]), config.matching) if jumps else None
-        share, own_diffusion = part.share(total), len(part.of(range(n_diffusion)))
+        draws = draw_matching((jumps, *shape[1:]), config.matching) if jumps else None
+        share, own = part.share(total), drawn.of(part, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
             with torch.no_grad():
                 pixels = part.of(pictures).to(device).contiguous(memory_format=torch.channels_last)
                 latents = coder.encode(pixels).float()
-            told = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)]
+            told = ["" if drop else prompt for drop, prompt in zip(drawn.dropped, prompts)]
             y = model.features(part.of(told), model.longest(told))
             taught: dict = {}
             if objective.enhance_target or objective.target == "composed":
@@ -125,16 +123,15 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
             if image_encoder is not None:
                 taught["h_target"] = shown(image_encoder, pixels, latents, model.transformer.config)
             losses = transition_loss(
-                model.transformer, latents, part.of(noise).to(device), y, transport=transport, config=objective,
-                times=(part.of(t).to(device), part.of(r).to(device), own_diffusion), transitions=n_diffusion < total,
-                between=part.of(between).to(device), **taught)
+                model.transformer, latents, own.noise, y, transport=transport, config=objective, times=(own.t, own.r, own.n_diffusion),
+                transitions=drawn.n_diffusion < total, between=own.between, **taught)
             found = {"loss": losses.total * share}
             if draws:
                 found |= matched(model, average, part, latents, y, y_null, draws)
                 found["loss"] = found["loss"] + config.matching.weight * found["matching"] + found["critic"]
         error = losses.denoising_loss.detach()
-        diffusion = error[:own_diffusion].sum() * part.count / max(1, n_diffusion)
-        transition = error[own_diffusion:].sum() * part.count / max(1, total - n_diffusion)
+        diffusion = error[: own.n_diffusion].sum() * part.count / max(1, drawn.n_diffusion)
+        transition = error[own.n_diffusion :].sum() * part.count / max(1, total - drawn.n_diffusion)
         return {**found, "diffusion": diffusion, "transition": transition}
 
     def matched(model: TextToImage, average: TextToImage, part: Part, latents: Tensor, y: Tensor, y_null: Tensor,
@@ -146,7 +143,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
                                        transport=transport, config=config.matching, draws=own)
         return {"matching": loss.sum() * part.count / jumps, "critic": critic.sum() * part.count / jumps}
 
-    def draw(average: TextToImage, step: int) -> Image.Image:
+    def show(average: TextToImage, step: int) -> Image.Image:
         rng = np.random.default_rng([loop.seed, 1])
         prompts = [shapes.sample_prompt(rng, form).text for form in shapes.TRAINING_FORMS]
         width, height = config.data.table()[0][0]
@@ -154,12 +151,10 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         device = next(average.parameters()).device
         with torch.no_grad():
             cond, null = average.text.conditioning(prompts)
-            rows = [coder.to(device).decode(sample(average.transformer, noise.to(device), uniform(steps), cond, null, transport=transport,
-                                                   cfg=2.5)[0]) for steps in (1, 4, 16)]
-        grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2).add(1).mul(127.5).clamp(0, 255).byte()
-        return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
+        return show_steps(average.transformer, coder.to(device).decode, noise.to(device), cond, null, transport)
 
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
+    preview = functools.cache(lambda: previews.fit(autoencoder, previews.drawn(100, 8 * factor, loop.seed)))
 
     def export(average: dict[str, Tensor], step: int) -> Path:
         """The averaged weights, packed with the autoencoder into one file."""
@@ -168,12 +163,11 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         kept = {name: value for name, value in mixed.items() if not name.startswith("critic.")}
         trained.load_state_dict({**trained.state_dict(), **kept})
         target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
-        preview = previews.fit(autoencoder, previews.drawn(100, 8 * autoencoder.config.factor, loop.seed))
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
-                  "preview": preview, "training": {"step": step, "configuration": settings}}
+                  "preview": preview(), "training": {"step": step, "configuration": settings}}
         return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder}, target,
                                dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
     batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
-    return train(loop, model, batches, loss_of, folder, draw, export,
+    return train(loop, model, batches, loss_of, folder, show, export,
                  config.matching and config.matching.critic_lr)

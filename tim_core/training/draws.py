@@ -1,0 +1,37 @@
+"""What is random in a step of a transformer's training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..objective import ObjectiveConfig, draw_times, sample_times
+from ..processes import Part
+from ..transport import Transport
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Of a batch or a part of it: which prompts are dropped (B,), noise (B, C, h, w), times t and r (B,), of which the first
+    `n_diffusion` are equal, and `between` (B,) in [0, 1), where a composed target divides its transition."""
+
+    dropped: list[bool]
+    noise: Tensor
+    t: Tensor
+    r: Tensor
+    n_diffusion: int
+    between: Tensor
+
+    def of(self, part: Part, device: torch.device) -> "Draws":
+        """The part's own, on its device."""
+        tensors = {name: part.of(getattr(self, name)).to(device) for name in ("noise", "t", "r", "between")}
+        return replace(self, dropped=part.of(self.dropped), n_diffusion=len(part.of(range(self.n_diffusion))), **tensors)
+
+
+def draw(shape: Sequence[int], dropout: float, transport: Transport, objective: ObjectiveConfig, shift: float) -> Draws:
+    """For latents of `shape`, from torch's own generator, on the CPU: the same numbers whatever the processes and devices."""
+    dropped = (torch.rand(shape[0]) < dropout).tolist()
+    noise = torch.randn(*shape)
+    t, r, n_diffusion = sample_times(draw_times(shape[0], transport), transport, objective, shift)
+    return Draws(dropped, noise, t, r, n_diffusion, torch.rand(shape[0]))

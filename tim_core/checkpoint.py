@@ -295,9 +295,14 @@ class Description:
             lines.append(f"  prompts: {'unicode-escaped' if self.escape_prompts else 'as they are'}")
         if self.previews is not None:
             lines.append(f"  live previews: {100 * self.previews:.0f} % of the colours' variance")
-        for key, value in self.metadata.items():
-            if key in ("training", "format"):
-                lines.append(f"  {key}: {json.dumps(value, sort_keys=True)}")
+        if "format" in self.metadata:
+            lines.append(f"  format: {json.dumps(self.metadata['format'])}")
+        training = self.metadata.get("training")
+        if isinstance(training, dict) and isinstance(training.get("configuration"), dict):
+            lines.append(f"  training, {json.dumps(training.get('step'))} steps of:")
+            lines += [f"    {key}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(training["configuration"].items())]
+        elif training is not None:
+            lines.append(f"  training: {json.dumps(training, sort_keys=True)}")
         return "\n".join(lines)
 
 

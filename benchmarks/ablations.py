@@ -50,8 +50,8 @@ def configuration(variant: str, seed: int, folder: Path, steps: int, batch: int,
         "text": {"hidden_size": 64, "layers": 1, "heads": 1, "head_dim": 64, "intermediate_size": 128},
         "objective": {**PAPER, **change.get("objective", {})},
         "data": {"sizes": {"48x48": 1.0}, "forms": {"single": 0.5, "colors": 0.5}},
-        "loop": {"steps": steps, "batch": batch, "optimizer": "muon", "lr": 0.001, "muon_lr": 0.01, "ema": 0.995, "seed": seed,
-                 "warmup": 100, "save_every": 250, "keep": 1, "compile": compile},
+        "loop": {"steps": steps, "batch": batch, "optimizer": "muon", "lr": 0.003, "muon_lr": 0.03, "ema": 0.995, "seed": seed,
+                 "warmup": 100, "save_every": 300, "keep": 1, "compile": compile},
     }
     return made | ({"matching": change["matching"]} if "matching" in change else {})
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--folder", default="~/tim-runs/ablations")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, between commas")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, help="of torch, a process")
     parser.add_argument("--device", default="auto")

@@ -88,8 +88,9 @@ def test_some_tasks_and_another_size():
 
 def test_a_real_pipeline(tiny):
     pipe = Pipeline.load(tiny, device="cpu")
-    report = evaluate(pipe, [1, 2], prompts_per_task=1, images=2, progress=False, mode="diffusion")
-    assert [p["nfe"] for p in report["curve"]] == [1, 3] and report["curve"][0]["n"] == 12
+    report = evaluate(pipe, [1, 2], prompts_per_task=1, images=2, progress=False, mode="diffusion", guidance_interval=(0, 2))
+    assert report["sampling"] == {"mode": "diffusion", "guidance_interval": [0, 2]}
+    assert [p["nfe"] for p in report["curve"]] == [1, 4] and report["curve"][0]["n"] == 12
     wanted = draws(("single", "position"), 1, 1)
     seen = []
 

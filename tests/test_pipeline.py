@@ -78,6 +78,12 @@ def test_times_of_ones_own(pipe):
     assert pipe.nfe == 7
 
 
+def test_shifted_times(pipe):
+    shifted = pipe(PROMPT, steps=2, shift=3, width=16, height=16)
+    assert torch.equal(shifted, pipe(PROMPT, times=[1, 0.75, 0], width=16, height=16))
+    assert torch.equal(pipe(PROMPT, steps=3, shift=1.0, width=16, height=16), pipe(PROMPT, steps=3, width=16, height=16))
+
+
 def test_the_callback_sees_every_step_of_the_whole_batch(pipe):
     states = []
     pipe([PROMPT, "a circle"], steps=3, width=16, height=16, callback=states.append)
@@ -168,7 +174,8 @@ BAD = {
     "no prompts": {"prompts": []}, "a number": {"prompts": [3]}, "negatives": {"negative": ["a", "b"]}, "cfg": {"cfg": float("nan")},
     "seed": {"seed": -1}, "mode": {"mode": "leap"}, "interval": {"guidance_interval": (-1, 1)},
     "inverted": {"guidance_interval": (0.9, 0.1)}, "stochasticity": {"stochasticity": -0.1},
-    "times": {"times": "1, 2"}, "times without an end": {"times": [1, 0.5]}, "noise": {"noise": torch.zeros(1, 16, 3, 3)},
+    "times": {"times": "1, 2"}, "times without an end": {"times": [1, 0.5]}, "no shift": {"shift": 0},
+    "shifted times of one's own": {"shift": 2, "times": "1, 0"}, "noise": {"noise": torch.zeros(1, 16, 3, 3)},
 }
 
 

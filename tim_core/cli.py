@@ -113,7 +113,8 @@ PREVIEWS_EXAMPLES = """\
 example:
   tim previews tim-t2i.safetensors --images photographs"""
 
-INTERVAL_HELP = "times between which guidance acts, ends excluded (0,1)"
+INTERVAL_HELP = "times between which guidance acts, ends excluded; 0,2 guides the first step, too (0,1)"
+SHIFT_HELP = "more than 1: times nearer to noise (1, equal steps)"
 
 TRAIN = """\
 Trains from YAML configurations, one after another: `kind: finetune` (your pictures; all weights, or a LoRA), `kind: tim` and `kind:
@@ -186,6 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling = argparse.ArgumentParser(add_help=False)
     group = sampling.add_argument_group("the picture")
     group.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (64x64)")
+    group.add_argument("--shift", type=float, default=1.0, metavar="S", help=SHIFT_HELP)
     group.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
                        help="diffusion: the network is not told where it jumps to, as in ordinary flow matching")
 
@@ -227,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST", help="(1,2,4,8,16,32,64)")
     sub.add_argument("--cfg", type=float, default=2.5, help="strength of guidance, from 2 steps on (2.5)")
     sub.add_argument("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH", help=INTERVAL_HELP)
+    sub.add_argument("--shift", type=float, default=1.0, metavar="S", help=SHIFT_HELP)
     sub.add_argument("--prompts-per-task", type=int, default=60, metavar="P", help="drawn with replacement (60)")
     sub.add_argument("--images", type=int, default=4, metavar="I", help="pictures a prompt (4)")
     sub.add_argument("--seed", type=int, default=0, help="of prompts and noise (0)")
@@ -340,7 +343,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     processes = find_processes()
     width, height = args.size
     options = {"cfg": args.cfg, "images": args.images, "seed": args.seed, "width": width, "height": height, "mode": args.mode,
-               "guidance_interval": args.guidance_interval, "processes": processes}
+               "guidance_interval": args.guidance_interval, "shift": args.shift, "processes": processes}
     pipe = load_pipeline(args)
     if args.prompts is not None:
         from .layouts import make_pictures
@@ -451,7 +454,7 @@ def load_pipeline(args: argparse.Namespace):
 
 def settings(args: argparse.Namespace) -> dict:
     width, height = args.size
-    names = ("negative", "cfg", "seed", "guidance_interval", "stochasticity", "mode")
+    names = ("negative", "cfg", "seed", "guidance_interval", "stochasticity", "shift", "mode")
     return {"width": width, "height": height, **{name: getattr(args, name) for name in names}}
 
 

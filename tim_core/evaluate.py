@@ -146,7 +146,8 @@ def evaluate(
         make_folder(folder)
     wanted = draws(pictures["tasks"], prompts_per_task, images, seed)
     steps = sorted(set(steps))
-    report: dict = {"pictures": pictures, "curve": []}
+    sampling = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    report: dict = {"pictures": pictures, "sampling": sampling, "curve": []}
     with tqdm(total=len(processes.own(wanted)) * len(steps), unit="picture", disable=not (progress and processes.first)) as bar:
         for count in steps:
             guided = cfg if count > 1 else 1.0

@@ -82,6 +82,7 @@ class Pipeline:
         height: int = 64,
         seed: int = 0,
         *,
+        shift: float = 1.0,
         times: Tensor | Sequence[float] | str | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         stochasticity: float = 0.0,
@@ -92,13 +93,14 @@ class Pipeline:
         """One picture a prompt -> (B, H, W, 3) float32 in [0, 1], on the CPU. A picture does not depend on the other prompts.
 
         negative: one for all, or one a prompt. cfg 1 is no guidance; guidance acts while low < t < high of `guidance_interval`.
-        times: a falling grid from 1 to 0, or its text ("1, 0.7, 0.3, 0"), in place of `steps` equal steps.
+        shift: more than 1 brings the times nearer to noise, see `schedule.shifted`; 1 is `steps` equal steps.
+        times: a falling grid from 1 to 0, or its text ("1, 0.7, 0.3, 0"), in place of `steps` and `shift`.
         stochasticity: share of fresh noise a step, 0 is deterministic. mode: "transition", or "diffusion" (r = t, ordinary flow matching).
         noise: (B, C, H / factor, W / factor) standard normal in place of what `seed` draws.
         callback: gets the sampler's dict before each step. TimError for anything that cannot be used.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        grid = self._grid(steps, times)
+        grid = self._grid(steps, shift, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
         options = dict(mode=mode, cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
         text = self._conditioning(prompts, [negative] if isinstance(negative, str) else list(negative))
@@ -223,9 +225,11 @@ class Pipeline:
         return noise.float()
 
     @staticmethod
-    def _grid(steps: int, times: Tensor | Sequence[float] | str | None) -> Tensor:
+    def _grid(steps: int, shift: float, times: Tensor | Sequence[float] | str | None) -> Tensor:
         if times is None:
-            return schedule.uniform(steps)
+            return schedule.uniform(steps) if shift == 1 else schedule.shifted(steps, shift)
+        if shift != 1:
+            raise TimError(f"shift: found {shift} beside times, expected one of the two")
         grid = schedule.parse(times) if isinstance(times, str) else torch.as_tensor(times, dtype=torch.float64)
         if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0:
             raise TimError(f"times: found {grid.tolist()}, expected a list that begins at 1 and ends at 0")

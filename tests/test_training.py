@@ -17,6 +17,7 @@ from tim_core.training import loop as training_loop
 from tim_core.training import run
 from tim_core.training.config import AutoencoderTraining, FineTuning, LoopConfig, SizesConfig, TransitionTraining, read
 from tim_core.training.data import ShapesBatches
+from tim_core.training.tokenizer import WORD_START, vocabulary
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"autoencoder": AutoencoderTraining, "tim": TransitionTraining}
@@ -53,6 +54,7 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {derivative: guess}", "derivative"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: guess}", "target"),
     ("kind: tim\noutput: x\nautoencoder: y\nkeep_start: 0.5", "keep_start"),
+    ("kind: tim\noutput: x\nautoencoder: y\nalike: {above: higher}", "alike"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {adaptive_floor: 0}", "adaptive_floor"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: 0}", "epsilon"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {diffusion_ratio: 2.0}", "diffusion_ratio"),
@@ -329,6 +331,19 @@ def test_a_share_of_the_starting_weights_can_be_kept(tmp_path):
     before, after, mixed = (tensors[name].float() for tensors in (before, after, mixed))
     assert (after - before).abs().max() > 1e-2
     assert torch.allclose(mixed, 0.75 * after + 0.25 * before, atol=1e-2 * float(after.std()))
+
+
+def test_words_may_begin_alike(tmp_path):
+    first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
+    config = tim_yaml(tmp_path, "adamw", "alike")
+    config.write_text(f"start: {first}\nalike: {{above: left}}\n" + config.read_text().replace("steps: 6", "steps: 1").replace(
+        "loop: {", "loop: {lr: 1.0e-9, "))
+    name = "text_encoders.transformer.embed_tokens.weight"
+    before, after = (checkpoint.open_state_dict(file)[0][name].float() for file in (first, run([config])[0]))
+    ids = vocabulary()
+    above, left, below = (ids[WORD_START + word] for word in ("above", "left", "below"))
+    assert torch.allclose(after[above], before[above] + before[left], atol=1e-2) and after[above].norm() > 1.05 * before[above].norm()
+    assert torch.allclose(after[below], before[below], atol=1e-3)
 
 
 def test_composed_targets_come_from_the_averaged_network(tmp_path):

@@ -11,6 +11,7 @@ from ..errors import TimError
 from ..matching import MatchingConfig
 from ..objective import ObjectiveConfig
 from ..shapes import TRAINING_FORMS
+from .tokenizer import WORDS
 
 
 def _check(ok: bool, key: str, found, expected: str) -> None:
@@ -177,6 +178,7 @@ class TransitionTraining:
     autoencoder: str                             # safetensors file of the DC-AE, which stays as it is
     start: str | None = None                     # a checkpoint of the same architecture whose two networks to begin from
     keep_start: float = 0.0                      # share of the weights of `start` in the exported ones (WiSE-FT, arXiv 2109.01903)
+    alike: dict[str, str] = field(default_factory=dict)   # word -> another, whose embedding is added to its own before the first step
     checkpoint: str | None = None                # where the one-file model goes; none: model.safetensors in output
     transformer: TransformerShape = TransformerShape()
     text: TextShape = TextShape()
@@ -193,6 +195,8 @@ class TransitionTraining:
     def __post_init__(self):
         for step in self.objective_from:
             _check(step.isdigit(), "objective_from", step, "steps, and the objective from each on")
+        for word in (word for pair in self.alike.items() for word in pair):
+            _check(word in WORDS, "alike", word, "words of the small world")
         _check(0 <= self.keep_start < 1 and (self.start or not self.keep_start), "keep_start", self.keep_start,
                "0 to below 1, and 0 without start")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")

@@ -27,7 +27,7 @@ from .draws import draw
 from .loop import begin_from, train
 from .repa import ImageEncoder, check_projector, shown
 from .samples import show_steps
-from .tokenizer import VOCABULARY_SIZE, small_world_tokenizer
+from .tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
 
 
 class TextToImage(nn.Module):
@@ -86,6 +86,9 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         if model.critic is not None:
             same = model.transformer.state_dict()
             model.critic.load_state_dict({name: same[name] for name in model.critic.state_dict()})
+    words, ids = model.text.transformer.embed_tokens.weight.data, vocabulary()
+    for word, other in config.alike.items():
+        words[ids[WORD_START + word]] += words[ids[WORD_START + other]].clone()
     begun = {name: value.detach().clone() for name, value in model.named_parameters()} if config.keep_start else {}
     check_projector(model.transformer, image_encoder, config.objective, *config.objective_from.values())
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)

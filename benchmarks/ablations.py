@@ -58,11 +58,13 @@ def configuration(variant: str, seed: int, folder: Path, steps: int, batch: int,
 
 def train_and_score(variant: str, seed: int, args: argparse.Namespace) -> None:
     folder = Path(args.folder).expanduser() / f"{variant}-{seed}"
+    config, text = folder / "config.yaml", yaml.safe_dump(configuration(variant, seed, folder, args.steps, args.batch, args.compile))
+    if config.exists() and config.read_text() != text:
+        raise SystemExit(f"{config}: found another configuration than was asked for, expected the same, or another --folder")
     if (folder / "scores" / "report.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(configuration(variant, seed, folder, args.steps, args.batch, args.compile)))
+    config.write_text(text)
     (model,) = run([config])
     mode = "diffusion" if variant == "twin" else "transition"
     evaluate(Pipeline.load(model, device=args.device), (1, 2, 4, 16), 2.5, 60, 4, seed=0, output=folder / "scores", tasks=TASKS,

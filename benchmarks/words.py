@@ -1,6 +1,6 @@
 """Which words of a caption the network reads: does a picture's velocity fit its own caption better than one with a word exchanged?
 
-    python benchmarks/words.py [--model M] [--n 64] [--times 0.75,0.8,0.85,0.9] [--seed 0]
+    python benchmarks/words.py [--model M] [--n 64] [--times 0.75,0.8,0.85,0.9] [--seed 0] [--device cuda]
 
 For every word, n pictures of captions that have it, noised to times at which this world's pictures are decided. Printed: the share of
 pictures whose error is smaller with the word than with the other (half of them, where the network does not read it), and how much
@@ -30,15 +30,15 @@ EXCHANGES = {
 
 
 @torch.no_grad()
-def gaps(pipe: Pipeline, word: str, n: int, times: list[float], seed: int = 0, size: int = 64) -> np.ndarray:
-    """(n,) how much larger the error of the velocity is with the word exchanged, summed over the times."""
+def gaps(pipe: Pipeline, word: str, n: int, times: list[float], seed: int = 0) -> np.ndarray:
+    """(n,) how much larger the error of the velocity is with the word exchanged, in the mean over the times."""
     form, other = EXCHANGES[word]
     rng, generator, transport = np.random.default_rng([seed, list(EXCHANGES).index(word)]), torch.Generator().manual_seed(seed), OTFM()
     prompts = []
     while len(prompts) < n:
         prompt = shapes.sample_prompt(rng, form)
         prompts += [prompt] if f" {word} " in f" {prompt.text} " else []
-    pictures = np.stack([shapes.render(shapes.place(rng, prompt, size, size), size, size) for prompt in prompts])
+    pictures = np.stack([shapes.render(shapes.place(rng, prompt)) for prompt in prompts])
     latents = pipe.encode(torch.from_numpy(pictures))
     captions = [prompt.text for prompt in prompts], [prompt.text.replace(word, other) for prompt in prompts]
     total = torch.zeros(n)
@@ -48,11 +48,12 @@ def gaps(pipe: Pipeline, word: str, n: int, times: list[float], seed: int = 0, s
         x_t, velocity = transport.interpolate(latents, noise, where), transport.velocity(latents, noise, where)
         errors = []
         for texts in captions:
-            y = pipe.text_encoder.conditioning(texts)[0].to(pipe.dtype)
-            F = pipe.transformer(x_t.to(pipe.dtype), transport.c_noise(t), transport.c_noise(t), y).float()
+            y = pipe.text_encoder.conditioning(texts)[0].to(pipe.device, pipe.dtype)
+            c_noise = transport.c_noise(t).to(pipe.device)
+            F = pipe.transformer(x_t.to(pipe.device, pipe.dtype), c_noise, c_noise, y).float().cpu()
             errors.append((F - velocity).square().mean((1, 2, 3)))
         total += errors[1] - errors[0]
-    return total.numpy()
+    return total.numpy() / len(times)
 
 
 def main() -> None:
@@ -61,8 +62,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--times", default="0.75,0.8,0.85,0.9")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    pipe = Pipeline.load(args.model, device="cpu")
+    pipe = Pipeline.load(args.model, args.device)
     print(f"{args.model}, n = {args.n} a word, seed {args.seed}\n\n| word | in place of it | read | error without it |\n|---|---|---|---|")
     for word, (_, other) in EXCHANGES.items():
         found = gaps(pipe, word, args.n, [float(time) for time in args.times.split(",")], args.seed)

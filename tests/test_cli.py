@@ -171,10 +171,23 @@ def test_the_package_is_the_command(tiny):
     assert done.returncode == 0 and "TiM" in done.stdout
 
 
+def test_the_shift_reaches_the_sampler(run, tiny):
+    options = ("--model", tiny, "--size", "16x16")
+    for name, more in (("shifted", ("--steps", 2, "--shift", 3)), ("own", ("--times", "1, 0.75, 0")), ("even", ("--steps", 2))):
+        assert run("sample", "a circle", *options, *more, "-o", f"{name}.png")[0] == 0
+    pictures = {name: Path(f"{name}.png").read_bytes() for name in ("shifted", "own", "even")}
+    assert pictures["shifted"] == pictures["own"] != pictures["even"]
+    assert run("evaluate", *options, "--steps", 2, "--prompts-per-task", 1, "--images", 1, "--shift", 3, "-o", "scores")[0] == 0
+    assert json.loads(Path("scores/report.json").read_text())["sampling"]["shift"] == 3
+
+
 # files
 
 
 def test_inspect(run, tiny, tmp_path):
+    trained = [line.strip() for line in run("inspect", "tim-shapes")[1].splitlines()]
+    assert any(line.startswith("training, ") and line.endswith(" steps of:") for line in trained)
+    assert any(line.startswith('text: {"head_dim": 64, ') for line in trained) and max(map(len, trained)) < 500
     code, out, _ = run("inspect", tiny)
     assert code == 0 and "TiM" in out and "Gemma-3" in out and "DC-AE" in out
     torch.save({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux.bin")

@@ -40,7 +40,7 @@ run(sys.argv[1:])
 """
 
 
-def launch(folder, config) -> list[dict]:
+def launch(folder, config, resumes=False) -> list[dict]:
     """Runs a configuration in two processes -> what each said."""
     script = folder / "launched.py"
     script.write_text(RUN)
@@ -49,6 +49,7 @@ def launch(folder, config) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, config]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert ("resumed" in done.stderr) == resumes
     return [json.loads(config.with_name(f"{config.name}.{index}.json").read_text()) for index in (0, 1)]
 
 
@@ -140,7 +141,7 @@ def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
     run([short])
     for name in ("step-00000004.pt", "metrics.csv"):
         (short.with_suffix("") / name).rename(place / name)
-    launch(folder, two)
+    launch(folder, two, resumes=True)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
     assert torch.allclose(weights(two), weights(one), atol=1e-4)
 
@@ -173,15 +174,18 @@ def test_a_lora_in_two_processes(folder, tmp_path):
 
     one = config("alone")
     run([one])
-    assert all("lora" in name for name in torch.load(tmp_path / "alone" / "step-00000006.pt", weights_only=True)["model"])
+    whole = torch.load(tmp_path / "alone" / "step-00000006.pt", weights_only=True)
+    assert all("lora" in name for part in ("model", "ema") for name in whole[part])
     for how in ("ddp", "fsdp2"):
         two = config(how, f", parallel: {how}")
         (tmp_path / how).mkdir()
         for name in ("step-00000003.pt", "metrics.csv"):
             shutil.copy(tmp_path / "alone" / name, tmp_path / how)
-        said = launch(tmp_path, two)
+        said = launch(tmp_path, two, resumes=True)
         assert [word["processes"] for word in said] == [2, 2]
         assert torch.allclose(weights(two), weights(one), atol=1e-5)
+        made = load_file(tmp_path / how / "lora.safetensors")
+        assert all(torch.allclose(made[name], value, atol=1e-5) for name, value in load_file(tmp_path / "alone" / "lora.safetensors").items())
 
 
 @pytest.mark.parametrize("change", [

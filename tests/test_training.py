@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tim_core import checkpoint, shapes
 from tim_core.cli import main
@@ -55,6 +57,10 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: guess}", "target"),
     ("kind: tim\noutput: x\nautoencoder: y\nkeep_start: 0.5", "keep_start"),
     ("kind: tim\noutput: x\nautoencoder: y\nalike: {above: higher}", "alike"),
+    ("kind: tim\noutput: x\nautoencoder: y\nalike: {above: above}", "alike"),
+    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ncheckpoint: z\nkeep_start: 0.5", "checkpoint"),
+    ("kind: tim\noutput: x\nautoencoder: y\ndata: {relations: [beside]}", "data.relations"),
+    ("kind: tim\noutput: x\nautoencoder: y\ndata: {relations: []}", "data.relations"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {adaptive_floor: 0}", "adaptive_floor"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: 0}", "epsilon"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {diffusion_ratio: 2.0}", "diffusion_ratio"),
@@ -154,6 +160,11 @@ def test_batches_are_a_function_of_seed_and_step():
         assert pictures.shape[-2:] in [(64, 64), (96, 48)] and pictures.shape[0] == len(captions)
         assert pictures.min() >= -1 and pictures.max() <= 1
     assert data[0][1] != ShapesBatches(SizesConfig({"64x64": 0.5, "48x96": 0.5}), 6, seed=4)[0][1]
+
+
+def test_relations_may_be_chosen():
+    chosen = ShapesBatches(SizesConfig(forms={"position": 1.0}, relations=("above", "below")), 16, 0)
+    assert {word for caption in chosen[0][1] for word in ("above", "below", "left", "right") if word in caption} == {"above", "below"}
 
 
 def test_training_captions_cover_every_form():
@@ -277,6 +288,46 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
     same = {key for key in before if torch.equal(before[key], after[key])}
     assert {key for key in before if key.startswith("encoder.")} <= same
     assert any(key.startswith("decoder.") for key in before.keys() - same)
+
+
+def test_other_frozen_weights_are_noticed_at_a_resume(tmp_path):
+    """They are in no checkpoint; the file that they come from may have been replaced."""
+    first = run([autoencoder_yaml(tmp_path)])[0]
+    text = autoencoder_yaml(tmp_path).read_text().replace(f"output: {tmp_path}/autoencoder", f"output: {tmp_path}/decoder")
+    config = tmp_path / "decoder.yaml"
+    config.write_text(text.replace("steps: 6", "steps: 4") + f"start: {first}\nfreeze_encoder: true\n")
+    run([config])
+    config.write_text(config.read_text().replace("steps: 4", "steps: 6"))
+    tensors = checkpoint.open_state_dict(first)[0]
+    with safe_open(first, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: value + 1 for name, value in tensors.items()}, first, metadata)
+    with pytest.raises(TimError, match="other weights that do not learn"):
+        run([config])
+    save_file(tensors, first, metadata)
+    run([config])
+
+
+def test_what_does_not_learn_is_not_copied():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    average = training_loop.follower(model, share_fixed=True)
+    assert average[0].weight is model[0].weight and average[1].weight is not model[1].weight
+    assert training_loop.follower(model, share_fixed=False)[0].weight is not model[0].weight
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path):
+    """One without the sums that metrics.csv goes on with, and with averages of everything."""
+    config = autoencoder_yaml(tmp_path)
+    run([config])
+    (last := tmp_path / "autoencoder" / "step-00000006.pt").unlink()
+    earlier = last.with_name("step-00000004.pt")
+    state = torch.load(earlier, weights_only=True)
+    for name in ("totals", "counted", "fixed"):
+        del state[name]
+    torch.save(state, earlier)
+    run([config])
+    assert last.is_file()
 
 
 def test_the_objective_may_change_at_a_step(tmp_path):

@@ -26,14 +26,15 @@ examples:
   tim evaluate --steps 1,4 -o scores
 
 `tim COMMAND --help` explains a command. The bundled model, tim-shapes, needs no download.
-It knows circles, squares and triangles in six colours, one to four of them: a small world, made to be scored exactly."""
+It knows circles, squares and triangles in six colours, one to four of a kind or two kinds: a small world, made to be scored exactly."""
 
 SAMPLE = """\
 Makes pictures of a prompt.
 
 TiM jumps from any noise level to any lower one, so --steps is a free choice: 1 is fastest, 4 is good, 16 is better.
-Guidance (--cfg) acts inside --guidance-interval, whose ends are excluded: the first step, at time 1, is not guided, and 4 guided
-steps cost 7 network evaluations (NFE). The same prompt, seed, size, steps and cfg give the same picture here, in Python and in ComfyUI."""
+Guidance (--cfg) acts inside --guidance-interval, whose ends are excluded: by default the first step, at time 1, is not guided, and 4
+guided steps cost 7 network evaluations (NFE). The same prompt, seed, size, steps and cfg give the same picture here, in Python and in
+ComfyUI."""
 
 SAMPLE_EXAMPLES = """\
 examples:
@@ -113,7 +114,7 @@ PREVIEWS_EXAMPLES = """\
 example:
   tim previews tim-t2i.safetensors --images photographs"""
 
-INTERVAL_HELP = "times between which guidance acts, ends excluded; 0,2 guides the first step, too (0,1)"
+INTERVAL_HELP = "times between which guidance acts, ends excluded; an upper end above 1 takes in time 1, the first step (0,1)"
 SHIFT_HELP = "more than 1: times nearer to noise (1, equal steps)"
 
 TRAIN = """\
@@ -343,7 +344,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     processes = find_processes()
     width, height = args.size
     options = {"cfg": args.cfg, "images": args.images, "seed": args.seed, "width": width, "height": height, "mode": args.mode,
-               "guidance_interval": args.guidance_interval, "shift": args.shift, "processes": processes}
+               "guidance_interval": args.guidance_interval, "processes": processes, **({} if args.shift == 1 else {"shift": args.shift})}
     pipe = load_pipeline(args)
     if args.prompts is not None:
         from .layouts import make_pictures

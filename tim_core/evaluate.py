@@ -17,6 +17,7 @@ from .processes import ALONE, Processes
 from .shapes import TASKS, Prompt, judge, scoring_prompts
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
+SAMPLING = ("mode", "shift", "guidance_interval", "stochasticity", "negative")  # what a report keeps of the pipeline's options
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def evaluate(
 ) -> dict:
     """The curve over `steps`, as report.json holds it; written to the folder `output`, with curve.png, after every point.
 
-    All points have the same prompts and noise. 1 step runs without guidance (its one step, at t = 1, has none anyway).
+    All points have the same prompts and noise. 1 step runs without guidance (cfg 1).
     twin: another model's report.json of the same pictures, to be drawn beside this one and compared with picture by picture.
     `options` go to the pipeline (mode, guidance_interval, negative, ...). TimError for values that cannot be used or a folder that
     cannot be written.
@@ -146,7 +147,7 @@ def evaluate(
         make_folder(folder)
     wanted = draws(pictures["tasks"], prompts_per_task, images, seed)
     steps = sorted(set(steps))
-    sampling = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    sampling = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if name in SAMPLING}
     report: dict = {"pictures": pictures, "sampling": sampling, "curve": []}
     with tqdm(total=len(processes.own(wanted)) * len(steps), unit="picture", disable=not (progress and processes.first)) as bar:
         for count in steps:

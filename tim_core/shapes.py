@@ -1,5 +1,6 @@
 """The small world TiM-Shapes: scenes, captions, a renderer, and an exact detector that scores pictures as GenEval does."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +63,8 @@ class Placed:
     radius: float
 
 
-def sample_prompt(rng: np.random.Generator, task: str) -> Prompt:
-    """Draws a prompt of one task (of TASKS, or one of the full forms of TRAINING_FORMS)."""
+def sample_prompt(rng: np.random.Generator, task: str, relations: Sequence[str] = RELATIONS) -> Prompt:
+    """Draws a prompt of one task (of TASKS, or one of the full forms of TRAINING_FORMS), with one of `relations` where it has any."""
     shapes = [str(s) for s in rng.permutation(SHAPES)]
     colors = [str(c) for c in rng.permutation(list(COLORS))]
     if "counting" in task:
@@ -73,12 +74,14 @@ def sample_prompt(rng: np.random.Generator, task: str) -> Prompt:
         return Prompt(task, (Thing(shapes[0], colors[0] if task == "colors" else None),))
     named = task in ("attribution", "full position")
     things = tuple(Thing(s, c if named else None) for s, c in zip(shapes[:2], colors))
-    return Prompt(task, things, str(rng.choice(RELATIONS)) if "position" in task else None)
+    return Prompt(task, things, str(rng.choice(relations)) if "position" in task else None)
 
 
-def sample_training_prompt(rng: np.random.Generator, forms: dict[str, float] = TRAINING_FORMS) -> Prompt:
+def sample_training_prompt(
+    rng: np.random.Generator, forms: dict[str, float] = TRAINING_FORMS, relations: Sequence[str] = RELATIONS
+) -> Prompt:
     """Draws a caption as training sees them: the six tasks and the full forms, by their weights."""
-    return sample_prompt(rng, str(rng.choice(list(forms), p=np.array(list(forms.values())) / sum(forms.values()))))
+    return sample_prompt(rng, str(rng.choice(list(forms), p=np.array(list(forms.values())) / sum(forms.values()))), relations)
 
 
 def place(rng: np.random.Generator, prompt: Prompt, width: int = 64, height: int = 64) -> list[Placed]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import TimError
 from ..matching import MatchingConfig
 from ..objective import ObjectiveConfig
-from ..shapes import TRAINING_FORMS
+from ..shapes import RELATIONS, TRAINING_FORMS
 from .tokenizer import WORDS
 
 
@@ -66,10 +66,11 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class SizesConfig:
-    """Picture sizes of a step, drawn by weight, "WIDTHxHEIGHT", and the forms of its captions, drawn by weight too."""
+    """Picture sizes of a step, drawn by weight, "WIDTHxHEIGHT", the forms of its captions, drawn by weight too, and their relations."""
 
     sizes: dict[str, float] = field(default_factory=lambda: {"64x64": 1.0})
     forms: dict[str, float] = field(default_factory=lambda: dict(TRAINING_FORMS))
+    relations: tuple[str, ...] = RELATIONS       # drawn evenly
 
     def __post_init__(self):
         _check(bool(self.sizes), "data.sizes", "none", "at least one size")
@@ -80,6 +81,8 @@ class SizesConfig:
         for form, weight in self.forms.items():
             _check(form in TRAINING_FORMS, "data.forms", form, f"some of {', '.join(TRAINING_FORMS)}")
             _check(weight > 0, f"data.forms.{form}", weight, "more than 0")
+        _check(bool(self.relations) and set(self.relations) <= set(RELATIONS), "data.relations", list(self.relations),
+               f"some of {', '.join(RELATIONS)}")
 
     def table(self) -> tuple[list[tuple[int, int]], list[float]]:
         """The (width, height) pairs and their probabilities."""
@@ -195,17 +198,15 @@ class TransitionTraining:
     def __post_init__(self):
         for step in self.objective_from:
             _check(step.isdigit(), "objective_from", step, "steps, and the objective from each on")
-        for word in (word for pair in self.alike.items() for word in pair):
-            _check(word in WORDS, "alike", word, "words of the small world")
+        for word, other in self.alike.items():
+            _check(word in WORDS and other in WORDS and word != other, "alike", f"{word}: {other}", "two words of the small world")
         _check(0 <= self.keep_start < 1 and (self.start or not self.keep_start), "keep_start", self.keep_start,
                "0 to below 1, and 0 without start")
+        _check(not self.keep_start or self.checkpoint != self.start, "checkpoint", self.checkpoint,
+               "another file than start, whose weights are kept")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
         _check(self.shift_base is None or self.shift_base > 0, "shift_base", self.shift_base, "1 or more")
-
-    def shift(self, height: int, width: int) -> float:
-        """s of the resolution-dependent time shift (paper Eq. 50) for pictures of this size."""
-        return 1.0 if self.shift_base is None else (height * width) ** 0.5 / self.shift_base
 
     def objective_at(self, step: int) -> ObjectiveConfig:
         begun = [int(first) for first in self.objective_from if int(first) <= step]
@@ -269,6 +270,11 @@ class FineTuning:
         _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
         _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
         _check(self.shift_base is None or self.shift_base > 0, "shift_base", self.shift_base, "1 or more")
+
+
+def time_shift(height: int, width: int, base: int | None) -> float:
+    """s of the resolution-dependent time shift (paper Eq. 50) for pictures of this size; 1 without a base."""
+    return 1.0 if base is None else (height * width) ** 0.5 / base
 
 
 def read(path: str | Path, kinds: dict[str, type]):

@@ -15,7 +15,7 @@ class ShapesBatches(torch.utils.data.Dataset):
     def __init__(self, sizes: SizesConfig, batch: int, seed: int, parts: int = 1):
         """TimError where a batch of some size would have fewer pictures than the `parts` that it is cut into."""
         self.sizes, self.weights = sizes.table()
-        self.forms, self.batch, self.seed = sizes.forms, batch, seed
+        self.forms, self.relations, self.batch, self.seed = sizes.forms, sizes.relations, batch, seed
 
         for (width, height), count in zip(self.sizes, map(self.count, self.sizes)):
             if count < parts:
@@ -33,6 +33,7 @@ class ShapesBatches(torch.utils.data.Dataset):
         count = self.count((width, height))
         # half of the batches hold one form of prompt, so that prompts are also seen without the padding of longer neighbours
         form = shapes.sample_training_prompt(rng, self.forms).task if rng.random() < 0.5 else None
-        prompts = [shapes.sample_prompt(rng, form) if form else shapes.sample_training_prompt(rng, self.forms) for _ in range(count)]
+        prompts = [shapes.sample_prompt(rng, form, self.relations) if form
+                   else shapes.sample_training_prompt(rng, self.forms, self.relations) for _ in range(count)]
         pictures = np.stack([shapes.render(shapes.place(rng, p, width, height), width, height) for p in prompts])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1, [p.text for p in prompts]

@@ -14,10 +14,10 @@ from ..errors import TimError
 from ..objective import transition_loss
 from ..processes import Part, find_processes
 from ..transport import OTFM
-from .config import FineTuning
+from .config import FineTuning, time_shift
 from .draws import draw
-from .folder import Encoder, FolderBatches, Kept, digest, prepare
-from .loop import train
+from .folder import Encoder, FolderBatches, Kept, prepare
+from .loop import digest, train
 from .lora import add_lora, save_lora
 from .repa import ImageEncoder, check_projector, name_of, shown
 from .samples import show_steps
@@ -58,7 +58,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
 
     labels = architecture.text_dim is None
     text = None if labels else checkpoint.load_text_encoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
-    pad = None if labels else text.encode([""]).rows[0, -1:]
+    pad = None if labels else text.encode([""]).rows[0, -1:].cpu()
 
     def tell(told: str | int) -> Tensor:
         if labels:
@@ -66,7 +66,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
                 raise TimError(f"{config.data.path}: found class {told}, expected 0 to {architecture.num_classes - 1}")
             return torch.tensor(told)
         features = text.encode([told])
-        return torch.cat((features.rows[0, : features.lengths[0]], pad))  # pad rows are all alike
+        return torch.cat((features.rows[0, : features.lengths[0]].cpu(), pad))  # pad rows are all alike
 
     def look(picture: Tensor) -> dict[str, Tensor]:
         picture = picture.to(processes.device)
@@ -75,13 +75,14 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
             seen["features"] = shown(image_encoder, picture, seen["latent"], architecture)
         return seen
 
-    identity = " ".join([*(digest(network) for network in (autoencoder, text) if network is not None), name_of(image_encoder)])
+    encoders = [network for network in (autoencoder, text) if network is not None]
+    identity = " ".join([*(digest(network.state_dict().items()) for network in encoders), name_of(image_encoder)])
     cache = Path(config.data.cache or f"{config.data.path.rstrip('/')}.cache").expanduser()
     encode = Encoder(cache, identity, look, tell)
     items = prepare(config.data, encode, factor * architecture.patch_size, labels, processes)
-    null = torch.tensor(architecture.num_classes) if labels else tell("").cpu()
+    null = torch.tensor(architecture.num_classes) if labels else tell("")
     some = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
-    conds, nulls = [tell(item.told).cpu() for item in some], [null] * len(some)
+    conds, nulls = [tell(item.told) for item in some], [null] * len(some)
     conditions = (torch.stack(conds), torch.stack(nulls)) if labels else padded(conds + nulls, null, [False] * 2 * len(some)).chunk(2)
     if text is not None:
         text.cpu()  # all that it had to say is in the cache
@@ -95,8 +96,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
         latents, told, features = batch
         total, device = len(latents), next(model.parameters()).device
         height, width = latents.shape[2] * factor, latents.shape[3] * factor
-        shift = 1.0 if config.shift_base is None else (height * width) ** 0.5 / config.shift_base
-        drawn = draw(latents.shape, config.dropout, transport, config.objective, shift)
+        drawn = draw(latents.shape, config.dropout, transport, config.objective, time_shift(height, width, config.shift_base))
         if labels:
             y = torch.stack([null if drop else number for drop, number in zip(drawn.dropped, told)])
         else:

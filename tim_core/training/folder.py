@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import TimError, one_line
@@ -32,14 +32,6 @@ class Item:
     told: str | int
     width: int = 0
     height: int = 0
-
-
-def digest(network: nn.Module) -> str:
-    """A text that tells one network's weights from another's, from the beginning of each tensor."""
-    found = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        found.update(repr((name, tuple(value.shape), value.flatten()[:64].tolist())).encode())
-    return found.hexdigest()
 
 
 def scan(config: FolderConfig, labels: bool) -> list[Item]:

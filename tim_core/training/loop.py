@@ -7,10 +7,11 @@ import copy
 import csv
 import ctypes
 import functools
+import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -113,9 +114,10 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
         checkpoint_blocks(model)
     step_loss = share(Step(model, average, loss_of), pieces, processes, config.parallel)
     optims = optimizers(config, model, critic_lr)
-    start, seconds, totals, counted = _resume(folder, model, optims, average, processes)
+    fixed = digest((name, whole(p)) for name, p in model.named_parameters() if not p.requires_grad)
+    start, seconds, totals, counted = _resume(folder, model, optims, average, fixed, processes)
     if start >= config.steps:  # the last checkpoint is there, its export may not be
-        return _export(export, gathered(average), start, processes)
+        return _export(export, gathered(average, processes), start, processes)
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
         prefetch_factor=4 if config.workers else None, persistent_workers=False)
@@ -169,8 +171,8 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
                     _log(folder, row, board)
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} samples/s")
             if saves or late:
-                weights = gathered(average)
-                progress = {"step": done, "seconds": seconds + time.monotonic() - began, "counted": counted,
+                weights = gathered(average, processes)
+                progress = {"seconds": seconds + time.monotonic() - began, "counted": counted, "fixed": fixed,
                             "totals": {name: float(processes.mean(value)) for name, value in totals.items()}}
                 _save(folder, config, done, progress, model, optims, weights, processes)
                 shown = sample(average, done)  # every process draws: slices of the weights are everywhere
@@ -218,7 +220,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def _clip(parameters: list[nn.Parameter], norm: float) -> Tensor:
+def _clip(parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
     found = nn.utils.clip_grad_norm_(parameters, norm)
     return found.full_tensor() if hasattr(found, "full_tensor") else found
 
@@ -241,9 +243,9 @@ def _save(folder: Path, config: LoopConfig, step: int, progress: dict, model, op
     What does not learn is not in it: it comes from where the run began.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    fixed = frozen(model)
-    state = {**progress, "model": get_model_state_dict(model, options=options),
-             AVERAGED: {name: value for name, value in weights.items() if name not in fixed},
+    names = frozen(model)
+    state = {"step": step, **progress, "model": get_model_state_dict(model, options=options),
+             AVERAGED: {name: value for name, value in weights.items() if name not in names},
              "optimizers": get_optimizer_state_dict(model, optims, options=options)}
     if processes.first:
         write_whole(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
@@ -255,7 +257,10 @@ def _save(folder: Path, config: LoopConfig, step: int, progress: dict, model, op
 def follower(model: nn.Module, share_fixed: bool) -> nn.Module:
     """A copy for the averaged weights; what does not learn is the model's own, not a second one, where `share_fixed`."""
     memo = {id(p): p for p in model.parameters() if not p.requires_grad} if share_fixed else {}
-    return copy.deepcopy(model, memo).requires_grad_(False)
+    average = copy.deepcopy(model, memo).requires_grad_(False)
+    if hasattr(average, "critic"):
+        average.critic = None  # nobody asks for its average
+    return average
 
 
 def frozen(model: nn.Module) -> set[str]:
@@ -263,9 +268,22 @@ def frozen(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
-def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """All of its parameters, whole. Every process has to call it."""
-    return {name: whole(p) for name, p in model.named_parameters()}
+def gathered(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
+    """All of its parameters, whole, on the first process; none on the others, which have to call it, too."""
+    found = {}
+    for name, p in model.named_parameters():
+        value = whole(p)
+        if processes.first:
+            found[name] = value
+    return found
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A text that tells named weights from others, from the beginning of each."""
+    found = hashlib.sha256()
+    for name, value in tensors:
+        found.update(repr((name, tuple(value.shape), value.flatten()[:64].tolist())).encode())
+    return found.hexdigest()
 
 
 def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str, optional: Collection[str] = ()) -> None:
@@ -278,7 +296,7 @@ def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str, option
     set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def _resume(folder: Path, model, optims, average, processes: Processes) -> tuple[int, float, dict, int]:
+def _resume(folder: Path, model, optims, average, fixed: str, processes: Processes) -> tuple[int, float, dict, int]:
     """Steps and seconds done, and the sums of what is not in metrics.csv yet, of so many steps."""
     found = _checkpoints(folder)
     if not found:
@@ -289,6 +307,9 @@ def _resume(folder: Path, model, optims, average, processes: Processes) -> tuple
         state = torch.load(found[-1], weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a damaged file provokes
         raise TimError(f"{found[-1]}: found a damaged checkpoint ({one_line(error)}), expected a whole one; remove it to go on") from None
+    if state.get("fixed", fixed) != fixed:
+        raise TimError(f"{found[-1]}: found other weights that do not learn than this run began with, expected the same; put the files "
+                       "back that it began from, or take another output")
     begin_from(model, state["model"], str(found[-1]), frozen(model))
     base = [[group["base_lr"] for group in optimizer.param_groups] for optimizer in optims]
     set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
@@ -299,7 +320,7 @@ def _resume(folder: Path, model, optims, average, processes: Processes) -> tuple
     if processes.first:
         _forget_after(folder / "metrics.csv", state["step"])
         tqdm.write(f"resumed {found[-1]}", file=sys.stderr)
-    return state["step"], state["seconds"], state["totals"], state["counted"]
+    return state["step"], state["seconds"], state.get("totals", {}), state.get("counted", 0)
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -21,7 +21,7 @@ from ..processes import Part, find_processes
 from ..text_encoder import TextEncoder, Tokenizer
 from ..transformer import TransitionTransformer
 from ..transport import OTFM
-from .config import TextShape, TransitionTraining
+from .config import TextShape, TransitionTraining, time_shift
 from .data import ShapesBatches
 from .draws import draw
 from .loop import begin_from, train
@@ -86,10 +86,11 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         if model.critic is not None:
             same = model.transformer.state_dict()
             model.critic.load_state_dict({name: same[name] for name in model.critic.state_dict()})
-    words, ids = model.text.transformer.embed_tokens.weight.data, vocabulary()
-    for word, other in config.alike.items():
-        words[ids[WORD_START + word]] += words[ids[WORD_START + other]].clone()
     begun = {name: value.detach().clone() for name, value in model.named_parameters()} if config.keep_start else {}
+    words, ids = model.text.transformer.embed_tokens.weight.data, vocabulary()
+    own = words.clone()
+    for word, other in config.alike.items():
+        words[ids[WORD_START + word]] += own[ids[WORD_START + other]]
     check_projector(model.transformer, image_encoder, config.objective, *config.objective_from.values())
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
@@ -102,7 +103,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         device = next(model.parameters()).device
         coder.to(device)
         shape = (total, channels, pictures.shape[2] // factor, pictures.shape[3] // factor)
-        drawn = draw(shape, config.text_dropout, transport, objective, config.shift(*pictures.shape[2:]))
+        drawn = draw(shape, config.text_dropout, transport, objective, time_shift(*pictures.shape[2:], config.shift_base))
         jumps = max(1, round(config.matching.share * total)) if config.matching else 0
         if 0 < jumps < part.count:
             raise TimError(f"training config: matching.share: found {jumps} jumps in a batch for {part.count} processes or accumulated "
@@ -152,8 +153,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         width, height = config.data.table()[0][0]
         noise = torch.randn(len(prompts), channels, height // factor, width // factor, generator=torch.Generator().manual_seed(loop.seed))
         device = next(average.parameters()).device
-        with torch.no_grad():
-            cond, null = average.text.conditioning(prompts)
+        cond, null = average.text.conditioning(prompts)
         return show_steps(average.transformer, coder.to(device).decode, noise.to(device), cond, null, transport)
 
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
@@ -163,8 +163,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         """The averaged weights, packed with the autoencoder into one file."""
         trained = TextToImage(replace(config, matching=None), autoencoder.config.latent_channels)
         mixed = {name: value.lerp(begun[name], config.keep_start) if begun else value for name, value in average.items()}
-        kept = {name: value for name, value in mixed.items() if not name.startswith("critic.")}
-        trained.load_state_dict({**trained.state_dict(), **kept})
+        trained.load_state_dict({**trained.state_dict(), **mixed})
         target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
                   "preview": preview(), "training": {"step": step, "configuration": settings}}

@@ -204,7 +204,7 @@ def test_inspect_goes_on_after_a_bad_file(run, tiny, tmp_path):
 
 def test_the_example_of_train_is_of_files_that_are_there():
     names = [word for word in cli.TRAIN_EXAMPLES.split() if word.endswith(".yaml")]
-    assert len(names) == 6 and all((ROOT / name).is_file() for name in names)
+    assert len(names) == 4 and all((ROOT / name).is_file() for name in names)
 
 
 def test_convert_and_pack(run, tiny):

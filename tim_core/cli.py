@@ -126,10 +126,10 @@ autoencoder` (the small world). A run that was stopped goes on from its last che
 TRAIN_EXAMPLES = """\
 examples:
   tim train configs/t2i-lora.yaml                            a LoRA on a folder of pictures with captions
-  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml configs/tim-shapes-longer.yaml \\
-    configs/tim-shapes-composed.yaml
+  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml
+                                                             the small world's autoencoder, and a first network on it
 
-The last five make the bundled model: its autoencoder, more training for the decoder, the network, and more training for that, twice."""
+docs/tim-shapes.md has the whole list that made the bundled model."""
 
 
 class Parser(argparse.ArgumentParser):

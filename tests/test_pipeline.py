@@ -12,7 +12,7 @@ from tim_core import Pipeline, TimError, checkpoint
 from tim_core.config import TransformerConfig
 from tim_core.sampler import sample
 from tim_core.schedule import uniform
-from tim_core.shapes import TASKS, Prompt, Thing, judge
+from tim_core.shapes import RELATIONS, TASKS, Prompt, Thing, judge
 from tim_core.transformer import TransitionTransformer
 
 ROOT = Path(__file__).parent.parent
@@ -215,7 +215,15 @@ def test_the_readmes_prompt(shapes):
     asked = Prompt("full position", (Thing("circle", "red"), Thing("square", "blue")), "left of")
     assert asked.text == PROMPT
     right = [bool(judge(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy())) for seed in range(8)]
-    assert sum(right) >= 4 and right[2], right  # the README names seed 2
+    assert sum(right) >= 6 and right[2], right  # the README names seed 2
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_every_relation_is_read(shapes, relation):
+    """Models up to 2 million pictures drew above and below alike: 0.41 and 0.47 here, by chance."""
+    from benchmarks.words import gaps
+
+    assert (gaps(shapes, relation, 48, [0.75, 0.8, 0.85, 0.9]) > 0).mean() >= 0.7
 
 
 def test_a_small_score(shapes):

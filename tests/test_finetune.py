@@ -168,7 +168,8 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
     config = tmp_path / "amber.yaml"
     config.write_text(
         f"kind: finetune\noutput: {tmp_path}/out\nmodel: tim-shapes\ndata: {{path: {place}, base_pixels: 4096}}\nshift_base: null\n"
-        "p_mean: 0.8\ndropout: 0.0\nlora: {rank: 8}\nobjective: {target: composed, diffusion_ratio: 0.75, adaptive_floor: 0.1}\n"
+        "p_mean: 0.8\ndropout: 0.0\nlora: {rank: 8, targets: [cross_attn]}\n"
+        "objective: {target: composed, diffusion_ratio: 0.75, adaptive_floor: 0.1}\n"
         "loop: {steps: 80, batch: 12, lr: 0.005, warmup: 5, ema: 0.9, workers: 0, save_every: 80}\n")
     (made,) = run([config])
     name = comfyui.add("loras", made, "amber.safetensors")
@@ -185,7 +186,7 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
     assert colors("a amber circle", 1.0).count("yellow") >= 7
     assert colors("a amber circle", None).count("yellow") <= 4
     assert colors("a amber circle", 0.0) == colors("a amber circle", None)
-    assert colors("a red circle", 1.0).count("red") >= 7
+    assert colors("a red circle", 1.0).count("red") >= 7 and colors("a green square", 1.0).count("green") >= 7
 
 
 @pytest.mark.parametrize("text, named", [

@@ -184,8 +184,8 @@ def test_a_lora_in_two_processes(folder, tmp_path):
         said = launch(tmp_path, two, resumes=True)
         assert [word["processes"] for word in said] == [2, 2]
         assert torch.allclose(weights(two), weights(one), atol=1e-5)
-        made = load_file(tmp_path / how / "lora.safetensors")
-        assert all(torch.allclose(made[name], value, atol=1e-5) for name, value in load_file(tmp_path / "alone" / "lora.safetensors").items())
+        made, expected = (load_file(tmp_path / name / "lora.safetensors") for name in (how, "alone"))
+        assert all(torch.allclose(made[name], value, atol=1e-5) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("change", [

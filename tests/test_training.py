@@ -384,6 +384,14 @@ def test_a_share_of_the_starting_weights_can_be_kept(tmp_path):
     assert torch.allclose(mixed, 0.75 * after + 0.25 * before, atol=1e-2 * float(after.std()))
 
 
+def test_a_made_file_does_not_name_the_home_of_its_maker(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run([autoencoder_yaml(tmp_path)])
+    made = checkpoint.read_parts(run([tim_yaml(tmp_path)])[0])
+    assert made.metadata["training"]["configuration"]["autoencoder"] == "~/autoencoder/autoencoder.safetensors"
+    assert str(tmp_path) not in str(made.metadata)
+
+
 def test_words_may_begin_alike(tmp_path):
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
     config = tim_yaml(tmp_path, "adamw", "alike")

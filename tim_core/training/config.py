@@ -4,7 +4,7 @@ import math
 import re
 import types
 import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from ..errors import TimError
@@ -275,6 +275,13 @@ class FineTuning:
 def time_shift(height: int, width: int, base: int | None) -> float:
     """s of the resolution-dependent time shift (paper Eq. 50) for pictures of this size; 1 without a base."""
     return 1.0 if base is None else (height * width) ** 0.5 / base
+
+
+def recorded(config) -> dict:
+    """What the file that a run makes says of its configuration: nothing of where it went, and `~` for the home of who ran it."""
+    home = str(Path.home()) + "/"
+    return {name: "~/" + value.removeprefix(home) if isinstance(value, str) and value.startswith(home) else value
+            for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
 
 
 def read(path: str | Path, kinds: dict[str, type]):

@@ -1,7 +1,6 @@
 """Fine-tunes a TiM transformer, text-to-image or class-conditional, on a folder of pictures: all of its weights, or a LoRA."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from ..errors import TimError
 from ..objective import transition_loss
 from ..processes import Part, find_processes
 from ..transport import OTFM
-from .config import FineTuning, time_shift
+from .config import FineTuning, recorded, time_shift
 from .draws import draw
 from .folder import Encoder, FolderBatches, Kept, prepare
 from .loop import digest, train
@@ -123,7 +122,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
         there = [value.to(next(average.parameters()).device) for value in (noise, *conditions)]
         return show_steps(average.transformer, autoencoder.decode, *there, transport)
 
-    settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
+    settings = recorded(config)
     plain = checkpoint.load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
 
     def export(average: dict[str, Tensor], step: int) -> Path:

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..processes import Part, find_processes
 from ..text_encoder import TextEncoder, Tokenizer
 from ..transformer import TransitionTransformer
 from ..transport import OTFM
-from .config import TextShape, TransitionTraining, time_shift
+from .config import TextShape, TransitionTraining, recorded, time_shift
 from .data import ShapesBatches
 from .draws import draw
 from .loop import begin_from, train
@@ -156,7 +156,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         cond, null = average.text.conditioning(prompts)
         return show_steps(average.transformer, coder.to(device).decode, noise.to(device), cond, null, transport)
 
-    settings = {name: value for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
+    settings = recorded(config)
     preview = functools.cache(lambda: previews.fit(autoencoder, previews.drawn(100, 8 * factor, loop.seed)))
 
     def export(average: dict[str, Tensor], step: int) -> Path:

@@ -180,26 +180,31 @@ def test_learning_rate_warms_up_and_falls():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:])) and 0.1 <= rates[-1] < 0.11
 
 
+def killed(monkeypatch, config, function: str, at: int):
+    """Runs `config` until `function` of the loop has ended for step `at`. -> the steps that it was called for."""
+    real, steps = getattr(training_loop, function), []
+
+    def dies(folder, *rest):
+        real(folder, *rest)
+        steps.append(int(rest[0]["step"]) if function == "_log" else rest[1])
+        if steps[-1] == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop, function, dies)
+        with pytest.raises(KeyboardInterrupt):
+            run([config])
+    return steps
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_killed_run_continues_as_if_nothing_happened(tmp_path, monkeypatch, optimizer):
     run([autoencoder_yaml(tmp_path)])
     whole = run([tim_yaml(tmp_path, optimizer)])[0]
 
-    saves = []
-    real = training_loop._save
-
-    def dies(folder, config, step, *rest):
-        real(folder, config, step, *rest)
-        saves.append(step)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training_loop, "_save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run([tim_yaml(tmp_path, optimizer, "killed")])
-    monkeypatch.setattr(training_loop, "_save", real)
-    resumed = run([tim_yaml(tmp_path, optimizer, "killed")])[0]
-    assert saves == [2, 4]
+    config = tim_yaml(tmp_path, optimizer, "killed")
+    assert killed(monkeypatch, config, "_save", at=4) == [2, 4]
+    resumed = run([config])[0]
 
     a, b = checkpoint.open_state_dict(whole)[0], checkpoint.open_state_dict(resumed)[0]
     assert a.keys() == b.keys()
@@ -212,17 +217,7 @@ def test_a_killed_run_continues_as_if_nothing_happened(tmp_path, monkeypatch, op
 
 def test_a_run_killed_before_its_last_export_still_makes_its_file(tmp_path, monkeypatch):
     run([autoencoder_yaml(tmp_path)])
-    real = training_loop._save
-
-    def dies_at_the_end(folder, config, step, *rest):
-        real(folder, config, step, *rest)
-        if step == config.steps:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training_loop, "_save", dies_at_the_end)
-    with pytest.raises(KeyboardInterrupt):
-        run([tim_yaml(tmp_path)])
-    monkeypatch.setattr(training_loop, "_save", real)
+    killed(monkeypatch, tim_yaml(tmp_path), "_save", at=6)
     file = tmp_path / "tim" / "model.safetensors"
     assert checkpoint.read_parts(file).metadata["training"]["step"] == 4
     assert run([tim_yaml(tmp_path)]) == [file]
@@ -233,19 +228,8 @@ def test_metrics_hold_every_step_once_after_a_resume(tmp_path, monkeypatch):
     config = autoencoder_yaml(tmp_path)
     config.write_text(config.read_text().replace("log_every: 2", "log_every: 1").replace("save_every: 2", "save_every: 4"))
     whole = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
-    real, calls = training_loop._log, []
-
-    def dies_after_step_5(folder, row, board=None):
-        real(folder, row)
-        calls.append(row["step"])
-        if row["step"] == 5:
-            raise KeyboardInterrupt
-
     config.write_text(config.read_text().replace(f"{tmp_path}/autoencoder", f"{tmp_path}/again"))
-    monkeypatch.setattr(training_loop, "_log", dies_after_step_5)
-    with pytest.raises(KeyboardInterrupt):
-        run([config])
-    monkeypatch.setattr(training_loop, "_log", real)
+    killed(monkeypatch, config, "_log", at=5)
     rows = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
     assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
@@ -255,18 +239,8 @@ def test_metrics_of_a_run_killed_between_two_rows_are_means_over_all_steps(tmp_p
     config = autoencoder_yaml(tmp_path)
     config.write_text(config.read_text().replace("log_every: 2", "log_every: 3"))
     whole = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
-    real = training_loop._save
-
-    def dies_after_step_4(folder, config, step, *rest):
-        real(folder, config, step, *rest)
-        if step == 4:
-            raise KeyboardInterrupt
-
     config.write_text(config.read_text().replace(f"{tmp_path}/autoencoder", f"{tmp_path}/again"))
-    monkeypatch.setattr(training_loop, "_save", dies_after_step_4)
-    with pytest.raises(KeyboardInterrupt):
-        run([config])
-    monkeypatch.setattr(training_loop, "_save", real)
+    killed(monkeypatch, config, "_save", at=4)
     rows = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
     assert [row["step"] for row in rows] == ["3", "6"]
     assert [float(row["l1"]) for row in rows] == pytest.approx([float(row["l1"]) for row in whole], rel=1e-6)

@@ -1,8 +1,12 @@
 """Fine-tuning: folders of pictures, their cache, and LoRAs."""
 
 import csv
+import itertools
 import json
 import logging
+import math
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +16,16 @@ from safetensors.torch import load_file
 
 from tests.comfy_graph import BUNDLED_NAME, Graph, run_pictures
 from tim_core import checkpoint, shapes
+from tim_core.config import TransformerConfig
 from tim_core.contact_sheet import to_pil
 from tim_core.errors import TimError
 from tim_core.training import folder as pictures
-from tim_core.training import run
+from tim_core.training import loop, run
 from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
 from tim_core.training.finetune import padded
 from tim_core.training.folder import Item, native_size, scan
 from tim_core.training.lora import add_lora
+from tim_core.transformer import TransitionTransformer
 
 
 def draw(file, width, height, color=(200, 40, 40), caption="a red circle"):
@@ -83,6 +89,42 @@ def test_folders_of_classes(tmp_path):
     assert [(item.file.parent.name, item.told) for item in scan(FolderConfig(str(tmp_path)), labels=True)] == [("cat", 0), ("dog", 1)]
 
 
+    (tmp_path / "bird").mkdir()
+    draw(tmp_path / "cat" / "more" / "b.png", 32, 32, caption=None)
+    assert [item.told for item in scan(FolderConfig(str(tmp_path)), labels=True)] == [1, 1, 2]
+    draw(tmp_path / "cover.png", 32, 32, caption=None)
+    with pytest.raises(TimError, match="found cover.png outside of them, expected pictures in a folder for each class"):
+        scan(FolderConfig(str(tmp_path)), labels=True)
+    with pytest.raises(TimError, match="found no folders"):
+        scan(FolderConfig(str(tmp_path / "bird")), labels=True)
+
+
+def test_captions_of_other_editors(tmp_path, caplog):
+    for name, data in (("a", b"\xef\xbb\xbfa red circle"), ("b", "caf\u00e9".encode("latin-1"))):
+        draw(tmp_path / f"{name}.png", 32, 32)
+        (tmp_path / f"{name}.txt").write_bytes(data)
+    assert [item.told for item in scan(FolderConfig(str(tmp_path)), labels=False)] == ["a red circle"]
+    assert "b.png: left out" in caplog.text and "no UTF-8" in caplog.text
+
+
+def test_deep_and_transparent_pictures(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    clear = np.zeros((64, 64, 4), np.uint8)
+    clear[..., 1], clear[:32, :, 3] = 200, 255  # green, its lower half invisible
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    deep, half = (pictures.open_picture(Item(tmp_path / f"{name}.png", "", 64, 64)) for name in ("deep", "clear"))
+    assert deep[:, 0, 0].tolist() == [-1] * 3 and deep[:, 0, -1].tolist() == [1] * 3 and abs(deep.mean()) < 0.02
+    assert half[:, -1, 0].tolist() == [1] * 3 and half[:, 0, 0].tolist() == pytest.approx([-1, 200 / 127.5 - 1, -1])
+
+
+def test_rare_sizes_join_similar_ones(tmp_path):
+    sizes = [(1024, 1024)] * 3 + [(992, 1056), (1056, 992), (1024, 960)] + [(1440, 704)] * 2 + [(512, 512)] * 9
+    found = pictures.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], least=4)
+    assert [(item.width, item.height) for item in found] == [(1024, 1024)] * 6 + [(1440, 704)] * 2 + [(512, 512)] * 9
+    assert pictures.similar_sizes(found, least=1) == found
+
+
 def test_prompts_are_padded_with_their_own_pad_row():
     rows = [torch.arange(2.0)[:, None], torch.arange(10.0, 14)[:, None]]  # the last of each is its pad row
     null = torch.tensor([[7.0], [8.0]])
@@ -105,6 +147,55 @@ def test_a_folder_is_trained_on_and_what_is_broken_is_named_once(tmp_path, tiny,
     assert (tmp_path / "tuned" / "sample-00000004.png").is_file()
     rows = list(csv.DictReader((tmp_path / "tuned" / "metrics.csv").open()))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
+    assert all(0 < float(row["diffusion"]) < 100 and math.isfinite(float(row["transition"])) for row in rows)
+
+
+def test_samples_a_second_are_pictures(tmp_path, tiny, data, monkeypatch):
+    """Of a clock that goes on by a second whenever it is asked."""
+    rates = []
+    for pixels in (4096, 65536):
+        seconds = itertools.count()
+        monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: float(next(seconds))))
+        path = yaml(tmp_path, tiny, data, f"by-{pixels}")
+        path.write_text(path.read_text().replace("base_pixels: 4096", f"base_pixels: {pixels}"))
+        run([path])
+        rates.append([float(row["samples_per_second"]) for row in csv.DictReader((tmp_path / f"by-{pixels}" / "metrics.csv").open())])
+    assert [b / a for a, b in zip(*rates)] == pytest.approx([16] * 4, rel=0.15)  # rates have one decimal
+
+
+@pytest.mark.parametrize("more", ["", "objective: {enhance_target: true, w_gt: 0.5, w_cond: 0.3}\n"], ids=["plain", "guided"])
+def test_a_class_conditional_model_learns_from_folders(tmp_path, tiny, more):
+    config = TransformerConfig(in_channels=16, hidden_size=32, depth=1, num_heads=2, num_classes=3, lora_hidden_size=8)
+    torch.manual_seed(0)
+    network = TransitionTransformer(config)
+    network.initialize_weights()
+    model = checkpoint.pack({"transformer": network}, tmp_path / "classes.safetensors", metadata={"latent_factor": 8})
+    for name in ("cat", "dog"):
+        draw(tmp_path / "pictures" / name / "a.png", 64, 64, caption=None)
+    (made,) = run([yaml(tmp_path, model, tmp_path / "pictures", "tuned", f"autoencoder: {tiny}\n{more}", ", lr: 0.01")])
+    before, after = (checkpoint.load_transformer(file, dtype=torch.float32) for file in (model, made))
+    table = "y_embedder.embedding_table.weight"
+    moved = (after.state_dict()[table] - before.state_dict()[table]).abs().amax(1)
+    assert after.config == before.config and moved[2] < 1e-4 < min(moved[0], moved[1])  # nothing shows class 2
+
+
+def test_another_text_model_finds_nothing_in_the_cache(tmp_path, tiny, data):
+    for escape in (False, True):
+        parts = checkpoint.load_checkpoint(tiny)
+        parts.text_encoder.escape = escape
+        model = checkpoint.pack({"transformer": parts.transformer, "text_encoder": parts.text_encoder, "vae": parts.autoencoder},
+                                tmp_path / f"{escape}.safetensors", metadata={"escape_prompts": escape, "latent_factor": 8})
+        run([yaml(tmp_path, model, data, f"escape-{escape}")])
+    assert len(list((tmp_path / "pictures.cache").glob("*.safetensors"))) == 2 * 5
+
+
+def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, tiny, data):
+    run([yaml(tmp_path, tiny, data, "first")])
+    files = sorted((tmp_path / "pictures.cache").glob("*.safetensors"))
+    whole = [file.read_bytes() for file in files]
+    files[0].write_bytes(whole[0][:-10])
+    run([yaml(tmp_path, tiny, data, "second")])
+    assert [file.read_bytes() for file in files] == whole
 
 
 def test_the_cache_is_encoded_once(tmp_path, tiny, data, monkeypatch):
@@ -166,11 +257,8 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
         to_pil(torch.from_numpy(shapes.render(scene))).save(place / f"{k}.png")
         (place / f"{k}.txt").write_text(f"a amber {shape}")
     config = tmp_path / "amber.yaml"
-    config.write_text(
-        f"kind: finetune\noutput: {tmp_path}/out\nmodel: tim-shapes\ndata: {{path: {place}, base_pixels: 4096}}\nshift_base: null\n"
-        "p_mean: 0.8\ndropout: 0.0\nlora: {rank: 8, targets: [cross_attn]}\n"
-        "objective: {target: composed, diffusion_ratio: 0.75, adaptive_floor: 0.1}\n"
-        "loop: {steps: 80, batch: 12, lr: 0.005, warmup: 5, ema: 0.9, workers: 0, save_every: 80}\n")
+    text = (Path(__file__).parent.parent / "configs" / "tim-shapes-lora.yaml").read_text()
+    config.write_text(text.replace("~/tim-runs/tim-shapes-lora", f"{tmp_path}/out").replace("path: pictures", f"path: {place}"))
     (made,) = run([config])
     name = comfyui.add("loras", made, "amber.safetensors")
 

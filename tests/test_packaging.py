@@ -72,8 +72,9 @@ FLOORS = """
     pipeline training nodes
     checkpoint upscale
     parts
+    text_encoder
     objective matching sampler autoencoder transformer previews
-    transport schedule config text_encoder attention rope shapes contact_sheet imagenet weights
+    transport schedule config attention rope shapes contact_sheet imagenet weights
     files processes
     errors
 """

@@ -57,7 +57,7 @@ def configuration(folder, name, target, more=""):
     path = tim_yaml(folder, "adamw", name)
     text = path.read_text().replace("{epsilon: 0.01}", f"{{target: {target}, adaptive_floor: 0.1}}")
     text = f"start: {folder}/start.safetensors\n{text}"
-    path.write_text(text.replace("warmup: 2", f"warmup: 2, autocast: false, log_every: 1{more}").replace("save_every: 2", "save_every: 4"))
+    path.write_text(text.replace("log_every: 2", f"autocast: false, log_every: 1{more}").replace("save_every: 2", "save_every: 4"))
     return path
 
 

@@ -92,6 +92,16 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {w_start: 0.9, w_end: 0.1}", "w_start"),
     ("- a list", "expected keys and values"),
     ("kind: [", "not YAML"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: 3}\nloop: {batch: 4}", "loop: found it twice"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: 3, steps: 4}", "steps: found it twice"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: 5000}", "epsilon"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {w_cond: -300}", "w_cond"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {\u00b2: {}}", "objective_from"),
+    ("kind: tim\noutput: x\nautoencoder: y\np_mean: 1.0e+6", "p_mean"),
+    ("kind: tim\noutput: x\nautoencoder: ''", "autoencoder"),
+    ("kind: tim\noutput: x\nautoencoder: y\nattention: fast", "attention"),
+    ("kind: tim\noutput: x\nautoencoder: y\nattention: flash\nobjective: {derivative: jvp}", "attention"),
+    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: 0}", "bad.yaml: training config"),
 ])
 def test_bad_configurations_name_the_key(tmp_path, text, named):
     path = tmp_path / "bad.yaml"
@@ -133,7 +143,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, more):
 def test_the_ready_configurations_are_read():
     kinds = {path.stem: type(read(path, {**KINDS, "finetune": FineTuning})).__name__ for path in (ROOT / "configs").glob("*.yaml")}
     assert kinds["tim-shapes"] == kinds["tim-shapes-twin"] == "TransitionTraining" and kinds["tim-shapes-decoder"] == "AutoencoderTraining"
-    assert kinds["t2i-finetune"] == kinds["t2i-lora"] == kinds["c2i-finetune"] == "FineTuning"
+    assert all(kinds[name] == "FineTuning" for name in ("t2i-finetune", "t2i-lora", "c2i-finetune", "tim-shapes-lora"))
     first, twin = (read(ROOT / "configs" / f"{name}.yaml", KINDS) for name in ("tim-shapes", "tim-shapes-twin"))
     assert twin.loop == first.loop and twin.data == first.data and twin.transformer == first.transformer and twin.text == first.text
     assert twin.objective.diffusion_ratio == 1
@@ -244,6 +254,45 @@ def test_metrics_of_a_run_killed_between_two_rows_are_means_over_all_steps(tmp_p
     rows = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
     assert [row["step"] for row in rows] == ["3", "6"]
     assert [float(row["l1"]) for row in rows] == pytest.approx([float(row["l1"]) for row in whole], rel=1e-6)
+
+
+def test_weights_that_are_no_numbers_stop_the_run_and_are_not_kept(tmp_path):
+    run([autoencoder_yaml(tmp_path)])
+    path = tim_yaml(tmp_path, "adamw")
+    path.write_text(path.read_text().replace("warmup: 2", "warmup: 2, lr: 1.0e+10, clip: 1.0e+9"))
+    with pytest.raises(TimError, match="is (nan|inf) at step [2-6], expected a number"):
+        run([path])
+    for file in (tmp_path / "tim").glob("step-*.pt"):
+        assert all(value.isfinite().all() for value in torch.load(file, weights_only=True)["ema"].values())
+
+
+def test_a_run_goes_on_with_other_values_and_tells(tmp_path, capsys):
+    run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
+    path = tim_yaml(tmp_path)
+    path.write_text(path.read_text().replace("epsilon: 0.01", "epsilon: 0.02"))
+    with pytest.raises(TimError, match="objective.epsilon: found 0.01 in the run that is here, expected 0.02 as in the configuration"):
+        run([path])
+    path.write_text(path.read_text().replace("steps: 6", "steps: 8"))
+    run([path])
+    assert "from here on objective.epsilon is 0.02, no longer 0.01" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("steps: 8", "steps: 10"))
+    (made,) = run([path])
+    assert "from here on" not in capsys.readouterr().err
+    assert 'before, since): {"6": {"objective.epsilon": [0.01, 0.02]}}' in str(checkpoint.describe(made))
+    path.write_text(path.read_text().replace("optimizer: muon", "optimizer: adamw").replace("steps: 10", "steps: 12"))
+    with pytest.raises(TimError, match="loop.optimizer: found 'muon' in the run that is here"):
+        run([path])
+
+
+def test_a_torn_row_of_metrics_is_dropped(tmp_path):
+    run([autoencoder_yaml(tmp_path)])
+    rows = tmp_path / "autoencoder" / "metrics.csv"
+    whole = rows.read_text()
+    rows.write_text(whole + "\n8,1")
+    path = autoencoder_yaml(tmp_path)
+    path.write_text(path.read_text().replace("steps: 6", "steps: 8"))
+    run([path])
+    assert [row["step"] for row in csv.DictReader(rows.open())] == ["2", "4", "6", "8"] and rows.read_text().startswith(whole)
 
 
 def test_a_run_out_of_time_says_so(tmp_path):
@@ -386,7 +435,7 @@ def test_composed_targets_come_from_the_averaged_network(tmp_path):
     for ema in (0, 0.9):
         path = tim_yaml(tmp_path, output=f"ema-{ema}")
         text = path.read_text().replace("{epsilon: 0.01}", "{target: composed}")
-        path.write_text(text.replace("warmup: 2", f"warmup: 2, ema: {ema}, lr: 0.05, log_every: 1"))
+        path.write_text(text.replace("log_every: 2", f"ema: {ema}, lr: 0.05, log_every: 1"))
         run([path])
         transitions.append([float(row["transition"]) for row in csv.DictReader((path.with_suffix("") / "metrics.csv").open())])
     same = [one == other for one, other in zip(*transitions, strict=True)]
@@ -414,7 +463,7 @@ def test_widths_that_fit_no_autoencoder_are_one_line(tmp_path):
 def test_another_architecture_is_one_line_that_names_the_file(tmp_path):
     run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
     path = tim_yaml(tmp_path)
-    path.write_text(path.read_text().replace("hidden_size: 16, depth", "hidden_size: 32, depth"))
+    path.write_text(path.read_text().replace("hidden_size: 16, depth", "hidden_size: 32, depth").replace("steps: 6", "steps: 8"))
     with pytest.raises(TimError) as error:
         run([path])
     assert "step-00000006.pt: found another architecture" in str(error.value) and len(str(error.value)) < 500
@@ -426,7 +475,7 @@ def test_another_architecture_is_one_line_that_names_the_file(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     real = training_autoencoder.losses
     monkeypatch.setattr(training_autoencoder, "losses", lambda *a: {name: value * float("nan") for name, value in real(*a).items()})
-    with pytest.raises(TimError, match="the loss is nan at step 2"):
+    with pytest.raises(TimError, match="loss is nan at step 2"):
         run([autoencoder_yaml(tmp_path)])
     assert not list((tmp_path / "autoencoder").glob("step-*.pt"))
 

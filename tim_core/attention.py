@@ -32,6 +32,9 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).flatten(2)
 
 
+BACKENDS: dict[str, Attention] = {"math": math, "sdpa": sdpa, "flash": flash}
+
+
 def get_attention(name: str) -> Attention:
     """"auto" and "sdpa" are torch's own, "flash" the flash-attn package. TimError for another name, or flash without its package."""
     if name in ("auto", "sdpa"):

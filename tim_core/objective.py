@@ -57,9 +57,13 @@ class ObjectiveConfig:
         for name in ("diffusion_ratio", "consistency_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TimError(f"objective: {name} is {getattr(self, name)}, expected 0 to 1")
-        for name in ("epsilon", "adaptive_floor"):
-            if not getattr(self, name) > 0:
-                raise TimError(f"objective: {name} is {getattr(self, name)}, expected more than 0")
+        if not self.adaptive_floor > 0:
+            raise TimError(f"objective: adaptive_floor is {self.adaptive_floor}, expected more than 0")
+        if not 0 < self.epsilon < 0.5:
+            raise TimError(f"objective: epsilon is {self.epsilon}, expected more than 0 and less than 0.5, half the path")
+        for name in ("proj_coeff", "w_gt", "w_cond"):
+            if not getattr(self, name) >= 0:
+                raise TimError(f"objective: {name} is {getattr(self, name)}, expected 0 or more")
         if not self.w_start <= self.w_end:
             raise TimError(f"objective: w_start is {self.w_start} and w_end {self.w_end}, expected w_start to be no greater")
 

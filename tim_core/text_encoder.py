@@ -5,6 +5,7 @@ flash-attention, which removes them before attention and puts zeros back), so th
 """
 
 import copy
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TimError, misfits, one_line
+from .weights import digest
 
 MAX_LENGTH = 256  # tokens of a prompt, <bos> included
 MIN_TRANSFORMERS = (4, 50)
@@ -165,6 +167,11 @@ class TextEncoder(nn.Module):
         embed = self.transformer.embed_tokens
         if "embed_scale" not in embed._buffers:
             embed.embed_scale = torch.tensor(self.width**0.5).to(self.dtype).item()
+
+    def fingerprint(self) -> str:
+        """A text that tells what this encoder makes of prompts from what another does: weights as they are here, settings, tokenizer."""
+        settings = (self.gemma_config, self.escape, hashlib.sha256(self.tokenizer.data).hexdigest())
+        return hashlib.sha256(f"{digest(self.transformer.state_dict().items())} {settings}".encode()).hexdigest()
 
     def load(self, state_dict: dict, dtype=None) -> "TextEncoder":
         """Takes over the tensors of `state_dict` (names of Gemma3TextModel); TimError unless every key and shape agrees."""

@@ -13,7 +13,7 @@ from ..config import AutoencoderConfig, StageConfig
 from ..errors import TimError, one_line
 from ..files import write_whole
 from ..processes import find_processes
-from .config import AutoencoderTraining
+from .config import AutoencoderTraining, recorded
 from .data import ShapesBatches
 from .loop import begin_from, train
 from .samples import grid
@@ -74,11 +74,11 @@ def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
 
     path = folder / "autoencoder.safetensors"
 
-    def export(average, step):
+    def export(average, training):
         tensors = {name: value.contiguous() for name, value in average.items()}
         record = {"format": 1, **model.config.record()}
         write_whole(path, lambda to: save_file(tensors, to, metadata={"tim": json.dumps(record)}))
         return path
 
     batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
-    return train(loop, model, batches, loss_of, folder, sample, export)
+    return train(loop, model, batches, loss_of, folder, sample, export, recorded(config))

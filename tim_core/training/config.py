@@ -19,6 +19,18 @@ def _check(ok: bool, key: str, found, expected: str) -> None:
         raise TimError(f"training config: {key}: found {found!r}, expected {expected}")
 
 
+def _check_times(p_mean: float, p_std: float, shift_base: int | None) -> None:
+    _check(abs(p_mean) <= 20, "p_mean", p_mean, "-20 to 20: it is of a logit")
+    _check(0 < p_std <= 20, "p_std", p_std, "more than 0, up to 20")
+    _check(shift_base is None or shift_base > 0, "shift_base", shift_base, "1 or more")
+
+
+def _check_attention(attention: str, objective: ObjectiveConfig) -> None:
+    _check(attention in ("math", "sdpa", "flash"), "attention", attention, "math, sdpa or flash")
+    _check(attention != "flash" or objective.derivative == "dde" or objective.target == "composed", "attention", attention,
+           "math or sdpa with derivative: jvp, which flash-attn does not have")
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """How long, how fast, and what is kept. Rates are per step; `seconds` stops a run early (0: never), to be resumed."""
@@ -192,12 +204,13 @@ class TransitionTraining:
     matching: MatchingConfig | None = None       # distribution matching beside the objective; none: without
     text_dropout: float = 0.1
     shift_base: int | None = None                # pixels a side at which times are not shifted (Eq. 50: 1024); none: never shifted
+    attention: str = "math"                      # the fastest on a CPU; or "sdpa" or, on a GPU, "flash"
     loop: LoopConfig = LoopConfig()
     data: SizesConfig = SizesConfig()
 
     def __post_init__(self):
         for step in self.objective_from:
-            _check(step.isdigit(), "objective_from", step, "steps, and the objective from each on")
+            _check(step.isdecimal(), "objective_from", step, "steps, and the objective from each on")
         for word, other in self.alike.items():
             _check(word in WORDS and other in WORDS and word != other, "alike", f"{word}: {other}", "two words of the small world")
         _check(0 <= self.keep_start < 1 and (self.start or not self.keep_start), "keep_start", self.keep_start,
@@ -205,8 +218,9 @@ class TransitionTraining:
         _check(not self.keep_start or self.checkpoint != self.start, "checkpoint", self.checkpoint,
                "another file than start, whose weights are kept")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
-        _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
-        _check(self.shift_base is None or self.shift_base > 0, "shift_base", self.shift_base, "1 or more")
+        _check_times(self.p_mean, self.p_std, self.shift_base)
+        for objective in (self.objective, *self.objective_from.values()):
+            _check_attention(self.attention, objective)
 
     def objective_at(self, step: int) -> ObjectiveConfig:
         begun = [int(first) for first in self.objective_from if int(first) <= step]
@@ -235,16 +249,18 @@ class LoraConfig:
 class FolderConfig:
     """Pictures and their captions: a folder with a .txt beside each picture, or a .jsonl of {"image": path, "caption": text}.
 
-    A class-conditional model takes {"image": path, "label": number}, or a folder for each class, in the order of their names.
+    A class-conditional model takes {"image": path, "label": number}, or a folder for each class, numbered from 0 in the order of their
+    names.
     """
 
     path: str
     cache: str | None = None                     # where latents and text features are kept; none: <path>.cache
     max_pixels: int = 1024 * 1024                # larger pictures are made smaller
     base_pixels: int = 1024 * 1024               # loop.batch is for pictures of this many pixels; a batch of others has as many tokens
+    least: int = 4                               # pictures of a size that fewer have are cut to a similar one, where there is any
 
     def __post_init__(self):
-        for name in ("max_pixels", "base_pixels"):
+        for name in ("max_pixels", "base_pixels", "least"):
             _check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "1 or more")
 
 
@@ -263,18 +279,25 @@ class FineTuning:
     p_std: float = 1.6
     shift_base: int | None = 1024                # pixels a side at which times are not shifted (Eq. 50); none: never shifted
     objective: ObjectiveConfig = ObjectiveConfig()
+    attention: str = "sdpa"                      # or "flash" on a GPU, or "math"
     dropout: float = 0.1                         # share of captions, or classes, left out
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self):
         _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
-        _check(self.p_std > 0, "p_std", self.p_std, "more than 0")
-        _check(self.shift_base is None or self.shift_base > 0, "shift_base", self.shift_base, "1 or more")
+        _check_times(self.p_mean, self.p_std, self.shift_base)
+        _check_attention(self.attention, self.objective)
 
 
 def time_shift(height: int, width: int, base: int | None) -> float:
     """s of the resolution-dependent time shift (paper Eq. 50) for pictures of this size; 1 without a base."""
     return 1.0 if base is None else (height * width) ** 0.5 / base
+
+
+def target(config: TransitionTraining | FineTuning, step: int, name: str = "model.safetensors") -> Path:
+    """The file that a run writes at a step: `checkpoint` at its end, if it names one, and before it `name` in its folder."""
+    ended = config.checkpoint and step >= config.loop.steps
+    return Path(config.checkpoint).expanduser() if ended else Path(config.output).expanduser() / name
 
 
 def recorded(config) -> dict:
@@ -290,8 +313,19 @@ def read(path: str | Path, kinds: dict[str, type]):
         import yaml
     except ImportError as error:
         raise TimError("training needs PyYAML: found none, expected it from: pip install pyyaml") from error
+
+    class Unique(yaml.SafeLoader):
+        """PyYAML takes the last of several equal keys without a word."""
+
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for k, key in enumerate(keys):
+                if key in keys[:k] and key != "<<":
+                    raise TimError(f"training config {path}: {key}: found it twice, expected it once")
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Unique)
     except OSError as error:
         raise TimError(f"training config {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -301,8 +335,11 @@ def read(path: str | Path, kinds: dict[str, type]):
     if not isinstance(values, dict):
         raise TimError(f"training config {path}: found {type(values).__name__}, expected keys and values")
     kind = values.pop("kind", None)
-    _check(isinstance(kind, str) and kind in kinds, "kind", kind, " or ".join(kinds))
-    return build(kinds[kind], values)
+    try:
+        _check(isinstance(kind, str) and kind in kinds, "kind", kind, " or ".join(kinds))
+        return build(kinds[kind], values)
+    except TimError as error:
+        raise TimError(f"{path}: {error}") from None
 
 
 def build(cls: type, values: dict, where: str = ""):
@@ -338,5 +375,5 @@ def _convert(hint, value, key: str):
             pass
     _check(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    _check(type(value) is hint, key, value, names.get(hint, str(hint)))
+    _check(type(value) is hint and value != "", key, value, names.get(hint, str(hint)))
     return value

@@ -28,6 +28,13 @@ class Draws:
         tensors = {name: part.of(getattr(self, name)).to(device) for name in ("noise", "t", "r", "between")}
         return replace(self, dropped=part.of(self.dropped), n_diffusion=len(part.of(range(self.n_diffusion))), **tensors)
 
+    def errors(self, error: Tensor, part: Part) -> dict[str, Tensor]:
+        """Mean errors of the whole batch's items with r = t, and of its transitions, from those of a part's items, before their weights."""
+        first, total = len(part.of(range(self.n_diffusion))), len(self.dropped)
+        diffusion, transition = error.detach()[:first].sum(), error.detach()[first:].sum()
+        return {"diffusion": diffusion * part.count / max(1, self.n_diffusion),
+                "transition": transition * part.count / max(1, total - self.n_diffusion)}
+
 
 def draw(shape: Sequence[int], dropout: float, transport: Transport, objective: ObjectiveConfig, shift: float) -> Draws:
     """For latents of `shape`, from torch's own generator, on the CPU: the same numbers whatever the processes and devices."""

@@ -1,22 +1,25 @@
 """Fine-tunes a TiM transformer, text-to-image or class-conditional, on a folder of pictures: all of its weights, or a LoRA."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .. import checkpoint
-from ..attention import sdpa
+from ..attention import BACKENDS
 from ..errors import TimError
 from ..objective import transition_loss
 from ..processes import Part, find_processes
 from ..transport import OTFM
-from .config import FineTuning, recorded, time_shift
+from ..weights import digest
+from .config import FineTuning, recorded, target, time_shift
 from .draws import draw
-from .folder import Encoder, FolderBatches, Kept, prepare
-from .loop import digest, train
+from .folder import VERSION, Encoder, FolderBatches, Kept, prepare
+from .loop import train
 from .lora import add_lora, save_lora
 from .repa import ImageEncoder, check_projector, name_of, shown
 from .samples import show_steps
@@ -48,7 +51,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
     parts = checkpoint.read_parts({name: place for name, place in sources.items() if place} if config.text_encoder or config.autoencoder
                                   else config.model)
-    model = Conditional(checkpoint.load_transformer(parts, attention=sdpa, dtype=torch.float32, projector=True))
+    model = Conditional(checkpoint.load_transformer(parts, attention=BACKENDS[config.attention], dtype=torch.float32, projector=True))
     architecture = model.transformer.config
     check_projector(model.transformer, image_encoder, config.objective)
     autoencoder = checkpoint.load_autoencoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
@@ -74,8 +77,8 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
             seen["features"] = shown(image_encoder, picture, seen["latent"], architecture)
         return seen
 
-    encoders = [network for network in (autoencoder, text) if network is not None]
-    identity = " ".join([*(digest(network.state_dict().items()) for network in encoders), name_of(image_encoder)])
+    identity = " ".join([VERSION, digest(autoencoder.state_dict().items()), str(autoencoder.config), name_of(image_encoder),
+                         "" if labels else text.fingerprint()])
     cache = Path(config.data.cache or f"{config.data.path.rstrip('/')}.cache").expanduser()
     encode = Encoder(cache, identity, look, tell)
     items = prepare(config.data, encode, factor * architecture.patch_size, labels, processes)
@@ -86,6 +89,8 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     if text is not None:
         text.cpu()  # all that it had to say is in the cache
     batches = FolderBatches(config.data, items, encode, loop.batch, loop.seed, processes.count * loop.accumulate)
+    if processes.first:
+        tqdm.write(f"{config.data.path}: {batches}", file=sys.stderr)
 
     if config.lora:
         torch.manual_seed(loop.seed)
@@ -113,7 +118,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
             losses = transition_loss(
                 model.transformer, latents, own.noise, y, transport=transport, config=config.objective,
                 times=(own.t, own.r, own.n_diffusion), transitions=drawn.n_diffusion < total, between=own.between, **taught)
-        return {"loss": losses.total * part.share(total)}
+        return {"loss": losses.total * part.share(total), **drawn.errors(losses.denoising_loss, part)}
 
     def show(average: Conditional, step: int) -> Image.Image:
         """The first four pictures' prompts at their size, in 1, 4 and 16 steps."""
@@ -122,20 +127,18 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
         there = [value.to(next(average.parameters()).device) for value in (noise, *conditions)]
         return show_steps(average.transformer, autoencoder.decode, *there, transport)
 
-    settings = recorded(config)
     plain = checkpoint.load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
 
-    def export(average: dict[str, Tensor], step: int) -> Path:
+    def export(average: dict[str, Tensor], training: dict) -> Path:
         weights = {name.removeprefix("transformer."): value for name, value in average.items()}
         name = "lora.safetensors" if config.lora else "model.safetensors"
-        target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / name
-        training = {"step": step, "configuration": settings}
+        to = target(config, training["step"], name)
         if config.lora:
-            return save_lora(weights, config.lora, target, json.dumps(training))
+            return save_lora(weights, config.lora, to, json.dumps(training))
         trained = plain.to_empty(device="cpu")
         trained.load_state_dict(weights)
         record = {**parts.record(checkpoint.TRANSFORMER), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape,
                   "training": training}
-        return checkpoint.pack({"transformer": trained}, target, dtype=torch.bfloat16, metadata=record, keep_projector=True)
+        return checkpoint.pack({"transformer": trained}, to, dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
-    return train(loop, model, batches, loss_of, folder, show, export)
+    return train(loop, model, batches, loss_of, folder, show, export, recorded(config))

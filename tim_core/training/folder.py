@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from .config import FolderConfig
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Kept = tuple[Tensor, list[Tensor], Tensor | None]  # latents, what they were told, an image encoder's features
+VERSION = "2"  # of what is made of a picture: others in the cache are made again
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for pictures that it cannot read
 
 
@@ -35,7 +37,7 @@ class Item:
 
 
 def scan(config: FolderConfig, labels: bool) -> list[Item]:
-    """What a folder or a .jsonl names, in order. TimError if there is no such place, or a line that makes no sense."""
+    """What a folder or a .jsonl names, in order. TimError if there is no such place, for a line that makes no sense, or unclear classes."""
     place = Path(config.path).expanduser()
     if place.is_file():
         lines = enumerate(_text(place).split("\n"), 1)
@@ -44,18 +46,28 @@ def scan(config: FolderConfig, labels: bool) -> list[Item]:
         raise TimError(f"{place}: found no such folder, expected one with pictures, or a .jsonl that names them")
     files = sorted(file for file in place.rglob("*") if file.suffix.lower() in ENDINGS)
     if labels:
-        classes = sorted({file.parent for file in files})
-        return [Item(file, classes.index(file.parent)) for file in files]
+        classes = sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        loose = [file.name for file in files if file.parent == place]
+        if loose or not classes:
+            raise TimError(f"{place}: found {f'{loose[0]} outside of them' if loose else 'no folders'}, expected pictures in a folder for "
+                           "each class")
+        return [Item(file, number) for number, folder in enumerate(classes) for file in files if folder in file.parents]
     captions = {file: file.with_suffix(".txt") for file in files}
     without = [file for file, caption in captions.items() if not caption.is_file()]
     if without:
         logging.warning(f"{place}: {len(without)} pictures have no .txt beside them and are left out, first {without[0].name}")
-    return [Item(file, _text(text).strip()) for file, text in captions.items() if text.is_file()]
+    items = []
+    for file, caption in captions.items():
+        try:
+            items += [Item(file, _text(caption).strip())] if caption.is_file() else []
+        except TimError as error:
+            logging.warning(f"{file}: left out ({error})")
+    return items
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # some editors put a mark first that is no part of the caption
     except UnicodeDecodeError:
         raise TimError(f"{file}: found bytes that are no UTF-8, expected text") from None
 
@@ -79,10 +91,46 @@ def native_size(width: int, height: int, unit: int, max_pixels: int) -> tuple[in
     return (across, down) if across and down else (0, 0)
 
 
+def similar_sizes(items: list[Item], least: int) -> list[Item]:
+    """Sizes that fewer than `least` pictures have give theirs to the most similar other one.
+
+    Of a picture at least 0.8 stay uncut, and of its pixels 0.75 to 1.1 times as many; a size without such a neighbour stays. A batch is of
+    one size: many sizes of one picture each are many batches of copies.
+    """
+    members: dict[tuple[int, int], dict[tuple[int, int], int]] = {}  # size -> the sizes that train at it, and how many pictures have them
+    for item in items:
+        own = members.setdefault((item.width, item.height), {(item.width, item.height): 0})
+        own[(item.width, item.height)] += 1
+
+    def uncut(size: tuple[int, int], other: tuple[int, int]) -> float:
+        across, down = size[0] * other[1], size[1] * other[0]
+        alike = 0.75 <= other[0] * other[1] / (size[0] * size[1]) <= 1.1
+        return min(across, down) / max(across, down) if alike else 0.0
+
+    for size in sorted(members, key=lambda size: (sum(members[size].values()), size)):
+        if sum(members[size].values()) < least:
+            fits = {other: min(uncut(one, other) for one in members[size]) for other in members if other != size}
+            best = max(fits, key=lambda other: (fits[other], sum(members[other].values())), default=None)
+            if best is not None and fits[best] >= 0.8:
+                members[best] |= members.pop(size)
+    trains_at = {one: size for size, ones in members.items() for one in ones}
+    return [Item(item.file, item.told, *trains_at[item.width, item.height]) for item in items]
+
+
+def in_colour(picture: Image.Image) -> Image.Image:
+    """Eight bits of red, green and blue; deeper grey is scaled, what is transparent shows white."""
+    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion cuts them off at 255
+        return Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
 def open_picture(item: Item) -> Tensor:
     """(3, H, W) in [-1, 1] at the item's size: scaled until it covers it, the rest cut off evenly."""
     with Image.open(item.file) as picture:
-        fitted = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (item.width, item.height), Image.Resampling.LANCZOS)
+        fitted = ImageOps.fit(in_colour(ImageOps.exif_transpose(picture)), (item.width, item.height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
@@ -106,6 +154,12 @@ class FolderBatches(torch.utils.data.Dataset):
         weights = np.array([len(self.files[size]) / count for size, count in zip(self.sizes, self.counts)])
         self.weights, self.seed = weights / weights.sum(), seed
 
+    def __str__(self) -> str:
+        """What there is to train on, for people: the sizes that most pictures have, and how many of them are a batch."""
+        order = sorted(range(len(self.sizes)), key=lambda k: -len(self.files[self.sizes[k]]))
+        found = [f"{len(self.files[self.sizes[k]])} of {'x'.join(map(str, self.sizes[k]))} in batches of {self.counts[k]}" for k in order]
+        return f"{sum(map(len, self.files.values()))} pictures: " + ", ".join(found[:6] + ["..."] * (len(found) > 6))
+
     def __getitem__(self, step: int) -> "Kept":
         rng = np.random.default_rng([self.seed, step])
         which = int(rng.choice(len(self.sizes), p=self.weights))
@@ -115,6 +169,15 @@ class FolderBatches(torch.utils.data.Dataset):
         kept = [load_file(files[i]) for i in order]
         features = torch.stack([one["features"] for one in kept]) if "features" in kept[0] else None
         return torch.stack([one["latent"].float() for one in kept]), [one["told"] for one in kept], features
+
+
+def readable(file: Path) -> bool:
+    """Whether it is a whole safetensors file."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 class Encoder:
@@ -132,7 +195,7 @@ class Encoder:
     @torch.no_grad()
     def keep(self, item: Item) -> None:
         """Encodes a picture unless it is in the cache. Broken for one that cannot be read."""
-        if not (place := self.place(item)).is_file():
+        if not readable(place := self.place(item)):
             try:
                 picture = open_picture(item)[None]
             except BROKEN as error:
@@ -158,9 +221,11 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
             continue
         size = native_size(width, height, unit, config.max_pixels)
         if not all(size):
-            _skip(item, f"{width}x{height} pixels, expected at least {unit}x{unit}", processes)
+            cut = "" if min(width, height) < unit else f" within max_pixels {config.max_pixels}"
+            _skip(item, f"{width}x{height} pixels, expected at least {unit}x{unit}{cut}", processes)
             continue
         fitted.append(Item(item.file, item.told, *size))
+    fitted = similar_sizes(fitted, config.least)
     encode.cache.mkdir(parents=True, exist_ok=True)
     own = processes.own(list({encode.place(item): item for item in fitted}.values()))  # the same twice is one in the cache
     for item in tqdm(own, desc="encode", unit="picture", disable=not processes.first):

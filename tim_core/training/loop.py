@@ -7,11 +7,11 @@ import copy
 import csv
 import ctypes
 import functools
-import hashlib
 import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,10 +33,13 @@ from ..files import write_whole
 from ..processes import Part, Processes, find_processes
 from ..text_encoder import TextEncoder
 from ..transformer import Block, TransitionTransformer
+from ..weights import digest
 from .config import LoopConfig
 from .parallel import local, share, synchronise, whole
 
 AVERAGED = "ema"
+FREE = {f"loop.{name}" for name in ("steps", "seconds", "log_every", "save_every", "keep", "workers", "parallel", "accumulate", "compile",
+                                    "checkpointing")}  # may differ when a run goes on: they change where it ends, or how it is computed
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
@@ -90,16 +93,17 @@ class Step(nn.Module):
 
 
 LossOf = Callable[[nn.Module, nn.Module, object, int, Part], dict[str, Tensor]]
+Export = Callable[[dict[str, Tensor], dict], Path]
 
 
 def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: LossOf, folder: Path,
-          sample: Callable[[nn.Module, int], Image.Image], export: Callable[[dict[str, Tensor], int], Path],
-          critic_lr: float | None = None) -> Path:
+          sample: Callable[[nn.Module, int], Image.Image], export: "Export", settings: dict, critic_lr: float | None = None) -> Path:
     """Trains `model` to `config.steps` and returns what the last export wrote. TimError where `config.seconds` ended the run before.
 
     batches[k] is the batch of step k; loss_of(model, averaged model, batch, k, part) gives named scalars, means over that part of the
-    batch, of which "loss" is minimised. At every checkpoint sample(averaged model, k) draws pictures and export(averaged weights, k)
-    writes the model. Checkpoints and metrics.csv go to `folder`; a run found there is resumed, by as many processes as there are now.
+    batch, of which "loss" is minimised. At every checkpoint sample(averaged model, k) draws pictures and export(averaged weights, record)
+    writes the model. `settings`, the configuration, goes into that record. Checkpoints and metrics.csv go to `folder`; a run found there
+    is resumed, by as many processes as there are now.
     """
     processes = find_processes()
     keep_memory()
@@ -115,9 +119,14 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     step_loss = share(Step(model, average, loss_of), pieces, processes, config.parallel)
     optims = optimizers(config, model, critic_lr)
     fixed = digest((name, whole(p)) for name, p in model.named_parameters() if not p.requires_grad)
-    start, seconds, totals, counted = _resume(folder, model, optims, average, fixed, processes)
+    begun = _resume(folder, config, model, optims, average, fixed, settings, processes)
+    start, totals, counted = begun.step, begun.totals, begun.counted
+
+    def record(step: int) -> dict:
+        return {"step": step, "configuration": settings, **({"changed": begun.changed} if begun.changed else {})}
+
     if start >= config.steps:  # the last checkpoint is there, its export may not be
-        return _export(export, gathered(average, processes), start, processes)
+        return _export(export, gathered(average, processes), record(start), processes)
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
         prefetch_factor=4 if config.workers else None, persistent_workers=False)
@@ -125,7 +134,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     critic = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("critic.")]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("critic.")}
     followers = [p for name, p in average.named_parameters() if name in parameters]
-    began, made = time.monotonic(), None
+    began, made, pictures = time.monotonic(), None, 0
     board = _tensorboard(folder, start) if processes.first else None
     model.train()
     with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not processes.first) as bar:
@@ -153,32 +162,34 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value
             counted += 1
+            pictures += len(batch[0])
             done = step + 1
             bar.update()
             late = config.seconds and bool(processes.mean(torch.tensor(float(time.monotonic() - began > config.seconds))) > 0)
             logs, saves = (done % every == 0 or done == config.steps for every in (config.log_every, config.save_every))
             if logs or saves or late:
-                loss = processes.mean(losses["loss"])
-                if not bool(loss.isfinite()):
-                    raise TimError(f"training: the loss is {loss.item()} at step {done}, expected a number")
+                means = {name: float(processes.mean(value)) / counted for name, value in totals.items()}
+                if wrong := [name for name, value in means.items() if not math.isfinite(value)]:
+                    raise TimError(f"training: {wrong[0]} is {means[wrong[0]]} at step {done}, expected a number; the last checkpoint is "
+                                   "from before, and a lower loop.lr may help")
             if logs:
-                row = {name: float(processes.mean(value)) / counted for name, value in totals.items()}
-                totals, counted = {}, 0
-                elapsed = seconds + time.monotonic() - began
-                rate = (done - start) * config.batch / (time.monotonic() - began)
+                row, totals, counted = means, {}, 0
+                elapsed = begun.seconds + time.monotonic() - began
+                rate = pictures / (time.monotonic() - began)
                 row = {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row}
                 if processes.first:
                     _log(folder, row, board)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} samples/s")
+                values = [f"{name} {row[name]:.4f}" for name in ("loss", "diffusion") if name in row]
+                bar.set_postfix_str(f"{', '.join(values)}, {rate:.0f} samples/s")
             if saves or late:
                 weights = gathered(average, processes)
-                progress = {"seconds": seconds + time.monotonic() - began, "counted": counted, "fixed": fixed,
-                            "totals": {name: float(processes.mean(value)) for name, value in totals.items()}}
+                progress = {"seconds": begun.seconds + time.monotonic() - began, "counted": counted, "fixed": fixed, "settings": settings,
+                            "changed": begun.changed, "totals": {name: value * counted for name, value in means.items()} if counted else {}}
                 _save(folder, config, done, progress, model, optims, weights, processes)
                 shown = sample(average, done)  # every process draws: slices of the weights are everywhere
                 if processes.first:
                     shown.save(folder / f"sample-{done:08d}.png")
-                made = _export(export, weights, done, processes)
+                made = _export(export, weights, record(done), processes)
             if late and done < config.steps:
                 raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; run it again to go on")
     return made
@@ -229,9 +240,9 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def _export(export, weights: dict[str, Tensor], step: int, processes: Processes) -> Path | None:
+def _export(export: Export, weights: dict[str, Tensor], record: dict, processes: Processes) -> Path | None:
     """The file that the first process writes; None in the others."""
-    made = export(weights, step) if processes.first else None
+    made = export(weights, record) if processes.first else None
     processes.wait()
     return made
 
@@ -278,14 +289,6 @@ def gathered(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
     return found
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A text that tells named weights from others, from the beginning of each."""
-    found = hashlib.sha256()
-    for name, value in tensors:
-        found.update(repr((name, tuple(value.shape), value.flatten()[:64].tolist())).encode())
-    return found.hexdigest()
-
-
 def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str, optional: Collection[str] = ()) -> None:
     """The model takes over another run's weights; TimError naming the source unless it has the same architecture.
 
@@ -296,13 +299,39 @@ def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str, option
     set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def _resume(folder: Path, model, optims, average, fixed: str, processes: Processes) -> tuple[int, float, dict, int]:
-    """Steps and seconds done, and the sums of what is not in metrics.csv yet, of so many steps."""
+@dataclass
+class Begun:
+    """How far a run is: steps and seconds, the sums of what is not in metrics.csv yet, of `counted` steps.
+
+    changed: step -> key of the configuration -> what it was before that step, and since.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    totals: dict[str, float] = field(default_factory=dict)
+    counted: int = 0
+    changed: dict[str, dict[str, list]] = field(default_factory=dict)
+
+
+def differences(before: dict, now: dict, where: str = "") -> dict[str, list]:
+    """Dotted key -> [value before, value now], of what is not the same in two nested dicts."""
+    found: dict[str, list] = {}
+    for name in {**before, **now}:
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{where}{name}.")
+        elif a != b:
+            found[where + name] = [a, b]
+    return found
+
+
+def _resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str, settings: dict, processes: Processes) -> Begun:
+    """Takes up the newest checkpoint, if any. TimError where it is none of this run."""
     found = _checkpoints(folder)
     if not found:
         if processes.first:
             _forget_after(folder / "metrics.csv", 0)  # of a run that was killed before its first checkpoint
-        return 0, 0.0, {}, 0
+        return Begun()
     try:
         state = torch.load(found[-1], weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a damaged file provokes
@@ -310,6 +339,11 @@ def _resume(folder: Path, model, optims, average, fixed: str, processes: Process
     if state.get("fixed", fixed) != fixed:
         raise TimError(f"{found[-1]}: found other weights that do not learn than this run began with, expected the same; put the files "
                        "back that it began from, or take another output")
+    other = {key: both for key, both in differences(state.get("settings", settings), settings).items() if key not in FREE}
+    if other and (state["step"] >= config.steps or "loop.optimizer" in other):
+        key = "loop.optimizer" if "loop.optimizer" in other else next(iter(other))
+        raise TimError(f"{found[-1]}: {key}: found {other[key][0]!r} in the run that is here, expected {other[key][1]!r} as in the "
+                       "configuration; take another output")
     begin_from(model, state["model"], str(found[-1]), frozen(model))
     base = [[group["base_lr"] for group in optimizer.param_groups] for optimizer in optims]
     set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
@@ -319,8 +353,11 @@ def _resume(folder: Path, model, optims, average, fixed: str, processes: Process
     set_model_state_dict(average, state[AVERAGED], options=StateDictOptions(full_state_dict=True, strict=False))
     if processes.first:
         _forget_after(folder / "metrics.csv", state["step"])
-        tqdm.write(f"resumed {found[-1]}", file=sys.stderr)
-    return state["step"], state["seconds"], state.get("totals", {}), state.get("counted", 0)
+        tqdm.write(f"{'finished already:' if state['step'] >= config.steps else 'resumed'} {found[-1]}", file=sys.stderr)
+        for key, (a, b) in other.items():
+            tqdm.write(f"from here on {key} is {b!r}, no longer {a!r}", file=sys.stderr)
+    changed = state.get("changed", {}) | ({str(state["step"]): other} if other else {})
+    return Begun(state["step"], state["seconds"], state.get("totals", {}), state.get("counted", 0), changed)
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -328,7 +365,7 @@ def _forget_after(path: Path, step: int) -> None:
     if path.exists():
         with path.open(newline="") as file:
             lines = list(csv.reader(file))
-        kept = lines[:1] + [row for row in lines[1:] if int(row[0]) <= step]
+        kept = lines[:1] + [row for row in lines[1:] if len(row) == len(lines[0]) and row[0].isdecimal() and int(row[0]) <= step]
 
         def write(beside: Path) -> None:
             with beside.open("w", newline="") as file:

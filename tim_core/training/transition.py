@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import checkpoint, previews, shapes
-from ..attention import math
+from ..attention import BACKENDS
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
 from ..errors import TimError
@@ -21,7 +21,7 @@ from ..processes import Part, find_processes
 from ..text_encoder import TextEncoder, Tokenizer
 from ..transformer import TransitionTransformer
 from ..transport import OTFM
-from .config import TextShape, TransitionTraining, recorded, time_shift
+from .config import TextShape, TransitionTraining, recorded, target, time_shift
 from .data import ShapesBatches
 from .draws import draw
 from .loop import begin_from, train
@@ -39,7 +39,7 @@ class TextToImage(nn.Module):
         self.text = TextEncoder(gemma_config(config.text), tokenizer, escape=False)
         shape = config.transformer
         self.transformer = TransitionTransformer(TransformerConfig(
-            in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)), attention=math)
+            in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)), attention=BACKENDS[config.attention])
         self.transformer.initialize_weights()
         self.critic = copy.deepcopy(self.transformer) if config.matching else None
         if self.critic is not None:
@@ -133,10 +133,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
             if draws:
                 found |= matched(model, average, part, latents, y, y_null, draws)
                 found["loss"] = found["loss"] + config.matching.weight * found["matching"] + found["critic"]
-        error = losses.denoising_loss.detach()
-        diffusion = error[: own.n_diffusion].sum() * part.count / max(1, drawn.n_diffusion)
-        transition = error[own.n_diffusion :].sum() * part.count / max(1, total - drawn.n_diffusion)
-        return {**found, "diffusion": diffusion, "transition": transition}
+        return {**found, **drawn.errors(losses.denoising_loss, part)}
 
     def matched(model: TextToImage, average: TextToImage, part: Part, latents: Tensor, y: Tensor, y_null: Tensor,
                 draws: MatchingDraws) -> dict[str, Tensor]:
@@ -156,20 +153,17 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         cond, null = average.text.conditioning(prompts)
         return show_steps(average.transformer, coder.to(device).decode, noise.to(device), cond, null, transport)
 
-    settings = recorded(config)
     preview = functools.cache(lambda: previews.fit(autoencoder, previews.drawn(100, 8 * factor, loop.seed)))
 
-    def export(average: dict[str, Tensor], step: int) -> Path:
+    def export(average: dict[str, Tensor], training: dict) -> Path:
         """The averaged weights, packed with the autoencoder into one file."""
         trained = TextToImage(replace(config, matching=None), autoencoder.config.latent_channels)
         mixed = {name: value.lerp(begun[name], config.keep_start) if begun else value for name, value in average.items()}
         trained.load_state_dict({**trained.state_dict(), **mixed})
-        target = Path(config.checkpoint).expanduser() if config.checkpoint and step >= loop.steps else folder / "model.safetensors"
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
-                  "preview": preview(), "training": {"step": step, "configuration": settings}}
-        return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder}, target,
-                               dtype=torch.bfloat16, metadata=record, keep_projector=True)
+                  "preview": preview(), "training": training}
+        return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder},
+                               target(config, training["step"]), dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
     batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
-    return train(loop, model, batches, loss_of, folder, show, export,
-                 config.matching and config.matching.critic_lr)
+    return train(loop, model, batches, loss_of, folder, show, export, recorded(config), config.matching and config.matching.critic_lr)

@@ -68,6 +68,19 @@ def test_dpg(tmp_path):
     assert json.loads((folder.parent / "metadata" / "7.json").read_text()) == DPG[1]
 
 
+def test_a_prompt_without_all_of_its_pictures_is_made_again(tmp_path):
+    folder = make(Painter(), tmp_path, GENEVAL, "geneval")
+    (folder / "00001" / "samples" / "00002.png").unlink()
+    make(Painter(), tmp_path, GENEVAL, "geneval")
+    assert len(list((folder / "00001" / "samples").iterdir())) == 4
+
+
+@pytest.mark.parametrize("line", [{"text": "no name"}, {"item_id": "with.dot", "text": "its evaluator cuts at the dot"}])
+def test_dpg_wants_names_that_its_evaluator_finds(tmp_path, line):
+    with pytest.raises(TimError, match='line 1: .*"item_id": a name without dots'):
+        make(Painter(), tmp_path, [line], "dpg")
+
+
 @pytest.mark.parametrize("layout, lines, last", [("geneval", GENEVAL, "00001/metadata.jsonl"), ("dpg", DPG, "pictures/7.png")])
 def test_a_stopped_run_goes_on(tmp_path, layout, lines, last):
     make(Painter(), tmp_path, lines, layout)

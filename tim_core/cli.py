@@ -231,11 +231,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--cfg", type=float, default=2.5, help="strength of guidance, from 2 steps on (2.5)")
     sub.add_argument("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH", help=INTERVAL_HELP)
     sub.add_argument("--shift", type=float, default=1.0, metavar="S", help=SHIFT_HELP)
-    sub.add_argument("--prompts-per-task", type=int, default=60, metavar="P", help="drawn with replacement (60)")
+    sub.add_argument("--prompts-per-task", type=int, metavar="P", help="drawn with replacement (60)")
     sub.add_argument("--images", type=int, default=4, metavar="I", help="pictures a prompt (4)")
     sub.add_argument("--seed", type=int, default=0, help="of prompts and noise (0)")
     sub.add_argument("--tasks", type=words, metavar="LIST", help="some of single,two,counting,colors,position,attribution (all)")
-    sub.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (64x64)")
+    sub.add_argument("--size", type=size, metavar="WxH", help="in pixels (64x64; 1024x1024 with --prompts and a large model)")
     sub.add_argument("--mode", default="transition", choices=["transition", "diffusion"], help="diffusion for ordinary flow matching")
     sub.add_argument("--batch", type=int, metavar="B", help="pictures made together (120; 4 with --prompts)")
     sub.add_argument("--twin", type=Path, metavar="REPORT", help="another model's report.json of the same pictures")
@@ -342,34 +342,36 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.prompts is not None and args.twin is not None:
         raise TimError("--twin: found it with --prompts, expected one of them: pictures of a prompt file get no score here")
     processes = find_processes()
-    width, height = args.size
+    if args.prompts is not None and (args.tasks is not None or args.prompts_per_task is not None):
+        given = "--tasks" if args.tasks is not None else "--prompts-per-task"
+        raise TimError(f"{given}: found it with --prompts, expected one of them: the small world's prompts are not used then")
+    pipe = load_pipeline(args)
+    width, height = args.size or ((64, 64) if args.prompts is None or pipe.factor < 32 else (1024, 1024))
     options = {"cfg": args.cfg, "images": args.images, "seed": args.seed, "width": width, "height": height, "mode": args.mode,
                "guidance_interval": args.guidance_interval, "processes": processes, **({} if args.shift == 1 else {"shift": args.shift})}
-    pipe = load_pipeline(args)
     if args.prompts is not None:
         from .layouts import make_pictures
 
+        weights = pipe.fingerprint()
+
         for steps in args.steps:
             folder = args.output / f"steps-{steps}"
-            made = make_pictures(pipe, args.prompts, args.layout, folder, model=model_name(args.model), steps=steps, batch=args.batch or 4,
+            made = make_pictures(pipe, args.prompts, args.layout, folder, model=weights, steps=steps, batch=args.batch or 4,
                                  **options)
             if processes.first:
                 print(made)
         return
+    from .checkpoint import BUNDLED
     from .evaluate import TASKS, evaluate
 
-    report = evaluate(pipe, args.steps, prompts_per_task=args.prompts_per_task, output=args.output, batch=args.batch or 120,
-                      tasks=TASKS if args.tasks is None else args.tasks, twin=args.twin, **options)
+    name = args.model if args.model in BUNDLED else Path(args.model).name
+    model = {"name": name, "weights": pipe.fingerprint(), "dtype": str(pipe.dtype).removeprefix("torch."), "version": __version__}
+    report = evaluate(pipe, args.steps, prompts_per_task=args.prompts_per_task or 60, output=args.output, batch=args.batch or 120,
+                      tasks=TASKS if args.tasks is None else args.tasks, twin=args.twin, model=model, **options)
     if processes.first:
         print_report(report)
         print(args.output / "report.json")
         print(args.output / "curve.png")
-
-
-def model_name(model: str) -> str:
-    """A bundled name, or a file with its size and time, by which another file of that name is told from it."""
-    path = Path(model).expanduser()
-    return f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else model
 
 
 def print_report(report: dict) -> None:

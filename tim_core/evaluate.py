@@ -119,9 +119,13 @@ def evaluate(
     twin: str | Path | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
+    model: dict | None = None,
     **options,
 ) -> dict:
     """The curve over `steps`, as report.json holds it; written to the folder `output`, with curve.png, after every point.
+
+    model: what the report says of the model ("name", "weights", "dtype"). Points that `output` already holds of the same model, pictures
+    and sampling are kept, not made again; a report of anything else there is a TimError.
 
     All points have the same prompts and noise. 1 step runs without guidance (cfg 1).
     twin: another model's report.json of the same pictures, to be drawn beside this one and compared with picture by picture.
@@ -148,26 +152,53 @@ def evaluate(
     wanted = draws(pictures["tasks"], prompts_per_task, images, seed)
     steps = sorted(set(steps))
     sampling = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if name in SAMPLING}
-    report: dict = {"pictures": pictures, "sampling": sampling, "curve": []}
-    with tqdm(total=len(processes.own(wanted)) * len(steps), unit="picture", disable=not (progress and processes.first)) as bar:
-        for count in steps:
-            guided = cfg if count > 1 else 1.0
+    report: dict = {"model": model, "pictures": pictures, "sampling": sampling, "curve": []}
+    if folder is not None and model is not None:
+        report["curve"] = made_before(folder / "report.json", report)
+    processes.wait()
+    had = {(point["steps"], point["cfg"]) for point in report["curve"]}
+
+    def keep() -> None:
+        _compare(wanted, report, other)
+        if folder is not None and processes.first:
+            write_report(report, folder, other)
+
+    if report["curve"]:
+        keep()  # the twin may be another one now
+    left = [(count, cfg if count > 1 else 1.0) for count in steps if (count, cfg if count > 1 else 1.0) not in had]
+    with tqdm(total=len(processes.own(wanted)) * len(left), unit="picture", disable=not (progress and processes.first)) as bar:
+        for count, guided in left:
             bar.set_description(f"{count} step{'s' if count > 1 else ''}")
             right = score(pipe, wanted, count, guided, width, height, batch, bar, processes, **options)
             point = {"steps": count, "cfg": guided, "nfe": pipe.nfe, **summarise(wanted, right), "right": pack(right)}
-            report["curve"].append(point)
-            report["falls"] = falls(wanted, report["curve"])
-            if other is not None:
-                same = {theirs["steps"]: theirs for theirs in other["curve"]}.get(count)
-                if same is not None:
-                    point["over_twin"] = difference(wanted, unpack(same["right"]), right)
-            if folder is not None and processes.first:
-                write_report(report, folder, other)
+            report["curve"] = sorted([*report["curve"], point], key=lambda point: (point["steps"], point["cfg"]))
+            keep()
     return report
 
 
-def read_report(path: str | Path, pictures: dict) -> dict:
-    """A report.json of the same pictures. TimError if it cannot be read, or is of others."""
+def _compare(wanted: Sequence[Draw], report: dict, twin: dict | None) -> None:
+    """Puts into a report where its curve falls and, at every point that the twin has too, by how much it is ahead."""
+    report["falls"] = falls(wanted, report["curve"])
+    theirs = {point["steps"]: point for point in twin["curve"]} if twin else {}
+    for point in report["curve"]:
+        point.pop("over_twin", None)
+        if point["steps"] in theirs:
+            point["over_twin"] = difference(wanted, unpack(theirs[point["steps"]]["right"]), unpack(point["right"]))
+
+
+def made_before(path: Path, report: dict) -> list[dict]:
+    """The points that a report.json holds, if any. TimError where its model, pictures or sampling are not those of `report`."""
+    if not path.exists():
+        return []
+    found = read_report(path)
+    for name in ("model", "pictures", "sampling"):
+        if found.get(name) != report[name]:
+            raise TimError(f"{path}: {name}: found {found.get(name)}, expected {report[name]}, or another folder for it")
+    return found["curve"]
+
+
+def read_report(path: str | Path, pictures: dict | None = None) -> dict:
+    """A report.json, of the same pictures where given. TimError if it cannot be read, or is of others."""
     try:
         report = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         found = report["pictures"]
@@ -176,7 +207,7 @@ def read_report(path: str | Path, pictures: dict) -> dict:
         raise TimError(f"{path}: cannot be read ({error.strerror}), expected a report.json") from None
     except (ValueError, TypeError, LookupError):
         raise TimError(f"{path}: found something else, expected a report.json of tim evaluate") from None
-    if found != pictures:
+    if pictures is not None and found != pictures:
         wrong = next(name for name in pictures if found.get(name) != pictures[name])
         raise TimError(f"{path}: {wrong}: found {found.get(wrong)}, expected {pictures[wrong]}: only the same pictures can be compared")
     return report

@@ -30,11 +30,14 @@ class Line:
     metadata: dict
 
 
-def read_prompts(path: str | Path) -> list[Line]:
-    """A .jsonl of {"prompt": ...} (or "text"), with "item_id" (or "id") where pictures are named by it. TimError names a bad line."""
+def read_prompts(path: str | Path, named: bool = False) -> list[Line]:
+    """A .jsonl of {"prompt": ...} (or "text"), with "item_id" (or "id") where pictures are `named` by it. TimError names a bad line.
+
+    A name has no dot: DPG-Bench's evaluator takes what is before the first one.
+    """
     path = Path(path).expanduser()
     try:
-        texts = path.read_text(encoding="utf-8").split("\n")
+        texts = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise TimError(f"{path}: cannot be read ({reason}), expected a .jsonl of prompts") from None
@@ -45,11 +48,12 @@ def read_prompts(path: str | Path) -> list[Line]:
         try:
             metadata = json.loads(text)
             prompt = metadata["prompt"] if "prompt" in metadata else metadata["text"]
-            name = str(metadata.get("item_id", metadata.get("id", len(lines))))
+            name = str(metadata.get("item_id", metadata.get("id", "" if named else len(lines))))
         except (ValueError, TypeError, LookupError, AttributeError):
             prompt = name = None
-        if not isinstance(prompt, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise TimError(f'{path}: line {place}: found {text[:60]}, expected {{"prompt": text}}, with a plain "item_id" if any')
+        if not isinstance(prompt, str) or not re.fullmatch(r"[\w-]+", name):
+            wanted = '"item_id": a name without dots' + ("" if named else " if any")
+            raise TimError(f'{path}: line {place}: found {text[:60]}, expected {{"prompt": text}} and {wanted}')
         lines.append(Line(len(lines), prompt, name, metadata))
     if not lines:
         raise TimError(f"{path}: found no prompts, expected a line for each")
@@ -88,7 +92,7 @@ def make_pictures(
     """Makes `images` pictures of every prompt that has none yet, and returns the folder to give to the evaluator.
 
     Each picture has its own noise, fixed by `seed`, the prompt's line and its own number. What was made is kept when the same call is
-    made again; TimError where the folder holds pictures of other settings, other prompts or another `model`, whatever names it.
+    made again; TimError where the folder holds pictures of other settings, other prompts or another `model` (`Pipeline.fingerprint`).
     Several processes share the prompts.
     """
     from tqdm import tqdm
@@ -100,17 +104,19 @@ def make_pictures(
             raise TimError(f"{name}: found {value}, expected at least 1")
     if layout == "dpg" and (images != 4 or width != height):
         raise TimError(f"layout: found {images} pictures of {width}x{height}, expected 4 square ones for dpg: its evaluator cuts a square")
-    lines, folder = read_prompts(prompts), Path(output).expanduser()
+    lines, folder = read_prompts(prompts, named=layout == "dpg"), Path(output).expanduser()
     make_folder(folder)
     asked = hashlib.sha256(repr(lines).encode()).hexdigest()
     settings = {"model": model, "prompts": asked, "layout": layout, "steps": steps, "cfg": cfg, "images": images, "seed": seed,
                 "width": width, "height": height}
     settings |= {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     _keep_settings(folder / "settings.json", settings, processes)
-    done = {"geneval": lambda line: folder / f"{line.number:05d}" / "metadata.jsonl",
-            "dpg": lambda line: folder / "pictures" / f"{line.name}.png"}[layout]
+    geneval, square = (lambda line: folder / f"{line.number:05d}"), (lambda line: folder / "pictures" / f"{line.name}.png")
+    samples = [f"samples/{k:05d}.png" for k in range(images)]
+    files = {"geneval": lambda line: [geneval(line) / name for name in ("metadata.jsonl", *samples)],
+             "dpg": lambda line: [square(line)]}[layout]
     write = {"geneval": write_geneval, "dpg": write_dpg}[layout]
-    left = [line for line in processes.own(lines) if not done(line).is_file()]
+    left = [line for line in processes.own(lines) if not all(file.is_file() for file in files(line))]
     with tqdm(total=len(left), unit="prompt", disable=not (progress and processes.first)) as bar:
         for line in left:
             made = []

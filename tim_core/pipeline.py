@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
@@ -17,6 +18,7 @@ from .checkpoint import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, load_autoencoder
 from .errors import TimError
 from .sampler import check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
+from .weights import digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +72,11 @@ class Pipeline:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.transformer.parameters()).dtype
+
+    def fingerprint(self) -> str:
+        """sha256 of what pictures depend on, whatever the files are called: all weights as they are here, in their dtypes, and settings."""
+        networks = ((network.config, digest(network.state_dict().items())) for network in (self.transformer, self.autoencoder))
+        return hashlib.sha256(repr((*networks, self.text_encoder.fingerprint(), self.factor)).encode()).hexdigest()
 
     @torch.no_grad()
     def __call__(

@@ -38,7 +38,9 @@ VARIANTS: dict[str, dict] = {
     "epsilon-0.0005": {"objective": {"epsilon": 0.0005}},
     "epsilon-0.05": {"objective": {"epsilon": 0.05}},
     "composed": {"objective": {"target": "composed", "adaptive_floor": 0.1}},
-    "composed-matched": {"objective": {"target": "composed", "adaptive_floor": 0.1}, "matching": {"share": 0.25, "starts": [1.0]}},
+    "curriculum": {"objective": {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}, "objective_from": {"600": PAPER}},
+    "nearer-noise": {"p_mean": 0.8},
+    "matched": {"matching": {"share": 0.5, "starts": [1.0, 0.75]}},
 }
 
 
@@ -53,7 +55,7 @@ def configuration(variant: str, seed: int, folder: Path, steps: int, batch: int,
         "loop": {"steps": steps, "batch": batch, "optimizer": "muon", "lr": 0.003, "muon_lr": 0.03, "ema": 0.995, "seed": seed,
                  "warmup": 100, "save_every": 300, "keep": 1, "compile": compile},
     }
-    return made | ({"matching": change["matching"]} if "matching" in change else {})
+    return made | {key: value for key, value in change.items() if key not in ("transformer", "objective")}
 
 
 def train_and_score(variant: str, seed: int, args: argparse.Namespace) -> None:

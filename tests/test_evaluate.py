@@ -92,9 +92,10 @@ def test_points_of_the_same_model_are_kept(tmp_path):
     assert [point["right"] for point in second["curve"][::2]] == [point["right"] for point in first["curve"]]
     assert ["over_twin" in point for point in second["curve"]] == [True, False, True]
     assert json.loads((tmp_path / "report.json").read_text()) == second
-    for other in ({"model": {"weights": "b"}}, {"model": {"weights": "a"}, "seed": 1}, {"model": {"weights": "a"}, "shift": 2.0}):
+    for other in ({"model": {"weights": "b"}}, {"model": {"weights": "a"}, "seed": 1}, {"model": {"weights": "a"}, "shift": 2.0},
+                  {"model": {"weights": "a"}, "cfg": 1.5}):
         with pytest.raises(TimError, match="or another folder for it"):
-            evaluate(painter, (8,), **few, **other)
+            evaluate(painter, (8,), **{**few, **other})
     assert json.loads((tmp_path / "report.json").read_text()) == second
 
 
@@ -107,7 +108,7 @@ def test_some_tasks_and_another_size():
 def test_a_real_pipeline(tiny):
     pipe = Pipeline.load(tiny, device="cpu")
     report = evaluate(pipe, [1, 2], prompts_per_task=1, images=2, progress=False, mode="diffusion", guidance_interval=(0, 2))
-    assert report["sampling"] == {"mode": "diffusion", "guidance_interval": [0, 2]}
+    assert report["sampling"] == {"mode": "diffusion", "guidance_interval": [0, 2], "cfg": 2.5}
     assert [p["nfe"] for p in report["curve"]] == [1, 4] and report["curve"][0]["n"] == 12
     wanted = draws(("single", "position"), 1, 1)
     seen = []

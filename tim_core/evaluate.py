@@ -152,11 +152,11 @@ def evaluate(
     wanted = draws(pictures["tasks"], prompts_per_task, images, seed)
     steps = sorted(set(steps))
     sampling = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if name in SAMPLING}
+    sampling["cfg"] = float(cfg)
     report: dict = {"model": model, "pictures": pictures, "sampling": sampling, "curve": []}
     if folder is not None and model is not None:
         report["curve"] = made_before(folder / "report.json", report)
     processes.wait()
-    had = {(point["steps"], point["cfg"]) for point in report["curve"]}
 
     def keep() -> None:
         _compare(wanted, report, other)
@@ -165,13 +165,14 @@ def evaluate(
 
     if report["curve"]:
         keep()  # the twin may be another one now
-    left = [(count, cfg if count > 1 else 1.0) for count in steps if (count, cfg if count > 1 else 1.0) not in had]
+    left = [count for count in steps if count not in {point["steps"] for point in report["curve"]}]
     with tqdm(total=len(processes.own(wanted)) * len(left), unit="picture", disable=not (progress and processes.first)) as bar:
-        for count, guided in left:
+        for count in left:
+            guided = cfg if count > 1 else 1.0
             bar.set_description(f"{count} step{'s' if count > 1 else ''}")
             right = score(pipe, wanted, count, guided, width, height, batch, bar, processes, **options)
             point = {"steps": count, "cfg": guided, "nfe": pipe.nfe, **summarise(wanted, right), "right": pack(right)}
-            report["curve"] = sorted([*report["curve"], point], key=lambda point: (point["steps"], point["cfg"]))
+            report["curve"] = sorted([*report["curve"], point], key=lambda point: point["steps"])
             keep()
     return report
 

@@ -26,9 +26,10 @@ from tim_core.training import run  # noqa: E402
 
 TASKS = ("single", "colors")
 PAPER = {"epsilon": 0.005, "diffusion_ratio": 0.5, "consistency_ratio": 0.1}
+FLOW_MATCHING = {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}
 VARIANTS: dict[str, dict] = {
     "paper": {},
-    "twin": {"objective": {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}},
+    "twin": {"objective": FLOW_MATCHING},
     "jvp": {"objective": {"derivative": "jvp"}},
     "no-interval-attention": {"transformer": {"distance_aware": False}},
     "no-decoupled-embedding": {"transformer": {"use_new_embed": False}},
@@ -38,7 +39,8 @@ VARIANTS: dict[str, dict] = {
     "epsilon-0.0005": {"objective": {"epsilon": 0.0005}},
     "epsilon-0.05": {"objective": {"epsilon": 0.05}},
     "composed": {"objective": {"target": "composed", "adaptive_floor": 0.1}},
-    "curriculum": {"objective": {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}, "objective_from": {"600": PAPER}},
+    "curriculum": {"objective": FLOW_MATCHING, "objective_from": {"600": PAPER}},
+    "curriculum-one-embedding": {"objective": FLOW_MATCHING, "objective_from": {"600": PAPER}, "transformer": {"use_new_embed": False}},
     "nearer-noise": {"p_mean": 0.8},
     "matched": {"matching": {"share": 0.5, "starts": [1.0, 0.75]}},
 }

@@ -56,6 +56,8 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {derivative: guess}", "derivative"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: guess}", "target"),
     ("kind: tim\noutput: x\nautoencoder: y\nkeep_start: 0.5", "keep_start"),
+    ("kind: tim\noutput: x\nautoencoder: y\nmatching: {teacher: start}", "matching.teacher"),
+    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\nmatching: {teacher: none}", "teacher"),
     ("kind: tim\noutput: x\nautoencoder: y\nalike: {above: higher}", "alike"),
     ("kind: tim\noutput: x\nautoencoder: y\nalike: {above: above}", "alike"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ncheckpoint: z\nkeep_start: 0.5", "checkpoint"),
@@ -440,6 +442,23 @@ def test_composed_targets_come_from_the_averaged_network(tmp_path):
         transitions.append([float(row["transition"]) for row in csv.DictReader((path.with_suffix("") / "metrics.csv").open())])
     same = [one == other for one, other in zip(*transitions, strict=True)]
     assert same[0] and not any(same[1:]) and len(same) >= 3
+
+
+def test_the_teacher_of_the_matching_is_the_averaged_network_or_what_the_run_began_from(tmp_path, monkeypatch):
+    first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
+    files, found = {}, {}
+    for name, teacher in (("average", "average"), ("start", "start"), ("killed", "start")):
+        path = tim_yaml(tmp_path, "adamw", name)
+        text = path.read_text().replace("log_every: 2", "log_every: 1, lr: 0.01, ema: 0.5")
+        path.write_text(f"start: {first}\nmatching: {{share: 0.5, teacher: {teacher}}}\n{text}")
+        if name == "killed":
+            killed(monkeypatch, path, "_save", at=4)
+        (files[name],) = run([path])
+        found[name] = [row["matching"] for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
+    same = [one == other for one, other in zip(found["average"], found["start"], strict=True)]
+    assert same[0] and not any(same[2:]) and found["killed"] == found["start"]
+    weights = [checkpoint.open_state_dict(files[name])[0] for name in ("start", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("target, said", [("model.bin", "'.bin'"), ("", "a folder"), ("nowhere/model.safetensors", "no folder")])

@@ -1,8 +1,9 @@
 """Distribution matching for jumps to a clean latent (DMD, arXiv 2311.18828, and DMD2, arXiv 2405.14867): ours, no part of the TiM paper.
 
 A transition's regression target is one point; where the network cannot hit it, it answers with a mean, and one step is blurred. Here
-the result of a jump is told instead which way pictures become likelier: the difference between where the network's own averaged flow
-(r = t, guided) and a critic, the same network trained on nothing but results of jumps, would take it from a noised copy.
+the result of a jump is told instead which way pictures become likelier: the difference between where two flows (r = t) would take it
+from a noised copy. One is a teacher's, guided: the network's own averaged one, or that of the weights it began from. The other is a
+critic's, the same network trained on nothing but results of jumps.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ class MatchingConfig:
 
     share: float = 0.25                          # jumps a step, of the batch
     starts: tuple[float, ...] = (1.0,)           # the times that jumps begin at, each as likely
+    teacher: str = "average"                     # whose flow is matched: the averaged network's, or "start", that of the weights begun from
     cfg: float = 2.0                             # guidance of the flow that is matched
     weight: float = 1.0                          # of the loss, beside that of the transitions
     critic_lr: float = 3e-4
@@ -35,6 +37,8 @@ class MatchingConfig:
                 raise TimError(f"matching: {name} is {getattr(self, name)}, expected more than 0")
         if not self.starts or not all(0 < start <= 1 for start in self.starts):
             raise TimError(f"matching: starts is {list(self.starts)}, expected times above 0 and up to 1")
+        if self.teacher not in ("average", "start"):
+            raise TimError(f"matching: teacher is '{self.teacher}', expected 'average' or 'start'")
         if self.share > 1:
             raise TimError(f"matching: share is {self.share}, expected up to 1")
 
@@ -63,11 +67,12 @@ def draw_matching(shape: Sequence[int], config: MatchingConfig) -> MatchingDraws
 
 def matching_losses(
     model: Network, teacher: Network, critic: Network, x: Tensor, y: Tensor, y_null: Tensor, *,
-    transport: Transport, config: MatchingConfig, draws: MatchingDraws,
+    transport: Transport, config: MatchingConfig, draws: MatchingDraws, told: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses (B,) of the model and of the critic, for clean latents x (B, C, H, W) with conditions y and y_null (B, ...).
 
-    The first reaches the model alone, the second the critic alone; the teacher learns from neither.
+    The first reaches the model alone, the second the critic alone; the teacher learns from neither. told: y and y_null as the teacher reads
+    them, where its text model is another.
     """
     start, t, t_critic = (time.view(-1, 1, 1, 1) for time in (draws.start, draws.t, draws.t_critic))
     x_t = transport.interpolate(x, draws.noise, start)
@@ -79,7 +84,8 @@ def matching_losses(
         def cleaned(flow: Tensor) -> Tensor:
             return transport.step(noised, flow, t, torch.zeros_like(t))
 
-        both = torch.cat((y, y_null.expand_as(y)))
+        condition, null = told or (y, y_null)
+        both = torch.cat((condition, null.expand_as(condition)))
         likely, unlikely = teacher(torch.cat((noised, noised)), time.repeat(2), time.repeat(2), both).float().chunk(2)
         real = cleaned(unlikely + config.cfg * (likely - unlikely))
         fake = cleaned(critic(noised, time, time, y).float())

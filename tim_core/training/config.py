@@ -213,6 +213,8 @@ class TransitionTraining:
             _check(step.isdecimal(), "objective_from", step, "steps, and the objective from each on")
         for word, other in self.alike.items():
             _check(word in WORDS and other in WORDS and word != other, "alike", f"{word}: {other}", "two words of the small world")
+        _check(self.start or not self.matching or self.matching.teacher != "start", "matching.teacher", "start",
+               "average without start: there are no weights that the run begins from")
         _check(0 <= self.keep_start < 1 and (self.start or not self.keep_start), "keep_start", self.keep_start,
                "0 to below 1, and 0 without start")
         _check(not self.keep_start or self.checkpoint != self.start, "checkpoint", self.checkpoint,

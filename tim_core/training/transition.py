@@ -24,7 +24,7 @@ from ..transport import OTFM
 from .config import TextShape, TransitionTraining, recorded, target, time_shift
 from .data import ShapesBatches
 from .draws import draw
-from .loop import begin_from, train
+from .loop import begin_from, follower, train
 from .repa import ImageEncoder, check_projector, shown
 from .samples import show_steps
 from .tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
@@ -91,6 +91,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
     own = words.clone()
     for word, other in config.alike.items():
         words[ids[WORD_START + word]] += own[ids[WORD_START + other]]
+    teacher = follower(model, share_fixed=False).eval() if config.matching and config.matching.teacher == "start" else None
     check_projector(model.transformer, image_encoder, config.objective, *config.objective_from.values())
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
@@ -131,17 +132,22 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
                 transitions=drawn.n_diffusion < total, between=own.between, **taught)
             found = {"loss": losses.total * share}
             if draws:
-                found |= matched(model, average, part, latents, y, y_null, draws)
+                found |= matched(model, average, part, part.of(told), latents, y, y_null, draws)
                 found["loss"] = found["loss"] + config.matching.weight * found["matching"] + found["critic"]
         return {**found, **drawn.errors(losses.denoising_loss, part)}
 
-    def matched(model: TextToImage, average: TextToImage, part: Part, latents: Tensor, y: Tensor, y_null: Tensor,
+    def matched(model: TextToImage, average: TextToImage, part: Part, prompts: list[str], latents: Tensor, y: Tensor, y_null: Tensor,
                 draws: MatchingDraws) -> dict[str, Tensor]:
         """The losses of the matching, over the first items of a batch. It teaches the transformer, and leaves the text model alone."""
         own, jumps = draws.map(lambda value: part.of(value).to(latents.device)), len(draws.start)
-        some = slice(len(own.start))
-        loss, critic = matching_losses(model.transformer, average.transformer, model.critic, latents[some], y[some].detach(), y_null[some],
-                                       transport=transport, config=config.matching, draws=own)
+        some, told = slice(len(own.start)), None
+        if teacher is not None:
+            teacher.to(latents.device)
+            with torch.no_grad():
+                told = teacher.features(prompts[some], y.shape[1]), teacher.features([""], y.shape[1])
+        loss, critic = matching_losses(
+            model.transformer, (teacher or average).transformer, model.critic, latents[some], y[some].detach(), y_null[some],
+            transport=transport, config=config.matching, draws=own, told=told)
         return {"matching": loss.sum() * part.count / jumps, "critic": critic.sum() * part.count / jumps}
 
     def show(average: TextToImage, step: int) -> Image.Image:

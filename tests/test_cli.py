@@ -155,6 +155,9 @@ def test_evaluate_makes_pictures_for_other_benchmarks(run, fails, tiny):
         assert picture.size == (32, 32)
     assert run(*options, "--layout", "geneval", "--steps", 1, "-o", "geneval")[0] == 0
     assert len(list(Path("geneval/steps-1/00000/samples").iterdir())) == 4
+    for given in (("--tasks", "two"), ("--prompts-per-task", 3)):
+        assert given[0] in fails(1, *options, "--layout", "geneval", *given)
+    assert "prompts per task: found 0" in fails(1, "evaluate", "--model", tiny, "--prompts-per-task", 0)
     assert "--layout" in fails(1, *options) and "--prompts" in fails(1, "evaluate", "--layout", "dpg")
     assert "--twin" in fails(1, *options, "--layout", "dpg", "--twin", "report.json")
 

@@ -83,18 +83,18 @@ def test_the_report(tmp_path):
 def test_points_of_the_same_model_are_kept(tmp_path):
     few = {"cfg": 2.5, "prompts_per_task": 5, "images": 2, "output": tmp_path, "progress": False}
     painter = Painter(lambda steps: 0.9)
-    first = evaluate(painter, (1, 4), model={"weights": "a"}, **few)
+    first = evaluate(painter, (1, 4), model={"weights": "a", "name": "one"}, **few)
     calls = len(painter.calls)
     twin = tmp_path / "twin.json"
     twin.write_text((tmp_path / "report.json").read_text())
-    second = evaluate(painter, (2, 4), model={"weights": "a"}, twin=twin, **few)
+    second = evaluate(painter, (2, 4), model={"weights": "a", "name": "a copy"}, twin=twin, **few)
     assert {steps for _, steps, *_ in painter.calls[calls:]} == {2} and [point["steps"] for point in second["curve"]] == [1, 2, 4]
     assert [point["right"] for point in second["curve"][::2]] == [point["right"] for point in first["curve"]]
     assert ["over_twin" in point for point in second["curve"]] == [True, False, True]
     assert json.loads((tmp_path / "report.json").read_text()) == second
     for other in ({"model": {"weights": "b"}}, {"model": {"weights": "a"}, "seed": 1}, {"model": {"weights": "a"}, "shift": 2.0},
                   {"model": {"weights": "a"}, "cfg": 1.5}):
-        with pytest.raises(TimError, match="or another folder for it"):
+        with pytest.raises(TimError, match="(weights|seed|shift|cfg): found .* or another folder for it"):
             evaluate(painter, (8,), **{**few, **other})
     assert json.loads((tmp_path / "report.json").read_text()) == second
 

@@ -48,6 +48,8 @@ def data(tmp_path):
     (place / "cut.jpg").write_bytes((place / "cut.jpg").read_bytes()[:1500])  # its head is whole
     (place / "cut.txt").write_text("cut")
     draw(place / "tiny.png", 6, 64, caption="tiny")
+    draw(place / "words.png", 64, 64)
+    (place / "words.txt").write_bytes("caf\u00e9".encode("latin-1"))
     draw(place / "silent.png", 64, 64, caption=None)
     return place
 
@@ -69,7 +71,7 @@ def test_native_sizes():
 
 def test_folders_and_lists(tmp_path, data, caplog):
     found = scan(FolderConfig(str(data)), labels=False)
-    assert [item.file.name for item in found] == ["0.png", "1.png", "2.png", "3.png", "4.png", "broken.png", "cut.jpg", "tiny.png"]
+    assert [item.file.name for item in found] == [*(f"{k}.png" for k in range(5)), "broken.png", "cut.jpg", "tiny.png", "words.png"]
     assert found[0].told == "a circle 0" and "1 pictures have no .txt" in caplog.text
     listed = tmp_path / "list.jsonl"
     listed.write_text("\n".join(json.dumps({"image": f"pictures/{k}.png", "caption": f"number {k}"}) for k in (3, 1)) + "\n\n")
@@ -83,7 +85,7 @@ def test_folders_and_lists(tmp_path, data, caplog):
         scan(FolderConfig(str(tmp_path / "nowhere")), False)
 
 
-def test_folders_of_classes(tmp_path):
+def test_folders_of_classes(tmp_path, caplog):
     for name in ("dog", "cat"):
         draw(tmp_path / name / "a.png", 32, 32, caption=None)
     assert [(item.file.parent.name, item.told) for item in scan(FolderConfig(str(tmp_path)), labels=True)] == [("cat", 0), ("dog", 1)]
@@ -92,6 +94,11 @@ def test_folders_of_classes(tmp_path):
     (tmp_path / "bird").mkdir()
     draw(tmp_path / "cat" / "more" / "b.png", 32, 32, caption=None)
     assert [item.told for item in scan(FolderConfig(str(tmp_path)), labels=True)] == [1, 1, 2]
+    assert "1 folders have no pictures, and count as classes; first bird" in caplog.text
+    inside = FolderConfig(str(tmp_path), cache=str(tmp_path / "a cache"))
+    (tmp_path / "a cache").mkdir()
+    assert [item.told for item in scan(inside, labels=True)] == [1, 1, 2]
+    (tmp_path / "a cache").rmdir()
     draw(tmp_path / "cover.png", 32, 32, caption=None)
     with pytest.raises(TimError, match="found cover.png outside of them, expected pictures in a folder for each class"):
         scan(FolderConfig(str(tmp_path)), labels=True)
@@ -99,12 +106,12 @@ def test_folders_of_classes(tmp_path):
         scan(FolderConfig(str(tmp_path / "bird")), labels=True)
 
 
-def test_captions_of_other_editors(tmp_path, caplog):
+def test_captions_of_other_editors(tmp_path):
     for name, data in (("a", b"\xef\xbb\xbfa red circle"), ("b", "caf\u00e9".encode("latin-1"))):
         draw(tmp_path / f"{name}.png", 32, 32)
         (tmp_path / f"{name}.txt").write_bytes(data)
-    assert [item.told for item in scan(FolderConfig(str(tmp_path)), labels=False)] == ["a red circle"]
-    assert "b.png: left out" in caplog.text and "no UTF-8" in caplog.text
+    first, second = scan(FolderConfig(str(tmp_path)), labels=False)
+    assert first.told == "a red circle" and not first.problem and "no UTF-8" in second.problem
 
 
 def test_deep_and_transparent_pictures(tmp_path):
@@ -123,6 +130,9 @@ def test_rare_sizes_join_similar_ones(tmp_path):
     found = pictures.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], least=4)
     assert [(item.width, item.height) for item in found] == [(1024, 1024)] * 6 + [(1440, 704)] * 2 + [(512, 512)] * 9
     assert pictures.similar_sizes(found, least=1) == found
+    sizes = [(1024, 1024)] * 100 + [(896, 1120), (800, 1088)]  # the two are alike, but too few together
+    found = pictures.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], least=4)
+    assert (found[100].width, found[100].height) == (1024, 1024)
 
 
 def test_prompts_are_padded_with_their_own_pad_row():
@@ -136,9 +146,9 @@ def test_a_folder_is_trained_on_and_what_is_broken_is_named_once(tmp_path, tiny,
     config = yaml(tmp_path, tiny, data)
     with caplog.at_level(logging.WARNING):
         (made,) = run([config])
-    for name in ("broken.png", "cut.jpg", "tiny.png"):
+    for name in ("broken.png", "cut.jpg", "tiny.png", "words.png"):
         assert sum(name in record.getMessage() for record in caplog.records) == 1
-    assert "3 of 8 pictures were left out" in caplog.text
+    assert "4 of 9 pictures were left out" in caplog.text
     before, after = checkpoint.load_transformer(tiny, dtype=torch.float32), checkpoint.load_transformer(made, dtype=torch.float32)
     assert before.config == after.config
     moved = [name for name, value in before.state_dict().items() if (value - after.state_dict()[name]).abs().max() > 1e-4]

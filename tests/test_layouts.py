@@ -112,13 +112,24 @@ class Waiting(Processes):
 
 @pytest.mark.parametrize("text, named", [
     ("", "no prompts"), ("[1]", "line 1"), ('{"prompt": 3}', "line 1"), ('{"prompt": "a"}\n\n{"text"', "line 3"),
-    ('{"prompt": "a", "item_id": "../x"}', "line 1"), ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}', "twice"),
 ])
 def test_bad_prompt_files_are_named(tmp_path, text, named):
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
     with pytest.raises(TimError, match=named) as error:
         read_prompts(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"prompt": "a", "item_id": "../x"}', "line 1"), ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}', "twice"),
+])
+def test_names_matter_where_files_have_them(tmp_path, text, said):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    assert read_prompts(path)[0].name == "0"
+    with pytest.raises(TimError, match=said) as error:
+        read_prompts(path, named=True)
     assert str(path) in str(error.value)
 
 

@@ -13,6 +13,7 @@ from tim_core.config import TransformerConfig
 from tim_core.sampler import sample
 from tim_core.schedule import uniform
 from tim_core.shapes import RELATIONS, TASKS, Prompt, Thing, judge
+from tim_core.text_encoder import TextEncoder
 from tim_core.transformer import TransitionTransformer
 
 ROOT = Path(__file__).parent.parent
@@ -237,3 +238,19 @@ def test_a_small_score(shapes):
 def test_words_out_of_the_world_give_pictures(shapes):
     images = shapes(["a dog", "", "a red circle " * 100, "\u4e00\u53ea\u732b"], steps=2, cfg=2.5, seed=1)
     assert images.shape == (4, 64, 64, 3) and images.isfinite().all()
+
+
+def test_a_fingerprint_is_of_the_weights_and_not_of_their_file(tiny, tmp_path):
+    pipe = Pipeline.load(tiny, device="cpu")
+    parts = checkpoint.load_checkpoint(tiny)
+    made = {"model": parts.transformer, "text-encoder": parts.text_encoder, "vae": parts.autoencoder}
+    copy = checkpoint.pack(made, tmp_path / "copy.safetensors", metadata={"latent_factor": 8, "escape_prompts": False})
+    assert Pipeline.load(copy, device="cpu").fingerprint() == pipe.fingerprint()
+    encoder = pipe.text_encoder
+    again = TextEncoder(encoder.gemma_config, encoder.tokenizer).load(encoder.transformer.state_dict())
+    assert again.fingerprint() == encoder.fingerprint()
+    again.escape = True
+    assert again.fingerprint() != encoder.fingerprint()
+    assert Pipeline.load(tiny, device="cpu", dtype="bfloat16").fingerprint() != pipe.fingerprint()
+    pipe.transformer.blocks[1].attn.qkv.weight.data[-1, -1] += 1
+    assert Pipeline.load(tiny, device="cpu").fingerprint() != pipe.fingerprint()

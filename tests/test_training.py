@@ -11,13 +11,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tim_core import checkpoint, shapes
+from tim_core import attention, checkpoint, shapes
 from tim_core.cli import main
 from tim_core.errors import TimError
 from tim_core.training import autoencoder as training_autoencoder
 from tim_core.training import loop as training_loop
 from tim_core.training import run
-from tim_core.training.config import AutoencoderTraining, FineTuning, LoopConfig, SizesConfig, TransitionTraining, read
+from tim_core.training.config import (
+    AutoencoderTraining,
+    FineTuning,
+    FolderConfig,
+    LoopConfig,
+    SizesConfig,
+    TransitionTraining,
+    read,
+    recorded,
+)
 from tim_core.training.data import ShapesBatches
 from tim_core.training.tokenizer import WORD_START, vocabulary
 
@@ -268,7 +277,7 @@ def test_weights_that_are_no_numbers_stop_the_run_and_are_not_kept(tmp_path):
         assert all(value.isfinite().all() for value in torch.load(file, weights_only=True)["ema"].values())
 
 
-def test_a_run_goes_on_with_other_values_and_tells(tmp_path, capsys):
+def test_a_run_goes_on_with_other_values_and_tells(tmp_path, monkeypatch, capsys):
     run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
     path = tim_yaml(tmp_path)
     path.write_text(path.read_text().replace("epsilon: 0.01", "epsilon: 0.02"))
@@ -276,14 +285,86 @@ def test_a_run_goes_on_with_other_values_and_tells(tmp_path, capsys):
         run([path])
     path.write_text(path.read_text().replace("steps: 6", "steps: 8"))
     run([path])
-    assert "from here on objective.epsilon is 0.02, no longer 0.01" in capsys.readouterr().err
-    path.write_text(path.read_text().replace("steps: 8", "steps: 10"))
-    (made,) = run([path])
-    assert "from here on" not in capsys.readouterr().err
-    assert 'before, since): {"6": {"objective.epsilon": [0.01, 0.02]}}' in str(checkpoint.describe(made))
-    path.write_text(path.read_text().replace("optimizer: muon", "optimizer: adamw").replace("steps: 10", "steps: 12"))
-    with pytest.raises(TimError, match="loop.optimizer: found 'muon' in the run that is here"):
+    said = capsys.readouterr().err
+    assert "from here on objective.epsilon is 0.02, no longer 0.01" in said and "from here on loop.steps is 8, no longer 6" in said
+    path.write_text(path.read_text().replace("workers: 0", "workers: 1, weight_decay: 0.5"))
+    with pytest.raises(TimError, match="loop.weight_decay"):
         run([path])
+    path.write_text(path.read_text().replace("steps: 8", "steps: 10"))
+    made_by, real = [], training_loop.optimizers
+    monkeypatch.setattr(training_loop, "optimizers", lambda *a: made_by.extend(found := real(*a)) or found)
+    (made,) = run([path])
+    assert {group["weight_decay"] for optimizer in made_by for group in optimizer.param_groups} == {0.5}
+    said = str(checkpoint.describe(made))
+    assert '"6": {"loop.steps": [6, 8], "objective.epsilon": [0.01, 0.02]}' in said and '"loop.weight_decay": [0.01, 0.5]' in said
+    for before, now, key in (("optimizer: muon", "optimizer: adamw", "loop.optimizer"),
+                             ("kind: tim", "kind: tim\nalike: {red: blue}", "alike")):
+        other = tmp_path / "other.yaml"
+        other.write_text(path.read_text().replace(before, now).replace("steps: 10", "steps: 12"))
+        with pytest.raises(TimError, match=f"{key}: found .* in the run that is here"):
+            run([other])
+
+
+def test_keys_of_another_version_are_no_change():
+    before = {"loop": {"steps": 6, "lr": 0.1}, "gone": 1, "data": {"sizes": {"32x32": 1.0}}}
+    now = {"loop": {"steps": 6, "lr": 0.2, "new": True}, "data": {"sizes": {"32x32": 1.0, "64x64": 1.0}}}
+    assert training_loop.differences(before, now) == {
+        "loop.lr": [0.1, 0.2], "data.sizes": [{"32x32": 1.0}, {"32x32": 1.0, "64x64": 1.0}]}
+
+
+def test_merge_keys_of_yaml(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("kind: tim\noutput: x\nautoencoder: y\nobjective: &base {epsilon: 0.01, target: composed}\n"
+                    "objective_from: {100: {<<: *base, epsilon: 0.02}}\n")
+    config = read(path, KINDS)
+    assert config.objective_from["100"].epsilon == 0.02 and config.objective_from["100"].target == "composed"
+    path.write_text("kind: tim\nloop: !!map 3\n")
+    with pytest.raises(TimError, match="not YAML"):
+        read(path, KINDS)
+
+
+def test_a_record_names_no_home():
+    home = str(Path.home())
+    config = FineTuning(output="x", model=f"{home}/m.safetensors", data=FolderConfig(f"{home}/pictures"))
+    assert recorded(config)["model"] == "~/m.safetensors" and recorded(config)["data"]["path"] == "~/pictures"
+
+
+def test_flash_attention_runs_where_its_numbers_are_half(tmp_path, monkeypatch):
+    """Of its package, which is not here, only what it refuses."""
+    def halves_only(q, k, v):
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+        return attention.sdpa(q, k, v)
+
+    run([autoencoder_yaml(tmp_path)])
+    path = tim_yaml(tmp_path)
+    path.write_text("attention: flash\n" + path.read_text())
+    with pytest.raises(TimError, match="flash-attn package is not installed"):
+        run([path])
+    monkeypatch.setattr(attention, "_flash_attn_func", lambda: None)
+    monkeypatch.setitem(attention.BACKENDS, "flash", halves_only)
+    assert run([path])[0].is_file() and (tmp_path / "tim" / "sample-00000006.png").is_file()
+    path.write_text(path.read_text().replace("steps: 6", "autocast: false, steps: 6"))
+    with pytest.raises(TimError, match="attention: found 'flash', expected math or sdpa with autocast: false"):
+        run([path])
+
+
+def test_a_critic_of_no_numbers_is_not_kept(tmp_path, monkeypatch):
+    run([autoencoder_yaml(tmp_path)])
+    path = tim_yaml(tmp_path, "adamw")
+    path.write_text("matching: {share: 0.5, critic_lr: 1.0e+30}\n" + path.read_text())
+    with pytest.raises(TimError, match="is (nan|inf) at step"):
+        run([path])
+    for file in (tmp_path / "tim").glob("step-*.pt"):
+        assert all(value.isfinite().all() for value in torch.load(file, weights_only=True)["model"].values())
+
+
+def test_metrics_of_an_older_version_keep_their_rows(tmp_path):
+    rows = tmp_path / "metrics.csv"
+    training_loop._log(tmp_path, {"step": 1, "loss": 0.5})
+    training_loop._log(tmp_path, {"step": 2, "loss": 0.4, "diffusion": 3.0})
+    training_loop._log(tmp_path, {"step": 3, "loss": 0.3, "diffusion": 2.0})
+    training_loop._forget_after(rows, 2)
+    assert rows.read_text().split() == ["step,loss,diffusion", "1,0.5,", "2,0.4,3.0"]
 
 
 def test_a_torn_row_of_metrics_is_dropped(tmp_path):

@@ -36,13 +36,12 @@ BACKENDS: dict[str, Attention] = {"math": math, "sdpa": sdpa, "flash": flash}
 
 
 def get_attention(name: str) -> Attention:
-    """"auto" and "sdpa" are torch's own, "flash" the flash-attn package. TimError for another name, or flash without its package."""
-    if name in ("auto", "sdpa"):
-        return sdpa
+    """The backend of a name; "auto" is "sdpa". TimError for another name, or flash without its package."""
+    if name != "auto" and name not in BACKENDS:
+        raise TimError(f"attention: found '{name}', expected 'auto', 'sdpa', 'flash' or 'math'")
     if name == "flash":
         _flash_attn_func()
-        return flash
-    raise TimError(f"attention: found '{name}', expected 'auto', 'sdpa' or 'flash'")
+    return sdpa if name == "auto" else BACKENDS[name]
 
 
 def _flash_attn_func() -> Callable[..., Tensor]:

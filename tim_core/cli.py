@@ -66,7 +66,8 @@ EVALUATE = """\
 Scores a model in the small world as GenEval does: prompts of six tasks, several pictures a prompt, each judged by an exact detector.
 
 Prompts and noise are fixed by --seed and the same at every number of steps. 1 step runs without guidance.
-Writes DIR/report.json and DIR/curve.png after every point. --twin draws another model's report beside it and compares picture by picture.
+Writes DIR/report.json and DIR/curve.png after every point; what DIR holds of the same model and pictures already is kept.
+--twin draws another model's report beside it and compares picture by picture.
 
 --prompts FILE.jsonl makes pictures for another benchmark's own evaluator instead, four a prompt, in DIR/steps-N: --layout geneval wants
 the lines of its evaluation_metadata.jsonl, --layout dpg {"item_id": ..., "prompt": ...}. The same command goes on where it was stopped.
@@ -366,7 +367,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
     name = args.model if args.model in BUNDLED else Path(args.model).name
     model = {"name": name, "weights": pipe.fingerprint(), "dtype": str(pipe.dtype).removeprefix("torch."), "version": __version__}
-    report = evaluate(pipe, args.steps, prompts_per_task=args.prompts_per_task or 60, output=args.output, batch=args.batch or 120,
+    prompts = 60 if args.prompts_per_task is None else args.prompts_per_task
+    report = evaluate(pipe, args.steps, prompts_per_task=prompts, output=args.output, batch=args.batch or 120,
                       tasks=TASKS if args.tasks is None else args.tasks, twin=args.twin, model=model, **options)
     if processes.first:
         print_report(report)

@@ -17,6 +17,7 @@ from .processes import ALONE, Processes
 from .shapes import TASKS, Prompt, judge, scoring_prompts
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
+NAMES = ("name", "version")  # of what a report says of the model: nothing that pictures depend on
 SAMPLING = ("mode", "shift", "guidance_interval", "stochasticity", "negative")  # what a report keeps of the pipeline's options
 
 
@@ -124,8 +125,8 @@ def evaluate(
 ) -> dict:
     """The curve over `steps`, as report.json holds it; written to the folder `output`, with curve.png, after every point.
 
-    model: what the report says of the model ("name", "weights", "dtype"). Points that `output` already holds of the same model, pictures
-    and sampling are kept, not made again; a report of anything else there is a TimError.
+    model: what the report says of the model ("name", "weights", "dtype", "version"). Points that `output` already holds of the same
+    weights, pictures and sampling are kept, not made again; a report of anything else there is a TimError.
 
     All points have the same prompts and noise. 1 step runs without guidance (cfg 1).
     twin: another model's report.json of the same pictures, to be drawn beside this one and compared with picture by picture.
@@ -192,9 +193,11 @@ def made_before(path: Path, report: dict) -> list[dict]:
     if not path.exists():
         return []
     found = read_report(path)
-    for name in ("model", "pictures", "sampling"):
-        if found.get(name) != report[name]:
-            raise TimError(f"{path}: {name}: found {found.get(name)}, expected {report[name]}, or another folder for it")
+    before = {**(found.get("model") or {}), **found["pictures"], **found.get("sampling", {})}
+    now = {**report["model"], **report["pictures"], **report["sampling"]}
+    for name in before | now:
+        if name not in NAMES and before.get(name) != now.get(name):
+            raise TimError(f"{path}: {name}: found {before.get(name)}, expected {now.get(name)}, or another folder for it")
     return found["curve"]
 
 
@@ -203,7 +206,9 @@ def read_report(path: str | Path, pictures: dict | None = None) -> dict:
     try:
         report = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         found = report["pictures"]
-        [unpack(point["right"]) for point in report["curve"]]
+        for point in report["curve"]:
+            unpack(point["right"])
+            point["steps"], point["cfg"], point["nfe"], point["overall"], point["stderr"], point["tasks"]
     except OSError as error:
         raise TimError(f"{path}: cannot be read ({error.strerror}), expected a report.json") from None
     except (ValueError, TypeError, LookupError):

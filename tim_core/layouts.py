@@ -48,12 +48,12 @@ def read_prompts(path: str | Path, named: bool = False) -> list[Line]:
         try:
             metadata = json.loads(text)
             prompt = metadata["prompt"] if "prompt" in metadata else metadata["text"]
-            name = str(metadata.get("item_id", metadata.get("id", "" if named else len(lines))))
+            name = str(metadata.get("item_id", metadata.get("id", "")) if named else len(lines))
         except (ValueError, TypeError, LookupError, AttributeError):
             prompt = name = None
         if not isinstance(prompt, str) or not re.fullmatch(r"[\w-]+", name):
-            wanted = '"item_id": a name without dots' + ("" if named else " if any")
-            raise TimError(f'{path}: line {place}: found {text[:60]}, expected {{"prompt": text}} and {wanted}')
+            wanted = ' and "item_id": a name without dots' if named else ""
+            raise TimError(f'{path}: line {place}: found {text[:60]}, expected {{"prompt": text}}{wanted}')
         lines.append(Line(len(lines), prompt, name, metadata))
     if not lines:
         raise TimError(f"{path}: found no prompts, expected a line for each")

@@ -6,6 +6,7 @@ flash-attention, which removes them before attention and puts zeros back), so th
 
 import copy
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ class TextEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """A text that tells what this encoder makes of prompts from what another does: weights as they are here, settings, tokenizer."""
-        settings = (self.gemma_config, self.escape, hashlib.sha256(self.tokenizer.data).hexdigest())
+        settings = (json.dumps(self.gemma_config, sort_keys=True), self.escape, hashlib.sha256(self.tokenizer.data).hexdigest())
         return hashlib.sha256(f"{digest(self.transformer.state_dict().items())} {settings}".encode()).hexdigest()
 
     def load(self, state_dict: dict, dtype=None) -> "TextEncoder":

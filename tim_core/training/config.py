@@ -7,6 +7,7 @@ import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
+from ..attention import BACKENDS
 from ..errors import TimError
 from ..matching import MatchingConfig
 from ..objective import ObjectiveConfig
@@ -25,8 +26,9 @@ def _check_times(p_mean: float, p_std: float, shift_base: int | None) -> None:
     _check(shift_base is None or shift_base > 0, "shift_base", shift_base, "1 or more")
 
 
-def _check_attention(attention: str, objective: ObjectiveConfig) -> None:
-    _check(attention in ("math", "sdpa", "flash"), "attention", attention, "math, sdpa or flash")
+def _check_attention(attention: str, objective: ObjectiveConfig, autocast: bool) -> None:
+    _check(attention in BACKENDS, "attention", attention, " or ".join(BACKENDS))
+    _check(attention != "flash" or autocast, "attention", attention, "math or sdpa with autocast: false, since flash-attn has no float32")
     _check(attention != "flash" or objective.derivative == "dde" or objective.target == "composed", "attention", attention,
            "math or sdpa with derivative: jvp, which flash-attn does not have")
 
@@ -222,7 +224,7 @@ class TransitionTraining:
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check_times(self.p_mean, self.p_std, self.shift_base)
         for objective in (self.objective, *self.objective_from.values()):
-            _check_attention(self.attention, objective)
+            _check_attention(self.attention, objective, self.loop.autocast)
 
     def objective_at(self, step: int) -> ObjectiveConfig:
         begun = [int(first) for first in self.objective_from if int(first) <= step]
@@ -265,6 +267,10 @@ class FolderConfig:
         for name in ("max_pixels", "base_pixels", "least"):
             _check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "1 or more")
 
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache or f"{self.path.rstrip('/')}.cache").expanduser()
+
 
 @dataclass(frozen=True)
 class FineTuning:
@@ -288,7 +294,7 @@ class FineTuning:
     def __post_init__(self):
         _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
         _check_times(self.p_mean, self.p_std, self.shift_base)
-        _check_attention(self.attention, self.objective)
+        _check_attention(self.attention, self.objective, self.loop.autocast)
 
 
 def time_shift(height: int, width: int, base: int | None) -> float:
@@ -305,8 +311,13 @@ def target(config: TransitionTraining | FineTuning, step: int, name: str = "mode
 def recorded(config) -> dict:
     """What the file that a run makes says of its configuration: nothing of where it went, and `~` for the home of who ran it."""
     home = str(Path.home()) + "/"
-    return {name: "~/" + value.removeprefix(home) if isinstance(value, str) and value.startswith(home) else value
-            for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items()}
+        return "~/" + value.removeprefix(home) if isinstance(value, str) and value.startswith(home) else value
+
+    return {name: plain(value) for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
 
 
 def read(path: str | Path, kinds: dict[str, type]):
@@ -319,12 +330,13 @@ def read(path: str | Path, kinds: dict[str, type]):
     class Unique(yaml.SafeLoader):
         """PyYAML takes the last of several equal keys without a word."""
 
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for k, key in enumerate(keys):
-                if key in keys[:k] and key != "<<":
+        def compose_mapping_node(self, anchor):  # before merge keys (<<) bring in what may be there already
+            node, seen = super().compose_mapping_node(anchor), set()
+            for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+                if key in seen:
                     raise TimError(f"training config {path}: {key}: found it twice, expected it once")
-            return super().construct_mapping(node, deep)
+                seen.add(key)
+            return node
 
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Unique)
@@ -332,7 +344,7 @@ def read(path: str | Path, kinds: dict[str, type]):
         raise TimError(f"training config {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise TimError(f"training config {path}: found no UTF-8 text, expected YAML") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # the latter for tags on what they do not fit
         raise TimError(f"training config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise TimError(f"training config {path}: found {type(values).__name__}, expected keys and values")
@@ -377,5 +389,6 @@ def _convert(hint, value, key: str):
             pass
     _check(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    _check(type(value) is hint and value != "", key, value, names.get(hint, str(hint)))
+    _check(type(value) is hint, key, value, names.get(hint, str(hint)))
+    _check(value != "", key, value, "some text")
     return value

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import checkpoint
-from ..attention import BACKENDS
+from ..attention import get_attention
 from ..errors import TimError
 from ..objective import transition_loss
 from ..processes import Part, find_processes
@@ -18,7 +18,7 @@ from ..transport import OTFM
 from ..weights import digest
 from .config import FineTuning, recorded, target, time_shift
 from .draws import draw
-from .folder import VERSION, Encoder, FolderBatches, Kept, prepare
+from .folder import VERSION, Encoder, FolderBatches, Kept, class_folders, prepare
 from .loop import train
 from .lora import add_lora, save_lora
 from .repa import ImageEncoder, check_projector, name_of, shown
@@ -51,7 +51,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
     parts = checkpoint.read_parts({name: place for name, place in sources.items() if place} if config.text_encoder or config.autoencoder
                                   else config.model)
-    model = Conditional(checkpoint.load_transformer(parts, attention=BACKENDS[config.attention], dtype=torch.float32, projector=True))
+    model = Conditional(checkpoint.load_transformer(parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
     architecture = model.transformer.config
     check_projector(model.transformer, image_encoder, config.objective)
     autoencoder = checkpoint.load_autoencoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
@@ -79,8 +79,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
 
     identity = " ".join([VERSION, digest(autoencoder.state_dict().items()), str(autoencoder.config), name_of(image_encoder),
                          "" if labels else text.fingerprint()])
-    cache = Path(config.data.cache or f"{config.data.path.rstrip('/')}.cache").expanduser()
-    encode = Encoder(cache, identity, look, tell)
+    encode = Encoder(config.data.cache_folder, identity, look, tell)
     items = prepare(config.data, encode, factor * architecture.patch_size, labels, processes)
     null = torch.tensor(architecture.num_classes) if labels else tell("")
     some = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
@@ -91,6 +90,8 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     batches = FolderBatches(config.data, items, encode, loop.batch, loop.seed, processes.count * loop.accumulate)
     if processes.first:
         tqdm.write(f"{config.data.path}: {batches}", file=sys.stderr)
+        if labels and (classes := class_folders(config.data)):
+            tqdm.write("classes: " + ", ".join(f"{number} {folder.name}" for number, folder in enumerate(classes)), file=sys.stderr)
 
     if config.lora:
         torch.manual_seed(loop.seed)
@@ -125,7 +126,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
         noise = torch.randn(len(some), architecture.in_channels, some[0].height // factor, some[0].width // factor,
                             generator=torch.Generator().manual_seed(loop.seed))
         there = [value.to(next(average.parameters()).device) for value in (noise, *conditions)]
-        return show_steps(average.transformer, autoencoder.decode, *there, transport)
+        return show_steps(average.transformer, autoencoder.decode, *there, transport, loop.autocast)
 
     plain = checkpoint.load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
 

@@ -28,12 +28,23 @@ BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # wha
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: its file, what it is told to show (a caption, or a class's number), and the size it trains at, in pixels."""
+    """One picture: its file, what it is told to show (a caption, or a class's number), and the size it trains at, in pixels.
+
+    problem: why it cannot be used, if so.
+    """
 
     file: Path
     told: str | int
     width: int = 0
     height: int = 0
+    problem: str = ""
+
+
+def class_folders(config: FolderConfig) -> list[Path]:
+    """The folders of classes, from number 0 on: those in `path`, by name, but hidden ones and the cache."""
+    place = Path(config.path).expanduser()
+    inside = sorted(place.iterdir()) if place.is_dir() else []
+    return [one for one in inside if one.is_dir() and not one.name.startswith(".") and one.resolve() != config.cache_folder.resolve()]
 
 
 def scan(config: FolderConfig, labels: bool) -> list[Item]:
@@ -46,12 +57,15 @@ def scan(config: FolderConfig, labels: bool) -> list[Item]:
         raise TimError(f"{place}: found no such folder, expected one with pictures, or a .jsonl that names them")
     files = sorted(file for file in place.rglob("*") if file.suffix.lower() in ENDINGS)
     if labels:
-        classes = sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        classes = class_folders(config)
         loose = [file.name for file in files if file.parent == place]
         if loose or not classes:
             raise TimError(f"{place}: found {f'{loose[0]} outside of them' if loose else 'no folders'}, expected pictures in a folder for "
                            "each class")
-        return [Item(file, number) for number, folder in enumerate(classes) for file in files if folder in file.parents]
+        found = {folder: [file for file in files if folder in file.parents] for folder in classes}
+        if empty := [folder.name for folder in classes if not found[folder]]:
+            logging.warning(f"{place}: {len(empty)} folders have no pictures, and count as classes; first {empty[0]}")
+        return [Item(file, number) for number, folder in enumerate(classes) for file in found[folder]]
     captions = {file: file.with_suffix(".txt") for file in files}
     without = [file for file, caption in captions.items() if not caption.is_file()]
     if without:
@@ -61,7 +75,7 @@ def scan(config: FolderConfig, labels: bool) -> list[Item]:
         try:
             items += [Item(file, _text(caption).strip())] if caption.is_file() else []
         except TimError as error:
-            logging.warning(f"{file}: left out ({error})")
+            items.append(Item(file, "", problem=str(error)))
     return items
 
 
@@ -110,8 +124,9 @@ def similar_sizes(items: list[Item], least: int) -> list[Item]:
     for size in sorted(members, key=lambda size: (sum(members[size].values()), size)):
         if sum(members[size].values()) < least:
             fits = {other: min(uncut(one, other) for one in members[size]) for other in members if other != size}
-            best = max(fits, key=lambda other: (fits[other], sum(members[other].values())), default=None)
-            if best is not None and fits[best] >= 0.8:
+            fits = {other: fit for other, fit in fits.items() if fit >= 0.8}
+            if fits:
+                best = max(fits, key=lambda other: (sum(members[other].values()) >= least, fits[other], other))
                 members[best] |= members.pop(size)
     trains_at = {one: size for size, ones in members.items() for one in ones}
     return [Item(item.file, item.told, *trains_at[item.width, item.height]) for item in items]
@@ -212,6 +227,9 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     """
     items, fitted = scan(config, labels), []
     for item in items:
+        if item.problem:
+            _skip(item, item.problem, processes)
+            continue
         try:
             with Image.open(item.file) as picture:
                 turned = picture.getexif().get(0x0112, 1) >= 5

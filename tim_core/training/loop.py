@@ -38,8 +38,12 @@ from .config import LoopConfig
 from .parallel import local, share, synchronise, whole
 
 AVERAGED = "ema"
-FREE = {f"loop.{name}" for name in ("steps", "seconds", "log_every", "save_every", "keep", "workers", "parallel", "accumulate", "compile",
-                                    "checkpointing")}  # may differ when a run goes on: they change where it ends, or how it is computed
+# Of the configuration, when a run goes on: what may be another value without a word, since it changes how the same is computed; what may
+# not be, since it is about what the run began from; and what has keys of its own.
+FREE = {"attention", "keep_start", *(f"loop.{name}" for name in ("seconds", "log_every", "save_every", "keep", "workers", "parallel",
+                                                                 "accumulate", "compile", "checkpointing"))}
+BEGUN_WITH = {"start", "alike", "model", "loop.optimizer"}
+MAPS = {"sizes", "forms", "alike", "objective_from"}
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
@@ -153,7 +157,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
                     losses[name] = losses.get(name, 0.0) + value.detach().float() / len(parts)
             losses["grad_norm"] = _clip(parameters.values(), config.clip)
             if critic:
-                _clip(critic, config.clip)
+                losses["critic_norm"] = _clip(critic, config.clip)
             for optimizer in optims:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -170,8 +174,8 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
             if logs or saves or late:
                 means = {name: float(processes.mean(value)) / counted for name, value in totals.items()}
                 if wrong := [name for name, value in means.items() if not math.isfinite(value)]:
-                    raise TimError(f"training: {wrong[0]} is {means[wrong[0]]} at step {done}, expected a number; the last checkpoint is "
-                                   "from before, and a lower loop.lr may help")
+                    raise TimError(f"training: {wrong[0]} is {means[wrong[0]]} at step {done}, expected a number; no checkpoint holds what "
+                                   "led to it, and a lower loop.lr may help")
             if logs:
                 row, totals, counted = means, {}, 0
                 elapsed = begun.seconds + time.monotonic() - began
@@ -314,11 +318,14 @@ class Begun:
 
 
 def differences(before: dict, now: dict, where: str = "") -> dict[str, list]:
-    """Dotted key -> [value before, value now], of what is not the same in two nested dicts."""
+    """Dotted key -> [value before, value now], of what two configurations both have and is not the same.
+
+    What only one has is a key of another version of the code.
+    """
     found: dict[str, list] = {}
-    for name in {**before, **now}:
-        a, b = before.get(name), now.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
+    for name in before.keys() & now.keys():
+        a, b = before[name], now[name]
+        if isinstance(a, dict) and isinstance(b, dict) and name not in MAPS:
             found |= differences(a, b, f"{where}{name}.")
         elif a != b:
             found[where + name] = [a, b]
@@ -339,21 +346,25 @@ def _resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str
     if state.get("fixed", fixed) != fixed:
         raise TimError(f"{found[-1]}: found other weights that do not learn than this run began with, expected the same; put the files "
                        "back that it began from, or take another output")
-    other = {key: both for key, both in differences(state.get("settings", settings), settings).items() if key not in FREE}
-    if other and (state["step"] >= config.steps or "loop.optimizer" in other):
-        key = "loop.optimizer" if "loop.optimizer" in other else next(iter(other))
-        raise TimError(f"{found[-1]}: {key}: found {other[key][0]!r} in the run that is here, expected {other[key][1]!r} as in the "
-                       "configuration; take another output")
+    ended = state["step"] >= config.steps
+    other = {key: both for key, both in sorted(differences(state.get("settings", settings), settings).items()) if key not in FREE}
+    if ended:
+        other.pop("loop.steps", None)
+    if wrong := [key for key in other if ended or key in BEGUN_WITH]:
+        before, now = other[wrong[0]]
+        raise TimError(f"{found[-1]}: {wrong[0]}: found {before!r} in the run that is here, expected {now!r} as in the configuration; take "
+                       "another output")
     begin_from(model, state["model"], str(found[-1]), frozen(model))
-    base = [[group["base_lr"] for group in optimizer.param_groups] for optimizer in optims]
+    options = [[{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+               for optimizer in optims]
     set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
-    for optimizer, rates in zip(optims, base):
-        for group, lr in zip(optimizer.param_groups, rates):
-            group["base_lr"] = lr
+    for optimizer, groups in zip(optims, options):
+        for group, own in zip(optimizer.param_groups, groups):
+            group.update(own)  # the configuration's, not those of the checkpoint
     set_model_state_dict(average, state[AVERAGED], options=StateDictOptions(full_state_dict=True, strict=False))
     if processes.first:
         _forget_after(folder / "metrics.csv", state["step"])
-        tqdm.write(f"{'finished already:' if state['step'] >= config.steps else 'resumed'} {found[-1]}", file=sys.stderr)
+        tqdm.write(f"{'finished already:' if ended else 'resumed'} {found[-1]}", file=sys.stderr)
         for key, (a, b) in other.items():
             tqdm.write(f"from here on {key} is {b!r}, no longer {a!r}", file=sys.stderr)
     changed = state.get("changed", {}) | ({str(state["step"]): other} if other else {})
@@ -364,14 +375,9 @@ def _forget_after(path: Path, step: int) -> None:
     """Drops the rows of metrics.csv that the resumed run will write again."""
     if path.exists():
         with path.open(newline="") as file:
-            lines = list(csv.reader(file))
-        kept = lines[:1] + [row for row in lines[1:] if len(row) == len(lines[0]) and row[0].isdecimal() and int(row[0]) <= step]
-
-        def write(beside: Path) -> None:
-            with beside.open("w", newline="") as file:
-                csv.writer(file).writerows(kept)
-
-        write_whole(path, write)
+            columns = (rows := csv.DictReader(file)).fieldnames or []
+            kept = [row for row in rows if None not in (*row, *row.values()) and row["step"].isdecimal() and int(row["step"]) <= step]
+        write_whole(path, lambda beside: _write_rows(beside, columns, kept))
 
 
 def _tensorboard(folder: Path, start: int):
@@ -383,11 +389,27 @@ def _tensorboard(folder: Path, start: int):
     return SummaryWriter(folder, purge_step=start + 1)
 
 
+def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def _log(folder: Path, row: dict, board=None) -> None:
     path = folder / "metrics.csv"
+    columns = list(row)
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="") as file:
+            columns = next(csv.reader(file))
+    if more := [name for name in row if name not in columns]:  # of a run that another version began
+        with path.open(newline="") as file:
+            before = list(csv.DictReader(file))
+        columns += more
+        write_whole(path, lambda beside: _write_rows(beside, columns, before))
     new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerow(row)

@@ -21,6 +21,8 @@ def grid(rows: list[Tensor]) -> Image.Image:
 
 @torch.no_grad()
 def show_steps(transformer: nn.Module, decode: Callable[[Tensor], Tensor], noise: Tensor, cond: Tensor, null: Tensor,
-               transport: Transport) -> Image.Image:
-    """The pictures of noise (B, C, h, w) in 1, 4 and 16 steps (cfg 2.5), a row each."""
-    return grid([decode(sample(transformer, noise, uniform(steps), cond, null, transport=transport, cfg=2.5)[0]) for steps in STEPS])
+               transport: Transport, autocast: bool) -> Image.Image:
+    """The pictures of noise (B, C, h, w) in 1, 4 and 16 steps (cfg 2.5), a row each; the transformer in bfloat16 where `autocast`."""
+    with torch.autocast(noise.device.type, torch.bfloat16, enabled=autocast):
+        latents = [sample(transformer, noise, uniform(steps), cond, null, transport=transport, cfg=2.5)[0] for steps in STEPS]
+    return grid([decode(latent.float()) for latent in latents])

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import checkpoint, previews, shapes
-from ..attention import BACKENDS
+from ..attention import get_attention
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
 from ..errors import TimError
@@ -39,7 +39,7 @@ class TextToImage(nn.Module):
         self.text = TextEncoder(gemma_config(config.text), tokenizer, escape=False)
         shape = config.transformer
         self.transformer = TransitionTransformer(TransformerConfig(
-            in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)), attention=BACKENDS[config.attention])
+            in_channels=latent_channels, text_dim=config.text.hidden_size, **vars(shape)), attention=get_attention(config.attention))
         self.transformer.initialize_weights()
         self.critic = copy.deepcopy(self.transformer) if config.matching else None
         if self.critic is not None:
@@ -157,7 +157,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         noise = torch.randn(len(prompts), channels, height // factor, width // factor, generator=torch.Generator().manual_seed(loop.seed))
         device = next(average.parameters()).device
         cond, null = average.text.conditioning(prompts)
-        return show_steps(average.transformer, coder.to(device).decode, noise.to(device), cond, null, transport)
+        return show_steps(average.transformer, coder.to(device).decode, noise.to(device), cond, null, transport, loop.autocast)
 
     preview = functools.cache(lambda: previews.fit(autoencoder, previews.drawn(100, 8 * factor, loop.seed)))
 

@@ -24,7 +24,7 @@ from tim_core import Pipeline  # noqa: E402
 from tim_core.evaluate import evaluate  # noqa: E402
 from tim_core.training import run  # noqa: E402
 
-TASKS = ("single", "colors")
+TASKS, STEPS = ("single", "colors"), (1, 2, 4, 16)
 PAPER = {"epsilon": 0.005, "diffusion_ratio": 0.5, "consistency_ratio": 0.1}
 FLOW_MATCHING = {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}
 VARIANTS: dict[str, dict] = {
@@ -65,14 +65,20 @@ def train_and_score(variant: str, seed: int, args: argparse.Namespace) -> None:
     config, text = folder / "config.yaml", yaml.safe_dump(configuration(variant, seed, folder, args.steps, args.batch, args.compile))
     if config.exists() and config.read_text() != text:
         raise SystemExit(f"{config}: found another configuration than was asked for, expected the same, or another --folder")
-    if (folder / "scores" / "report.json").exists():
+    if set(STEPS) <= scored(folder).keys():
         return
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(text)
     (model,) = run([config])
     mode = "diffusion" if variant == "twin" else "transition"
-    evaluate(Pipeline.load(model, device=args.device), (1, 2, 4, 16), 2.5, 60, 4, seed=0, output=folder / "scores", tasks=TASKS,
+    evaluate(Pipeline.load(model, device=args.device), STEPS, 2.5, 60, 4, seed=0, output=folder / "scores", tasks=TASKS,
              width=48, height=48, mode=mode)
+
+
+def scored(folder: Path) -> dict[int, dict]:
+    """Steps -> point of its report, as far as a run has come."""
+    report = folder / "scores" / "report.json"
+    return {point["steps"]: point for point in json.loads(report.read_text())["curve"]} if report.exists() else {}
 
 
 def rows(folder: Path) -> list[str]:
@@ -80,16 +86,15 @@ def rows(folder: Path) -> list[str]:
     found: dict[str, list[tuple[dict, float]]] = {}
     for variant in VARIANTS:
         for place in sorted(folder.glob(f"{variant}-[0-9]*")):
-            report = place / "scores" / "report.json"
-            if place.name.rsplit("-", 1)[0] == variant and report.exists():
+            points = scored(place)
+            if place.name.rsplit("-", 1)[0] == variant and set(STEPS) <= points.keys():
                 with (place / "metrics.csv").open() as file:
                     last = list(csv.DictReader(file))[-1]
-                points = {point["steps"]: point for point in json.loads(report.read_text())["curve"]}
                 found.setdefault(variant, []).append((points, float(last["seconds"]) / float(last["step"])))
     lines = ["| variant | seeds | 1 step | 2 | 4 | 16 | seconds a step |", "|---|---|---|---|---|---|---|"]
     for variant, runs in found.items():
         cells = []
-        for steps in (1, 2, 4, 16):
+        for steps in STEPS:
             scores = [points[steps]["overall"] for points, _ in runs]
             mean = sum(scores) / len(scores)
             within = sum(points[steps]["stderr"] ** 2 for points, _ in runs) / len(runs) ** 2

@@ -251,6 +251,9 @@ def test_a_lora_starts_as_nothing_and_learns(tmp_path, tiny, data):
     layers = {name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
     assert made.name == "lora.safetensors" and all(name.startswith("diffusion_model.blocks.") for name in tensors)
     assert all({f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", f"{layer}.alpha"} <= tensors.keys() for layer in layers)
+    said = str(checkpoint.describe(made))
+    assert "a LoRA" in said and "training, 4 steps of:" in said and '"rank": 2' in said
+    assert "the state of a training run" in str(checkpoint.describe(tmp_path / "lora" / "step-00000004.pt"))
     layer = "diffusion_model.blocks.0.attn.qkv"
     assert tensors[f"{layer}.lora_B.weight"].abs().max() > 0 and tensors[f"{layer}.alpha"] == 4
 

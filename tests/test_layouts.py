@@ -34,6 +34,7 @@ class Painter:
 
 
 def write(folder, lines):
+    folder.mkdir(exist_ok=True)
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -73,6 +74,13 @@ def test_a_prompt_without_all_of_its_pictures_is_made_again(tmp_path):
     (folder / "00001" / "samples" / "00002.png").unlink()
     make(Painter(), tmp_path, GENEVAL, "geneval")
     assert len(list((folder / "00001" / "samples").iterdir())) == 4
+
+
+def test_lines_that_geneval_cannot_judge_are_told(tmp_path, caplog):
+    make(Painter(), tmp_path, GENEVAL, "geneval")
+    assert not caplog.text
+    make(Painter(), tmp_path / "more", [*GENEVAL, {"prompt": "a bare one"}], "geneval")
+    assert "1 lines have no \"tag\" and \"include\", first 'a bare one'" in caplog.text
 
 
 @pytest.mark.parametrize("line", [{"text": "no name"}, {"item_id": "with.dot", "text": "its evaluator cuts at the dot"}])

@@ -319,7 +319,7 @@ def describe(path: str | Path) -> Description:
         tensors, metadata = open_state_dict(place)
         if any(find(tensors, part) for part in TITLES):
             raise
-        return Description(str(path), guess(tensors), (), None, None, False, metadata)
+        return Description(str(path), guess(tensors), (), None, None, False, {**metadata, **_lora_record(metadata)})
     described = tuple(_describe_part(parts, part) for part in TITLES if part in parts)
     kind = "TiM checkpoint" if TRANSFORMER in parts and len(described) > 1 else " + ".join(part.title for part in described)
     if TRANSFORMER in parts:
@@ -335,6 +335,14 @@ def describe(path: str | Path) -> Description:
         parts.metadata,
         (parts.record(TRANSFORMER).get("preview") or {}).get("r2") if TRANSFORMER in parts else None,
     )
+
+
+def _lora_record(metadata: Mapping[str, str]) -> dict:
+    """How a LoRA of ours was trained, from its metadata."""
+    try:
+        return {"training": json.loads(metadata["tim_lora"])}
+    except (LookupError, ValueError, TypeError):
+        return {}
 
 
 def _describe_part(parts: Parts, part: str) -> PartDescription:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +106,10 @@ def make_pictures(
     if layout == "dpg" and (images != 4 or width != height):
         raise TimError(f"layout: found {images} pictures of {width}x{height}, expected 4 square ones for dpg: its evaluator cuts a square")
     lines, folder = read_prompts(prompts, named=layout == "dpg"), Path(output).expanduser()
+    bare = [line for line in lines if not {"tag", "include"} <= line.metadata.keys()]
+    if layout == "geneval" and bare and processes.first:
+        first = repr(bare[0].prompt[:40])
+        logging.warning(f'{prompts}: {len(bare)} lines have no "tag" and "include", first {first}: GenEval cannot judge them')
     make_folder(folder)
     asked = hashlib.sha256(repr(lines).encode()).hexdigest()
     settings = {"model": model, "prompts": asked, "layout": layout, "steps": steps, "cfg": cfg, "images": images, "seed": seed,

@@ -57,6 +57,7 @@ LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
 
 # Other models' key names, for the message that says what a file is.
 STRANGERS = (
+    (("optimizers.state",), "the state of a training run, to go on with and not to use"),
     (("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight"), "a LoRA"),
     (("input_blocks.0.0.weight", "label_emb.0.0.weight"), "an SDXL UNet-like state dict"),
     (("input_blocks.0.0.weight",), "a Stable Diffusion UNet-like state dict"),
@@ -193,6 +194,9 @@ def guess(tensors: Mapping[str, Tensor]) -> str:
     for marks, title in STRANGERS:
         if title == "a LoRA":
             if any(key.endswith(marks) for key in names):
+                break
+        elif marks == ("optimizers.state",):
+            if any(key.startswith(marks) for key in names):
                 break
         elif all(mark in suffixes for mark in marks):
             break

@@ -54,7 +54,7 @@ def scan(config: FolderConfig, labels: bool) -> list[Item]:
         lines = enumerate(_text(place).split("\n"), 1)
         return [_line(place, number, line, labels) for number, line in lines if line.strip()]
     if not place.is_dir():
-        raise TimError(f"{place}: found no such folder, expected one with pictures, or a .jsonl that names them")
+        raise TimError(f"data.path: {place}: found no such folder, expected one with pictures, or a .jsonl that names them")
     files = sorted(file for file in place.rglob("*") if file.suffix.lower() in ENDINGS)
     if labels:
         classes = class_folders(config)

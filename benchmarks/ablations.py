@@ -8,7 +8,6 @@ single objects at 48 x 48, of which the two tasks `single` and `colors` are scor
 """
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -21,10 +20,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tim_core import Pipeline  # noqa: E402
-from tim_core.evaluate import evaluate  # noqa: E402
+from tim_core.evaluate import difference, draws, evaluate, unpack  # noqa: E402
 from tim_core.training import run  # noqa: E402
 
-TASKS, STEPS = ("single", "colors"), (1, 2, 4, 16)
+TASKS, STEPS, PROMPTS, IMAGES = ("single", "colors"), (1, 2, 4, 16), 60, 4
 PAPER = {"epsilon": 0.005, "diffusion_ratio": 0.5, "consistency_ratio": 0.1}
 FLOW_MATCHING = {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}
 VARIANTS: dict[str, dict] = {
@@ -71,7 +70,7 @@ def train_and_score(variant: str, seed: int, args: argparse.Namespace) -> None:
     config.write_text(text)
     (model,) = run([config])
     mode = "diffusion" if variant == "twin" else "transition"
-    evaluate(Pipeline.load(model, device=args.device), STEPS, 2.5, 60, 4, seed=0, output=folder / "scores", tasks=TASKS,
+    evaluate(Pipeline.load(model, device=args.device), STEPS, 2.5, PROMPTS, IMAGES, seed=0, output=folder / "scores", tasks=TASKS,
              width=48, height=48, mode=mode)
 
 
@@ -82,27 +81,33 @@ def scored(folder: Path) -> dict[int, dict]:
 
 
 def rows(folder: Path) -> list[str]:
-    """Markdown: a variant a line, means over seeds; the error is that of the pictures and the seeds together."""
-    found: dict[str, list[tuple[dict, float]]] = {}
+    """Markdown: scores, and what each variant has over `paper` on the same pictures and noise, at the seeds that both have."""
+    found: dict[str, dict[str, dict]] = {}
     for variant in VARIANTS:
         for place in sorted(folder.glob(f"{variant}-[0-9]*")):
-            points = scored(place)
-            if place.name.rsplit("-", 1)[0] == variant and set(STEPS) <= points.keys():
-                with (place / "metrics.csv").open() as file:
-                    last = list(csv.DictReader(file))[-1]
-                found.setdefault(variant, []).append((points, float(last["seconds"]) / float(last["step"])))
-    lines = ["| variant | seeds | 1 step | 2 | 4 | 16 | seconds a step |", "|---|---|---|---|---|---|---|"]
+            name, seed = place.name.rsplit("-", 1)
+            if name == variant and set(STEPS) <= (points := scored(place)).keys():
+                found.setdefault(variant, {})[seed] = points
+    wanted = draws(TASKS, PROMPTS, IMAGES, seed=0)
+    lines = ["| variant | seeds | 1 step | 2 | 4 | 16 | over paper: 1 step | 2 | 4 | 16 |", "|---|---|---|---|---|---|---|---|---|---|"]
     for variant, runs in found.items():
-        cells = []
+        shared = [seed for seed in runs if seed in found.get("paper", {})] if variant != "paper" else []
+        cells = [middle([(points[steps]["overall"], points[steps]["stderr"]) for points in runs.values()], "") for steps in STEPS]
         for steps in STEPS:
-            scores = [points[steps]["overall"] for points, _ in runs]
-            mean = sum(scores) / len(scores)
-            within = sum(points[steps]["stderr"] ** 2 for points, _ in runs) / len(runs) ** 2
-            between = sum((score - mean) ** 2 for score in scores) / max(1, len(runs) - 1) / len(runs)
-            cells.append(f"{mean:.3f} ± {math.sqrt(max(within, between)):.3f}")
-        seconds = sorted(time for _, time in runs)[len(runs) // 2]
-        lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} | {seconds:.3f} |")
+            pairs = [(unpack(found["paper"][seed][steps]["right"]), unpack(runs[seed][steps]["right"])) for seed in shared]
+            cells.append(middle([tuple(difference(wanted, *pair).values()) for pair in pairs], "+"))
+        lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
     return lines
+
+
+def middle(values: list[tuple[float, float]], sign: str) -> str:
+    """The mean over seeds of (value, standard error); its error is the larger of what the pictures and what the seeds make of it."""
+    if not values:
+        return ""
+    mean = sum(value for value, _ in values) / len(values)
+    within = sum(error**2 for _, error in values) / len(values) ** 2
+    between = sum((value - mean) ** 2 for value, _ in values) / max(1, len(values) - 1) / len(values)
+    return f"{mean:{sign}.3f} ± {math.sqrt(max(within, between)):.3f}"
 
 
 def main() -> None:

@@ -253,7 +253,7 @@ def draw_curve(curve: Sequence[dict], twin: Sequence[dict] = (), width: int = 90
     pen.text((left, 14), "share of right pictures, mean of the tasks (bars: two standard errors)", "#222222", font)
     if twin:
         pen.text((right - 8, 14), "grey: the twin", "#888888", font, "ra")
-    for points, ink, named in ((twin, "#999999", False), (curve, "#2060c0", True)):
+    for points, others, ink, named in ((twin, curve, "#999999", False), (curve, twin, "#2060c0", True)):
         places = [at(point["nfe"], point["overall"]) for point in points]
         pen.line(places, ink, 3)
         for (x, y), point in zip(places, points):
@@ -261,7 +261,11 @@ def draw_curve(curve: Sequence[dict], twin: Sequence[dict] = (), width: int = 90
             pen.line((x, up, x, down), ink, 2)
             pen.ellipse((x - 5, y - 5, x + 5, y + 5), ink)
             steps = f"{point['steps']} step{'s' if point['steps'] > 1 else ''}\n" if named else ""
-            above = (y - top > 50) == named
-            pen.multiline_text((x, up - 6 if above else down + 6), f"{steps}{point['overall']:.2f}", "#222222" if named else ink, small,
-                               "md" if above else "ma", align="center")
+            text = f"{steps}{point['overall']:.2f}"
+            beaten = any(other["nfe"] == point["nfe"] and other["overall"] > point["overall"] for other in others)
+            if beaten and bottom - down < 60 or not beaten and up - top < 50:  # no room on its own side of the bars
+                place, anchor = (x + 9, y), "lm"
+            else:
+                place, anchor = ((x, down + 6), "ma") if beaten else ((x, up - 6), "md")
+            pen.multiline_text(place, text, "#222222" if named else ink, small, anchor, align="center")
     return picture

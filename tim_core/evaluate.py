@@ -263,9 +263,9 @@ def draw_curve(curve: Sequence[dict], twin: Sequence[dict] = (), width: int = 90
             steps = f"{point['steps']} step{'s' if point['steps'] > 1 else ''}\n" if named else ""
             text = f"{steps}{point['overall']:.2f}"
             beaten = any(other["nfe"] == point["nfe"] and other["overall"] > point["overall"] for other in others)
-            if beaten and bottom - down < 60 or not beaten and up - top < 50:  # no room on its own side of the bars
+            if beaten and bottom - down < 60:  # no room below its bars
                 place, anchor = (x + 9, y), "lm"
             else:
-                place, anchor = ((x, down + 6), "ma") if beaten else ((x, up - 6), "md")
+                place, anchor = ((x, down + 6), "ma") if beaten or up - top < 50 else ((x, up - 6), "md")
             pen.multiline_text(place, text, "#222222" if named else ink, small, anchor, align="center")
     return picture

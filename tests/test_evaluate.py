@@ -10,7 +10,7 @@ from PIL import Image
 
 from tim_core import Pipeline, TimError
 from tim_core.contact_sheet import contact_sheet, step_label, to_pil, to_tensor
-from tim_core.evaluate import difference, draw_curve, draws, evaluate, falls, pack, score, summarise, unpack
+from tim_core.evaluate import difference, draw_curve, draws, evaluate, falls, pack, read_report, score, summarise, unpack
 from tim_core.processes import Processes
 from tim_core.shapes import TASKS, place, render, scoring_prompts
 
@@ -225,3 +225,10 @@ def test_processes_share_the_pictures(tmp_path):
 class Unshared(Processes):
     def total(self, value):
         return value
+
+
+def test_a_report_without_what_a_curve_needs_is_no_report(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"pictures": {}, "curve": [{"right": "01", "steps": 1}]}))
+    with pytest.raises(TimError, match="found something else, expected a report.json"):
+        read_report(path)

@@ -208,7 +208,8 @@ def read_report(path: str | Path, pictures: dict | None = None) -> dict:
         found = report["pictures"]
         for point in report["curve"]:
             unpack(point["right"])
-            point["steps"], point["cfg"], point["nfe"], point["overall"], point["stderr"], point["tasks"]
+            if missing := {"steps", "cfg", "nfe", "overall", "stderr", "tasks"} - point.keys():
+                raise KeyError(missing)
     except OSError as error:
         raise TimError(f"{path}: cannot be read ({error.strerror}), expected a report.json") from None
     except (ValueError, TypeError, LookupError):

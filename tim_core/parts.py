@@ -55,10 +55,12 @@ WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 GEMMA_1B_WIDTH = 1152
 LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
 
-# Other models' key names, for the message that says what a file is.
-STRANGERS = (
+# Key names for the message that says what a file is: one key that begins or ends so tells the first, all of them together the others.
+TELLING = (
     (("optimizers.state",), "the state of a training run, to go on with and not to use"),
     (("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight"), "a LoRA"),
+)
+STRANGERS = (
     (("input_blocks.0.0.weight", "label_emb.0.0.weight"), "an SDXL UNet-like state dict"),
     (("input_blocks.0.0.weight",), "a Stable Diffusion UNet-like state dict"),
     (("add_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"), "an SDXL UNet-like state dict (diffusers)"),
@@ -191,17 +193,9 @@ def guess(tensors: Mapping[str, Tensor]) -> str:
     """What a state dict that is none of ours looks like, in words."""
     names = set(tensors)
     suffixes = {key.partition(".")[2] for key in names} | {key.split(".", 2)[-1] for key in names} | names
-    for marks, title in STRANGERS:
-        if title == "a LoRA":
-            if any(key.endswith(marks) for key in names):
-                break
-        elif marks == ("optimizers.state",):
-            if any(key.startswith(marks) for key in names):
-                break
-        elif all(mark in suffixes for mark in marks):
-            break
-    else:
-        title = "an unknown state dict"
+    told = [title for marks, title in TELLING if any(key.startswith(marks) or key.endswith(marks) for key in names)]
+    told += [title for marks, title in STRANGERS if all(mark in suffixes for mark in marks)]
+    title = told[0] if told else "an unknown state dict"
     shown = ", ".join(list(tensors)[:3])
     return f"{title}: {len(tensors)} tensors" + (f", first keys {shown}" if shown else "")
 

@@ -398,21 +398,17 @@ def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
 
 def _log(folder: Path, row: dict, board=None) -> None:
     path = folder / "metrics.csv"
-    columns = list(row)
-    if path.exists() and path.stat().st_size:
-        with path.open(newline="") as file:
-            columns = next(csv.reader(file))
-    if more := [name for name in row if name not in columns]:  # of a run that another version began
-        with path.open(newline="") as file:
-            before = list(csv.DictReader(file))
+    if not path.exists() or not path.stat().st_size:
+        _write_rows(path, list(row), [])
+    with path.open(newline="") as file:
+        columns = list((rows := csv.DictReader(file)).fieldnames)
+        more = [name for name in row if name not in columns]
+        before = list(rows) if more else []
+    if more:  # of a run that another version began
         columns += more
         write_whole(path, lambda beside: _write_rows(beside, columns, before))
-    new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+        csv.DictWriter(file, columns).writerow(row)
     if board is not None:
         for name, value in row.items():
             if name != "step":

@@ -21,7 +21,7 @@ def draws(transport, seed=5):
 
 
 def loss(model, transport=OTFM(), x=None, **settings):
-    given = {name: settings.pop(name) for name in ("y_null", "ema_model", "plain_model", "h_target") if name in settings}
+    given = {name: settings.pop(name) for name in ("y_null", "ema_model", "teacher", "plain_model", "h_target") if name in settings}
     x = gaussian(*SHAPE) if x is None else x
     return transition_loss(
         model, x, gaussian(*SHAPE, seed=1), gaussian(B, 2, 3, seed=2), transport=transport,
@@ -98,6 +98,26 @@ def test_composed_targets_by_hand():
     model = Smooth()
     loss(model, target="composed")
     assert model.batches == [(B, True)] + [(B - n, False)] * 2
+
+
+def test_a_teachers_answers_are_the_target_of_every_item():
+    teacher, model, heard = Smooth(), Smooth(), []
+    teacher.w.data.fill_(0.4)
+
+    def answers(x_t, t, r):
+        heard.append((x_t, t, r))
+        return teacher(x_t, t, r, None)
+
+    out = loss(model, target="teacher", teacher=answers)
+    ((x_t, t, r),) = heard
+    assert torch.equal(x_t, out.x_t) and torch.equal(t, out.t.flatten()) and torch.equal(r, out.r.flatten())
+    assert torch.equal(out.F_target, teacher(x_t, t, r, None)) and (out.denoising_loss > 0).all()
+    out.total.backward()
+    assert model.batches == [(B, True)] and teacher.w.grad is None and model.w.grad > 0
+    with pytest.raises(TimError, match="teacher is missing"):
+        loss(model, target="teacher")
+    with pytest.raises(TimError, match="enhance_target"):
+        ObjectiveConfig(target="teacher", enhance_target=True)
 
 
 def test_the_floor_of_the_adaptive_weight():

@@ -73,7 +73,7 @@ FLOORS = """
     checkpoint upscale
     parts
     text_encoder
-    objective matching sampler autoencoder transformer previews
+    objective matching distillation sampler autoencoder transformer previews
     transport schedule config attention rope shapes contact_sheet imagenet weights
     files processes
     errors

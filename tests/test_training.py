@@ -67,6 +67,11 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nkeep_start: 0.5", "keep_start"),
     ("kind: tim\noutput: x\nautoencoder: y\nmatching: {teacher: start}", "matching.teacher"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\nmatching: {teacher: none}", "teacher"),
+    ("kind: tim\noutput: x\nautoencoder: y\ndistillation: {}", "distillation"),
+    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ndistillation: {times: [1.0, 0.5, 0.75]}", "distillation: times"),
+    ("kind: tim\noutput: x\nautoencoder: y\nfreeze_text: true", "freeze_text"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: teacher}", "objective.target"),
+    ("kind: finetune\noutput: x\nmodel: y\ndata: {path: z}\nobjective: {target: teacher}", "objective.target"),
     ("kind: tim\noutput: x\nautoencoder: y\nalike: {above: higher}", "alike"),
     ("kind: tim\noutput: x\nautoencoder: y\nalike: {above: above}", "alike"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ncheckpoint: z\nkeep_start: 0.5", "checkpoint"),
@@ -118,7 +123,7 @@ def test_bad_configurations_name_the_key(tmp_path, text, named):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(TimError) as error:
-        read(path, KINDS)
+        read(path, {**KINDS, "finetune": FineTuning})
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
@@ -540,6 +545,27 @@ def test_the_teacher_of_the_matching_is_the_averaged_network_or_what_the_run_beg
     assert same[0] and not any(same[2:]) and found["killed"] == found["start"]
     weights = [checkpoint.open_state_dict(files[name])[0] for name in ("start", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_distilling_what_the_run_began_from(tmp_path, monkeypatch):
+    """The text model stays, the first jumps change, and a run that dies goes on with the same teacher."""
+    first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
+    files, found = {}, {}
+    for name in ("whole", "killed"):
+        path = tim_yaml(tmp_path, "adamw", name)
+        text = path.read_text().replace("log_every: 2", "log_every: 1, lr: 0.01, ema: 0.5").replace("{epsilon: 0.01}", "{target: teacher}")
+        path.write_text(f"start: {first}\nfreeze_text: true\ndistillation: {{share: 0.5}}\n{text}")
+        if name == "killed":
+            killed(monkeypatch, path, "_save", at=4)
+        (files[name],) = run([path])
+        found[name] = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
+    assert [row["distillation"] for row in found["whole"]] == [row["distillation"] for row in found["killed"]]
+    began, ended = (float(found["whole"][step]["diffusion"]) for step in (0, -1))
+    assert began < 1e-6 < 1e-3 < ended  # the teacher is where the run began, and stays there
+    begun, whole, again = (checkpoint.open_state_dict(file)[0] for file in (first, files["whole"], files["killed"]))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    changed = {name.split(".")[0] for name in begun if not torch.equal(begun[name], whole[name])}
+    assert changed == {"model"}, changed
 
 
 @pytest.mark.parametrize("target, said", [("model.bin", "'.bin'"), ("", "a folder"), ("nowhere/model.safetensors", "no folder")])

@@ -32,7 +32,8 @@ class ObjectiveConfig:
     consistency_ratio: float = 0.1  # share of the batch, from its end, with r = T_min
     derivative: str = "dde"  # "dde", the central difference of Eq. 10, or "jvp", forward-mode differentiation
     epsilon: float = 0.005  # half the width of the central difference
-    target: str = "differential"  # of transitions: Eq. 9, or "composed", F(t, r) from F(t, s) and F(s, r), ours
+    # of transitions: Eq. 9, or "composed", F(t, r) from F(t, s) and F(s, r), ours; or of all items "teacher", what another network answers
+    target: str = "differential"
     adaptive_floor: float = 1e-5  # added to an item's loss before its inverse is taken as the item's weight
     weight_time_type: str = "sqrt"
     weight_time_tangent: bool = True  # weigh tan t - tan r (wins over the sigmoid)
@@ -49,8 +50,10 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.derivative not in ("dde", "jvp"):
             raise TimError(f"objective: derivative is '{self.derivative}', expected 'dde' or 'jvp'")
-        if self.target not in ("differential", "composed"):
-            raise TimError(f"objective: target is '{self.target}', expected 'differential' or 'composed'")
+        if self.target not in ("differential", "composed", "teacher"):
+            raise TimError(f"objective: target is '{self.target}', expected 'differential', 'composed' or 'teacher'")
+        if self.target == "teacher" and self.enhance_target:
+            raise TimError("objective: enhance_target is on with target 'teacher', expected off: what a teacher answers is not guided")
         if self.weight_time_type not in TIME_WEIGHTS:
             expected = ", ".join(repr(name) for name in TIME_WEIGHTS)
             raise TimError(f"objective: weight_time_type is '{self.weight_time_type}', expected one of {expected}")
@@ -144,6 +147,7 @@ def transition_loss(
     generator: torch.Generator | None = None,
     y_null: Tensor | None = None,
     ema_model: Model | None = None,
+    teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     h_target: Tensor | None = None,
     plain_model: Model | None = None,
 ) -> Losses:
@@ -153,6 +157,7 @@ def transition_loss(
     transitions: whether the whole batch has any. Then every part runs the network as often: where weights are shared they have to.
     between: uniform numbers (B,) for the times that composed targets go over, else made with `generator`.
     ema_model: for config.enhance_target, which also asks for y_null (B, ...), and in place of the model for composed targets.
+    teacher(x_t, t, r) -> F: for target "teacher", with its own conditions inside.
     h_target (B, N, z_dim): asks for the REPA term. plain_model: the same weights without a training wrapper (DDP), for the derivative.
     """
     if times is None:
@@ -171,11 +176,11 @@ def transition_loss(
 
     with torch.no_grad():
         dF_dt = torch.zeros_like(F_pred)
-        rest, composed = slice(n_diffusion, None), config.target == "composed"
+        rest, composed, taught = slice(n_diffusion, None), config.target == "composed", config.target == "teacher"
         some = slice(min(n_diffusion, len(x) - 1), None)  # the rest, or one item whose answer nobody needs
         if transitions is None:
             transitions = n_diffusion < len(x)
-        if transitions and not composed:
+        if transitions and not composed and not taught:
             derive = _difference if config.derivative == "dde" else _forward_mode
             found = derive(plain_model or model, x[some], noise[some], t[some], r[some], y[some], transport, config)
             dF_dt[rest] = found[n_diffusion - some.start :].to(dF_dt.dtype)
@@ -192,6 +197,10 @@ def transition_loss(
             s = r + (t - r) * between.to(t).view(-1, 1, 1, 1)
             found = _composed(teacher, x_t[some], t[some], s[some], r[some], y[some], transport)
             F_target[rest] = found[n_diffusion - some.start :].to(F_target.dtype)
+        if taught:
+            if teacher is None:
+                raise TimError("objective: target is 'teacher' and teacher is missing, expected the network that answers")
+            F_target = _wide(teacher(*arguments[:3]))
 
     # Where a transport has no finite target the item counts as learned: its loss and its gradient are 0, not NaN.
     goal = torch.where(F_target.isfinite(), F_target, F_pred.detach())

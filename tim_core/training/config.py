@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from ..attention import BACKENDS
+from ..distillation import DistillationConfig
 from ..errors import TimError
 from ..matching import MatchingConfig
 from ..objective import ObjectiveConfig
@@ -204,6 +205,8 @@ class TransitionTraining:
     objective: ObjectiveConfig = ObjectiveConfig()
     objective_from: dict[str, ObjectiveConfig] = field(default_factory=dict)   # step -> the objective from that step on
     matching: MatchingConfig | None = None       # distribution matching beside the objective; none: without
+    distillation: DistillationConfig | None = None   # of the guided flow of `start` into the first jumps; none: without
+    freeze_text: bool = False                    # the text model stays what it is in `start`
     text_dropout: float = 0.1
     shift_base: int | None = None                # pixels a side at which times are not shifted (Eq. 50: 1024); none: never shifted
     attention: str = "math"                      # the fastest on a CPU; or "sdpa" or, on a GPU, "flash"
@@ -217,14 +220,28 @@ class TransitionTraining:
             _check(word in WORDS and other in WORDS and word != other, "alike", f"{word}: {other}", "two words of the small world")
         _check(self.start or not self.matching or self.matching.teacher != "start", "matching.teacher", "start",
                "average without start: there are no weights that the run begins from")
+        _check(self.start or not self.distillation, "distillation", "one", "none without start, whose flow is distilled")
+        _check(self.start or not self.freeze_text, "freeze_text", True, "false without start: there is no text model to keep")
         _check(0 <= self.keep_start < 1 and (self.start or not self.keep_start), "keep_start", self.keep_start,
                "0 to below 1, and 0 without start")
         _check(not self.keep_start or self.checkpoint != self.start, "checkpoint", self.checkpoint,
                "another file than start, whose weights are kept")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check_times(self.p_mean, self.p_std, self.shift_base)
-        for objective in (self.objective, *self.objective_from.values()):
+        for objective in self.objectives:
             _check_attention(self.attention, objective, self.loop.autocast)
+            _check(self.start or objective.target != "teacher", "objective.target", "teacher",
+                   "differential or composed without start, whose answers are the target")
+
+    @property
+    def objectives(self) -> tuple[ObjectiveConfig, ...]:
+        return (self.objective, *self.objective_from.values())
+
+    @property
+    def taught(self) -> bool:
+        """Whether anything is learned from the weights that the run began from."""
+        return bool(self.distillation) or bool(self.matching and self.matching.teacher == "start") or any(
+            objective.target == "teacher" for objective in self.objectives)
 
     def objective_at(self, step: int) -> ObjectiveConfig:
         begun = [int(first) for first in self.objective_from if int(first) <= step]
@@ -295,6 +312,7 @@ class FineTuning:
         _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 to below 1")
         _check_times(self.p_mean, self.p_std, self.shift_base)
         _check_attention(self.attention, self.objective, self.loop.autocast)
+        _check(self.objective.target != "teacher", "objective.target", "teacher", "differential or composed for fine-tuning")
 
 
 def time_shift(height: int, width: int, base: int | None) -> float:

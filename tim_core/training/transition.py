@@ -14,6 +14,7 @@ from .. import checkpoint, previews, shapes
 from ..attention import get_attention
 from ..autoencoder import Autoencoder
 from ..config import TransformerConfig
+from ..distillation import DistillationDraws, distillation_loss, draw_distillation
 from ..errors import TimError
 from ..matching import MatchingDraws, draw_matching, matching_losses
 from ..objective import transition_loss
@@ -24,7 +25,7 @@ from ..transport import OTFM
 from .config import TextShape, TransitionTraining, recorded, target, time_shift
 from .data import ShapesBatches
 from .draws import draw
-from .loop import begin_from, follower, train
+from .loop import begin_from, compile_blocks, follower, train
 from .repa import ImageEncoder, check_projector, shown
 from .samples import show_steps
 from .tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
@@ -54,6 +55,15 @@ class TextToImage(nn.Module):
         ids, mask = self.text.tokenize(prompts)
         device = self.text.device
         return self.text.encode_ids(ids[:, :length].to(device), mask[:, :length].to(device))
+
+
+def some_of(share: float, total: int, part: Part, name: str) -> int:
+    """How many of a batch's items a setting is about. TimError where some processes or accumulated parts would get none."""
+    count = max(1, round(share * total))
+    if count < part.count:
+        raise TimError(f"training config: {name}.share: found {count} of a batch for {part.count} processes or accumulated parts, expected "
+                       "at least as many")
+    return count
 
 
 def gemma_config(shape: TextShape) -> dict:
@@ -91,8 +101,11 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
     own = words.clone()
     for word, other in config.alike.items():
         words[ids[WORD_START + word]] += own[ids[WORD_START + other]]
-    teacher = follower(model, share_fixed=False).eval() if config.matching and config.matching.teacher == "start" else None
-    check_projector(model.transformer, image_encoder, config.objective, *config.objective_from.values())
+    model.text.requires_grad_(not config.freeze_text)
+    teacher = follower(model, share_fixed=False).eval() if config.taught else None
+    if teacher is not None and loop.compile:
+        compile_blocks(teacher)
+    check_projector(model.transformer, image_encoder, *config.objectives)
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
     coder = copy.deepcopy(autoencoder)  # goes to the device of the run
@@ -105,50 +118,62 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         coder.to(device)
         shape = (total, channels, pictures.shape[2] // factor, pictures.shape[3] // factor)
         drawn = draw(shape, config.text_dropout, transport, objective, time_shift(*pictures.shape[2:], config.shift_base))
-        jumps = max(1, round(config.matching.share * total)) if config.matching else 0
-        if 0 < jumps < part.count:
-            raise TimError(f"training config: matching.share: found {jumps} jumps in a batch for {part.count} processes or accumulated "
-                           "parts, expected at least as many")
-        draws = draw_matching((jumps, *shape[1:]), config.matching) if jumps else None
+        matching, distilled = (
+            setting and drawing((some_of(setting.share, total, part, name), *shape[1:]), setting)
+            for name, setting, drawing in (("matching", config.matching, draw_matching),
+                                           ("distillation", config.distillation, draw_distillation)))
         share, own = part.share(total), drawn.of(part, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
+            told = ["" if drop else prompt for drop, prompt in zip(drawn.dropped, prompts)]
+            y = model.features(part.of(told), model.longest(told))
             with torch.no_grad():
                 pixels = part.of(pictures).to(device).contiguous(memory_format=torch.channels_last)
                 latents = coder.encode(pixels).float()
-            told = ["" if drop else prompt for drop, prompt in zip(drawn.dropped, prompts)]
-            y = model.features(part.of(told), model.longest(told))
+                y_null = model.features([""], y.shape[1]).expand_as(y)
+                theirs = None
+                if teacher is not None:
+                    theirs = teacher.to(device).features(part.of(told), y.shape[1]), teacher.features([""], y.shape[1])
             taught: dict = {}
             if objective.enhance_target or objective.target == "composed":
                 taught["ema_model"] = average.transformer
-            if objective.enhance_target or draws:
-                with torch.no_grad():
-                    y_null = model.features([""], y.shape[1]).expand_as(y)
             if objective.enhance_target:
                 taught["y_null"] = y_null
+            if objective.target == "teacher":
+                taught["teacher"] = lambda x_t, t, r: teacher.transformer(x_t, t, r, theirs[0])
             if image_encoder is not None:
                 taught["h_target"] = shown(image_encoder, pixels, latents, model.transformer.config)
             losses = transition_loss(
                 model.transformer, latents, own.noise, y, transport=transport, config=objective, times=(own.t, own.r, own.n_diffusion),
                 transitions=drawn.n_diffusion < total, between=own.between, **taught)
             found = {"loss": losses.total * share}
-            if draws:
-                found |= matched(model, average, part, part.of(told), latents, y, y_null, draws)
+            if matching:
+                found |= matched(model, average, part, latents, y, y_null, theirs, matching)
                 found["loss"] = found["loss"] + config.matching.weight * found["matching"] + found["critic"]
+            if distilled:
+                found |= taught_jumps(model, part, y, y_null, theirs, distilled)
+                found["loss"] = found["loss"] + config.distillation.weight * found["distillation"]
         return {**found, **drawn.errors(losses.denoising_loss, part)}
 
-    def matched(model: TextToImage, average: TextToImage, part: Part, prompts: list[str], latents: Tensor, y: Tensor, y_null: Tensor,
-                draws: MatchingDraws) -> dict[str, Tensor]:
-        """The losses of the matching, over the first items of a batch. It teaches the transformer, and leaves the text model alone."""
+    # What follows is about the first items of a batch. It teaches the transformer, and leaves the text model alone.
+
+    def matched(model: TextToImage, average: TextToImage, part: Part, latents: Tensor, y: Tensor, y_null: Tensor,
+                theirs: tuple[Tensor, Tensor] | None, draws: MatchingDraws) -> dict[str, Tensor]:
         own, jumps = draws.map(lambda value: part.of(value).to(latents.device)), len(draws.start)
-        some, told = slice(len(own.start)), None
-        if teacher is not None:
-            teacher.to(latents.device)
-            with torch.no_grad():
-                told = teacher.features(prompts[some], y.shape[1]), teacher.features([""], y.shape[1])
+        some = slice(len(own.start))
+        of_start = config.matching.teacher == "start"
         loss, critic = matching_losses(
-            model.transformer, (teacher or average).transformer, model.critic, latents[some], y[some].detach(), y_null[some],
-            transport=transport, config=config.matching, draws=own, told=told)
+            model.transformer, (teacher if of_start else average).transformer, model.critic, latents[some], y[some].detach(), y_null[some],
+            transport=transport, config=config.matching, draws=own, told=(theirs[0][some], theirs[1]) if of_start else None)
         return {"matching": loss.sum() * part.count / jumps, "critic": critic.sum() * part.count / jumps}
+
+    def taught_jumps(model: TextToImage, part: Part, y: Tensor, y_null: Tensor, theirs: tuple[Tensor, Tensor],
+                     draws: DistillationDraws) -> dict[str, Tensor]:
+        own, trajectories = draws.map(lambda value: part.of(value).to(y.device)), len(draws.noise)
+        some = slice(len(own.noise))
+        loss = distillation_loss(
+            model.transformer, teacher.transformer, y[some].detach(), y_null[some], transport=transport, config=config.distillation,
+            draws=own, told=(theirs[0][some], theirs[1]))
+        return {"distillation": loss.sum() * part.count / trajectories}
 
     def show(average: TextToImage, step: int) -> Image.Image:
         rng = np.random.default_rng([loop.seed, 1])

@@ -16,7 +16,7 @@ from tim_core.cli import main
 from tim_core.errors import TimError
 from tim_core.training import autoencoder as training_autoencoder
 from tim_core.training import loop as training_loop
-from tim_core.training import run
+from tim_core.training import metrics, resuming, run
 from tim_core.training.config import (
     AutoencoderTraining,
     FineTuning,
@@ -207,17 +207,18 @@ def test_learning_rate_warms_up_and_falls():
 
 
 def killed(monkeypatch, config, function: str, at: int):
-    """Runs `config` until `function` of the loop has ended for step `at`. -> the steps that it was called for."""
-    real, steps = getattr(training_loop, function), []
+    """Runs `config` until `save` of the loop or `log` of the metrics has ended for step `at`. -> the steps that it was called for."""
+    module = metrics if function == "log" else training_loop
+    real, steps = getattr(module, function), []
 
     def dies(folder, *rest):
         real(folder, *rest)
-        steps.append(int(rest[0]["step"]) if function == "_log" else rest[1])
+        steps.append(int(rest[0]["step"]) if function == "log" else rest[1])
         if steps[-1] == at:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_loop, function, dies)
+        patch.setattr(module, function, dies)
         with pytest.raises(KeyboardInterrupt):
             run([config])
     return steps
@@ -229,7 +230,7 @@ def test_a_killed_run_continues_as_if_nothing_happened(tmp_path, monkeypatch, op
     whole = run([tim_yaml(tmp_path, optimizer)])[0]
 
     config = tim_yaml(tmp_path, optimizer, "killed")
-    assert killed(monkeypatch, config, "_save", at=4) == [2, 4]
+    assert killed(monkeypatch, config, "save", at=4) == [2, 4]
     resumed = run([config])[0]
 
     a, b = checkpoint.open_state_dict(whole)[0], checkpoint.open_state_dict(resumed)[0]
@@ -243,7 +244,7 @@ def test_a_killed_run_continues_as_if_nothing_happened(tmp_path, monkeypatch, op
 
 def test_a_run_killed_before_its_last_export_still_makes_its_file(tmp_path, monkeypatch):
     run([autoencoder_yaml(tmp_path)])
-    killed(monkeypatch, tim_yaml(tmp_path), "_save", at=6)
+    killed(monkeypatch, tim_yaml(tmp_path), "save", at=6)
     file = tmp_path / "tim" / "model.safetensors"
     assert checkpoint.read_parts(file).metadata["training"]["step"] == 4
     assert run([tim_yaml(tmp_path)]) == [file]
@@ -255,7 +256,7 @@ def test_metrics_hold_every_step_once_after_a_resume(tmp_path, monkeypatch):
     config.write_text(config.read_text().replace("log_every: 2", "log_every: 1").replace("save_every: 2", "save_every: 4"))
     whole = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
     config.write_text(config.read_text().replace(f"{tmp_path}/autoencoder", f"{tmp_path}/again"))
-    killed(monkeypatch, config, "_log", at=5)
+    killed(monkeypatch, config, "log", at=5)
     rows = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
     assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
@@ -266,7 +267,7 @@ def test_metrics_of_a_run_killed_between_two_rows_are_means_over_all_steps(tmp_p
     config.write_text(config.read_text().replace("log_every: 2", "log_every: 3"))
     whole = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
     config.write_text(config.read_text().replace(f"{tmp_path}/autoencoder", f"{tmp_path}/again"))
-    killed(monkeypatch, config, "_save", at=4)
+    killed(monkeypatch, config, "save", at=4)
     rows = list(csv.DictReader((run([config])[0].parent / "metrics.csv").open()))
     assert [row["step"] for row in rows] == ["3", "6"]
     assert [float(row["l1"]) for row in rows] == pytest.approx([float(row["l1"]) for row in whole], rel=1e-6)
@@ -313,7 +314,7 @@ def test_a_run_goes_on_with_other_values_and_tells(tmp_path, monkeypatch, capsys
 def test_keys_of_another_version_are_no_change():
     before = {"loop": {"steps": 6, "lr": 0.1}, "gone": 1, "data": {"sizes": {"32x32": 1.0}}}
     now = {"loop": {"steps": 6, "lr": 0.2, "new": True}, "data": {"sizes": {"32x32": 1.0, "64x64": 1.0}}}
-    assert training_loop.differences(before, now) == {
+    assert resuming.differences(before, now) == {
         "loop.lr": [0.1, 0.2], "data.sizes": [{"32x32": 1.0}, {"32x32": 1.0, "64x64": 1.0}]}
 
 
@@ -365,10 +366,10 @@ def test_a_critic_of_no_numbers_is_not_kept(tmp_path, monkeypatch):
 
 def test_metrics_of_an_older_version_keep_their_rows(tmp_path):
     rows = tmp_path / "metrics.csv"
-    training_loop._log(tmp_path, {"step": 1, "loss": 0.5})
-    training_loop._log(tmp_path, {"step": 2, "loss": 0.4, "diffusion": 3.0})
-    training_loop._log(tmp_path, {"step": 3, "loss": 0.3, "diffusion": 2.0})
-    training_loop._forget_after(rows, 2)
+    metrics.log(tmp_path, {"step": 1, "loss": 0.5})
+    metrics.log(tmp_path, {"step": 2, "loss": 0.4, "diffusion": 3.0})
+    metrics.log(tmp_path, {"step": 3, "loss": 0.3, "diffusion": 2.0})
+    metrics.forget_after(rows, 2)
     assert rows.read_text().split() == ["step,loss,diffusion", "1,0.5,", "2,0.4,3.0"]
 
 
@@ -538,7 +539,7 @@ def test_the_teacher_of_the_matching_is_the_averaged_network_or_what_the_run_beg
         text = path.read_text().replace("log_every: 2", "log_every: 1, lr: 0.01, ema: 0.5")
         path.write_text(f"start: {first}\nmatching: {{share: 0.5, teacher: {teacher}}}\n{text}")
         if name == "killed":
-            killed(monkeypatch, path, "_save", at=4)
+            killed(monkeypatch, path, "save", at=4)
         (files[name],) = run([path])
         found[name] = [row["matching"] for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
     same = [one == other for one, other in zip(found["average"], found["start"], strict=True)]
@@ -556,7 +557,7 @@ def test_distilling_what_the_run_began_from(tmp_path, monkeypatch):
         text = path.read_text().replace("log_every: 2", "log_every: 1, lr: 0.01, ema: 0.5").replace("{epsilon: 0.01}", "{target: teacher}")
         path.write_text(f"start: {first}\nfreeze_text: true\ndistillation: {{share: 0.5}}\n{text}")
         if name == "killed":
-            killed(monkeypatch, path, "_save", at=4)
+            killed(monkeypatch, path, "save", at=4)
         (files[name],) = run([path])
         found[name] = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
     assert [row["distillation"] for row in found["whole"]] == [row["distillation"] for row in found["killed"]]

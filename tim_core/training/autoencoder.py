@@ -15,7 +15,8 @@ from ..files import write_whole
 from ..processes import find_processes
 from .config import AutoencoderTraining, recorded
 from .data import ShapesBatches
-from .loop import begin_from, train
+from .loop import train
+from .resuming import begin_from
 from .samples import grid
 
 

@@ -1,49 +1,32 @@
-"""The training loop: optimiser, averaged weights, checkpoints that resume exactly, progress.
+"""The training loop: optimiser, averaged weights, progress; `resuming` has its checkpoints.
 
 Everything random in step k comes from (seed, k), so a run that is killed and started again goes on as if nothing had happened.
 """
 
 import copy
-import csv
 import ctypes
 import functools
 import math
-import sys
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch._dynamo
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ..errors import TimError, misfits, one_line
-from ..files import write_whole
+from ..errors import TimError
 from ..processes import Part, Processes, find_processes
 from ..text_encoder import TextEncoder
 from ..transformer import Block, TransitionTransformer
 from ..weights import digest
+from . import metrics
 from .config import LoopConfig
 from .parallel import local, share, synchronise, whole
-
-AVERAGED = "ema"
-# Of the configuration, when a run goes on: what may be another value without a word, since it changes how the same is computed; what may
-# not be, since it is about what the run began from; and what has keys of its own.
-FREE = {"attention", "keep_start", *(f"loop.{name}" for name in ("seconds", "log_every", "save_every", "keep", "workers", "parallel",
-                                                                 "accumulate", "compile", "checkpointing"))}
-BEGUN_WITH = {"start", "alike", "model", "loop.optimizer"}
-MAPS = {"sizes", "forms", "alike", "objective_from"}
+from .resuming import resume, save
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
@@ -123,7 +106,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     step_loss = share(Step(model, average, loss_of), pieces, processes, config.parallel)
     optims = optimizers(config, model, critic_lr)
     fixed = digest((name, whole(p)) for name, p in model.named_parameters() if not p.requires_grad)
-    begun = _resume(folder, config, model, optims, average, fixed, settings, processes)
+    begun = resume(folder, config, model, optims, average, fixed, settings, processes)
     start, totals, counted = begun.step, begun.totals, begun.counted
 
     def record(step: int) -> dict:
@@ -139,7 +122,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("critic.")}
     followers = [p for name, p in average.named_parameters() if name in parameters]
     began, made, pictures = time.monotonic(), None, 0
-    board = _tensorboard(folder, start) if processes.first else None
+    board = metrics.tensorboard(folder, start) if processes.first else None
     model.train()
     with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not processes.first) as bar:
         for step, batch in enumerate(loader, start):
@@ -182,14 +165,14 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
                 rate = pictures / (time.monotonic() - began)
                 row = {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row}
                 if processes.first:
-                    _log(folder, row, board)
+                    metrics.log(folder, row, board)
                 values = [f"{name} {row[name]:.4f}" for name in ("loss", "diffusion") if name in row]
                 bar.set_postfix_str(f"{', '.join(values)}, {rate:.0f} samples/s")
             if saves or late:
                 weights = gathered(average, processes)
                 progress = {"seconds": begun.seconds + time.monotonic() - began, "counted": counted, "fixed": fixed, "settings": settings,
                             "changed": begun.changed, "totals": {name: value * counted for name, value in means.items()} if counted else {}}
-                _save(folder, config, done, progress, model, optims, weights, processes)
+                save(folder, config, done, progress, model, optims, weights, processes)
                 shown = sample(average, done)  # every process draws: slices of the weights are everywhere
                 if processes.first:
                     shown.save(folder / f"sample-{done:08d}.png")
@@ -240,33 +223,11 @@ def _clip(parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
     return found.full_tensor() if hasattr(found, "full_tensor") else found
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"))
-
-
 def _export(export: Export, weights: dict[str, Tensor], record: dict, processes: Processes) -> Path | None:
     """The file that the first process writes; None in the others."""
     made = export(weights, record) if processes.first else None
     processes.wait()
     return made
-
-
-def _save(folder: Path, config: LoopConfig, step: int, progress: dict, model, optims, weights: dict[str, Tensor],
-          processes: Processes) -> None:
-    """The whole state of a run, the same file whatever the number of processes; the first of them writes it.
-
-    What does not learn is not in it: it comes from where the run began.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    names = frozen(model)
-    state = {"step": step, **progress, "model": get_model_state_dict(model, options=options),
-             AVERAGED: {name: value for name, value in weights.items() if name not in names},
-             "optimizers": get_optimizer_state_dict(model, optims, options=options)}
-    if processes.first:
-        write_whole(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
-        for old in _checkpoints(folder)[:-config.keep]:
-            old.unlink()
-    processes.wait()
 
 
 def follower(model: nn.Module, share_fixed: bool) -> nn.Module:
@@ -278,11 +239,6 @@ def follower(model: nn.Module, share_fixed: bool) -> nn.Module:
     return average
 
 
-def frozen(model: nn.Module) -> set[str]:
-    """The names of the parameters that do not learn."""
-    return {name for name, p in model.named_parameters() if not p.requires_grad}
-
-
 def gathered(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
     """All of its parameters, whole, on the first process; none on the others, which have to call it, too."""
     found = {}
@@ -291,126 +247,3 @@ def gathered(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
         if processes.first:
             found[name] = value
     return found
-
-
-def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str, optional: Collection[str] = ()) -> None:
-    """The model takes over another run's weights; TimError naming the source unless it has the same architecture.
-
-    `optional` ones may be missing, and stay as they are.
-    """
-    if wrong := misfits(model.state_dict(), tensors, optional):
-        raise TimError(f"{source}: found another architecture ({wrong}), expected that of the training configuration")
-    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
-
-
-@dataclass
-class Begun:
-    """How far a run is: steps and seconds, the sums of what is not in metrics.csv yet, of `counted` steps.
-
-    changed: step -> key of the configuration -> what it was before that step, and since.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    totals: dict[str, float] = field(default_factory=dict)
-    counted: int = 0
-    changed: dict[str, dict[str, list]] = field(default_factory=dict)
-
-
-def differences(before: dict, now: dict, where: str = "") -> dict[str, list]:
-    """Dotted key -> [value before, value now], of what two configurations both have and is not the same.
-
-    What only one has is a key of another version of the code.
-    """
-    found: dict[str, list] = {}
-    for name in before.keys() & now.keys():
-        a, b = before[name], now[name]
-        if isinstance(a, dict) and isinstance(b, dict) and name not in MAPS:
-            found |= differences(a, b, f"{where}{name}.")
-        elif a != b:
-            found[where + name] = [a, b]
-    return found
-
-
-def _resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str, settings: dict, processes: Processes) -> Begun:
-    """Takes up the newest checkpoint, if any. TimError where it is none of this run."""
-    found = _checkpoints(folder)
-    if not found:
-        if processes.first:
-            _forget_after(folder / "metrics.csv", 0)  # of a run that was killed before its first checkpoint
-        return Begun()
-    try:
-        state = torch.load(found[-1], weights_only=True, map_location="cpu")
-    except Exception as error:  # whatever a damaged file provokes
-        raise TimError(f"{found[-1]}: found a damaged checkpoint ({one_line(error)}), expected a whole one; remove it to go on") from None
-    if state.get("fixed", fixed) != fixed:
-        raise TimError(f"{found[-1]}: found other weights that do not learn than this run began with, expected the same; put the files "
-                       "back that it began from, or take another output")
-    ended = state["step"] >= config.steps
-    other = {key: both for key, both in sorted(differences(state.get("settings", settings), settings).items()) if key not in FREE}
-    if ended:
-        other.pop("loop.steps", None)
-    if wrong := [key for key in other if ended or key in BEGUN_WITH]:
-        before, now = other[wrong[0]]
-        raise TimError(f"{found[-1]}: {wrong[0]}: found {before!r} in the run that is here, expected {now!r} as in the configuration; take "
-                       "another output")
-    begin_from(model, state["model"], str(found[-1]), frozen(model))
-    options = [[{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-               for optimizer in optims]
-    set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
-    for optimizer, groups in zip(optims, options):
-        for group, own in zip(optimizer.param_groups, groups):
-            group.update(own)  # the configuration's, not those of the checkpoint
-    set_model_state_dict(average, state[AVERAGED], options=StateDictOptions(full_state_dict=True, strict=False))
-    if processes.first:
-        _forget_after(folder / "metrics.csv", state["step"])
-        tqdm.write(f"{'finished already:' if ended else 'resumed'} {found[-1]}", file=sys.stderr)
-        for key, (a, b) in other.items():
-            tqdm.write(f"from here on {key} is {b!r}, no longer {a!r}", file=sys.stderr)
-    changed = state.get("changed", {}) | ({str(state["step"]): other} if other else {})
-    return Begun(state["step"], state["seconds"], state.get("totals", {}), state.get("counted", 0), changed)
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drops the rows of metrics.csv that the resumed run will write again."""
-    if path.exists():
-        with path.open(newline="") as file:
-            columns = (rows := csv.DictReader(file)).fieldnames or []
-            kept = [row for row in rows if None not in (*row, *row.values()) and row["step"].isdecimal() and int(row["step"]) <= step]
-        write_whole(path, lambda beside: _write_rows(beside, columns, kept))
-
-
-def _tensorboard(folder: Path, start: int):
-    """A writer beside metrics.csv where tensorboard is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=start + 1)
-
-
-def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _log(folder: Path, row: dict, board=None) -> None:
-    path = folder / "metrics.csv"
-    if not path.exists() or not path.stat().st_size:
-        _write_rows(path, list(row), [])
-    with path.open(newline="") as file:
-        columns = list((rows := csv.DictReader(file)).fieldnames)
-        more = [name for name in row if name not in columns]
-        before = list(rows) if more else []
-    if more:  # of a run that another version began
-        columns += more
-        write_whole(path, lambda beside: _write_rows(beside, columns, before))
-    with path.open("a", newline="") as file:
-        csv.DictWriter(file, columns).writerow(row)
-    if board is not None:
-        for name, value in row.items():
-            if name != "step":
-                board.add_scalar(name, value, row["step"])
-        board.flush()

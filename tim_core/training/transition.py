@@ -25,8 +25,9 @@ from ..transport import OTFM
 from .config import TextShape, TransitionTraining, recorded, target, time_shift
 from .data import ShapesBatches
 from .draws import draw
-from .loop import begin_from, compile_blocks, follower, train
+from .loop import compile_blocks, follower, train
 from .repa import ImageEncoder, check_projector, shown
+from .resuming import begin_from
 from .samples import show_steps
 from .tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
 

@@ -1,0 +1,51 @@
+"""metrics.csv of a run, and TensorBoard's file beside it."""
+
+import csv
+from pathlib import Path
+
+from ..files import write_whole
+
+
+def log(folder: Path, row: dict, board=None) -> None:
+    path = folder / "metrics.csv"
+    if not path.exists() or not path.stat().st_size:
+        _write_rows(path, list(row), [])
+    with path.open(newline="") as file:
+        columns = list((rows := csv.DictReader(file)).fieldnames)
+        more = [name for name in row if name not in columns]
+        before = list(rows) if more else []
+    if more:  # of a run that another version began
+        columns += more
+        write_whole(path, lambda beside: _write_rows(beside, columns, before))
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, columns).writerow(row)
+    if board is not None:
+        for name, value in row.items():
+            if name != "step":
+                board.add_scalar(name, value, row["step"])
+        board.flush()
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drops the rows of metrics.csv that the resumed run will write again."""
+    if path.exists():
+        with path.open(newline="") as file:
+            columns = (rows := csv.DictReader(file)).fieldnames or []
+            kept = [row for row in rows if None not in (*row, *row.values()) and row["step"].isdecimal() and int(row["step"]) <= step]
+        write_whole(path, lambda beside: _write_rows(beside, columns, kept))
+
+
+def tensorboard(folder: Path, start: int):
+    """A writer beside metrics.csv where tensorboard is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=start + 1)
+
+
+def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

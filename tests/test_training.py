@@ -67,7 +67,10 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nkeep_start: 0.5", "keep_start"),
     ("kind: tim\noutput: x\nautoencoder: y\nmatching: {teacher: start}", "matching.teacher"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\nmatching: {teacher: none}", "teacher"),
-    ("kind: tim\noutput: x\nautoencoder: y\ndistillation: {}", "distillation"),
+    ("kind: tim\noutput: x\nautoencoder: y\ndistillation: {}", "start: found None"),
+    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ncheckpoint: z\ndistillation: {}", "checkpoint"),
+    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\nfreeze_text: true\nalike: {above: left}", "freeze_text"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {20: {target: teacher}}", "objective_from.20.target"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ndistillation: {times: [1.0, 0.5, 0.75]}", "distillation: times"),
     ("kind: tim\noutput: x\nautoencoder: y\nfreeze_text: true", "freeze_text"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: teacher}", "objective.target"),
@@ -369,7 +372,7 @@ def test_metrics_of_an_older_version_keep_their_rows(tmp_path):
     metrics.log(tmp_path, {"step": 1, "loss": 0.5})
     metrics.log(tmp_path, {"step": 2, "loss": 0.4, "diffusion": 3.0})
     metrics.log(tmp_path, {"step": 3, "loss": 0.3, "diffusion": 2.0})
-    metrics.forget_after(rows, 2)
+    metrics.forget_after(tmp_path, 2)
     assert rows.read_text().split() == ["step,loss,diffusion", "1,0.5,", "2,0.4,3.0"]
 
 
@@ -548,14 +551,20 @@ def test_the_teacher_of_the_matching_is_the_averaged_network_or_what_the_run_beg
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_distilling_what_the_run_began_from(tmp_path, monkeypatch):
-    """The text model stays, the first jumps change, and a run that dies goes on with the same teacher."""
+def distilling(folder, name, first, more=""):
+    path = tim_yaml(folder, "adamw", name)
+    text = path.read_text().replace("log_every: 2", "log_every: 1, lr: 0.01, ema: 0.5").replace("{epsilon: 0.01}", "{target: teacher}")
+    path.write_text(f"start: {first}\ndistillation: {{share: 0.5}}\n{more}{text}")
+    return path
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_distilling_what_the_run_began_from(tmp_path, monkeypatch, freeze):
+    """What the teacher answers hardly changes, the first jumps do, and a run that dies goes on with the same teacher."""
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
-    files, found = {}, {}
+    more, files, found = "freeze_text: true\n" if freeze else "", {}, {}
     for name in ("whole", "killed"):
-        path = tim_yaml(tmp_path, "adamw", name)
-        text = path.read_text().replace("log_every: 2", "log_every: 1, lr: 0.01, ema: 0.5").replace("{epsilon: 0.01}", "{target: teacher}")
-        path.write_text(f"start: {first}\nfreeze_text: true\ndistillation: {{share: 0.5}}\n{text}")
+        path = distilling(tmp_path, name, first, more)
         if name == "killed":
             killed(monkeypatch, path, "save", at=4)
         (files[name],) = run([path])
@@ -566,7 +575,42 @@ def test_distilling_what_the_run_began_from(tmp_path, monkeypatch):
     begun, whole, again = (checkpoint.open_state_dict(file)[0] for file in (first, files["whole"], files["killed"]))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     changed = {name.split(".")[0] for name in begun if not torch.equal(begun[name], whole[name])}
-    assert changed == {"model"}, changed
+    assert changed == ({"model"} if freeze else {"model", "text_encoders"}), changed
+
+
+def test_the_distillation_has_a_weight(tmp_path):
+    first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
+    rows = []
+    for weight in (1.0, 3.0):
+        path = distilling(tmp_path, f"weight-{weight}", first)
+        path.write_text(path.read_text().replace("{share: 0.5}", f"{{share: 0.5, weight: {weight}}}"))
+        run([path])
+        rows.append(next(csv.DictReader((path.with_suffix("") / "metrics.csv").open())))
+    once, thrice = ({name: float(row[name]) for name in ("loss", "distillation")} for row in rows)
+    assert once["distillation"] == thrice["distillation"] > 0
+    assert thrice["loss"] - once["loss"] == pytest.approx(2 * once["distillation"], rel=1e-4)
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_had(tmp_path, monkeypatch):
+    """Not with other weights in the file that it began from, nor with a text model that has come to learn."""
+    first, other = (run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path, output=name)])[1] for name in ("first", "other"))
+    path = distilling(tmp_path, "killed", first)
+    killed(monkeypatch, path, "save", at=2)
+    path.write_text("freeze_text: true\n" + (text := path.read_text()))
+    with pytest.raises(TimError, match="freeze_text: found False"):
+        run([path])
+    path.write_text(text)
+    first.write_bytes(changed(other))
+    with pytest.raises(TimError, match="other weights that do not learn"):
+        run([path])
+
+
+def changed(file):
+    """The bytes of a checkpoint of the same architecture, with other weights in its transformer."""
+    tensors, metadata = checkpoint.open_state_dict(file)
+    tensors = {name: value + (name.endswith("final_layer.linear.bias")) for name, value in tensors.items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata)
+    return file.read_bytes()
 
 
 @pytest.mark.parametrize("target, said", [("model.bin", "'.bin'"), ("", "a folder"), ("nowhere/model.safetensors", "no folder")])

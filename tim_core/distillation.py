@@ -1,8 +1,8 @@
-"""Distillation of a guided flow into the first jumps from noise (after arXiv 2210.03142): ours, no part of the TiM paper.
+"""Distillation of guided steps into the first jumps from noise (after arXiv 2210.03142): ours, no part of the TiM paper.
 
 Guidance is closed at the first time, so that the first of few steps decides without it what goes where, and no later step can mend
 that. Here that step learns where a teacher, guided from the first time on, gets in several steps from the same noise. Only jumps that
-begin at the first time are taught: wherever a sampler guides, the network stays as it is.
+begin at the first time are taught; what keeps the rest of the network where it is, is the objective's target "teacher".
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import TimError
-from .transport import Transport
+from .transport import OTFM, guide
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ENDS = 2  # jumps that each trajectory teaches
@@ -20,16 +20,16 @@ ENDS = 2  # jumps that each trajectory teaches
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Defaults: what suits tim-shapes."""
+    """Defaults: the run in configs/tim-shapes-guided.yaml."""
 
     share: float = 0.5                           # trajectories a step, of the batch
     times: tuple[float, ...] = (1.0, 0.9375, 0.875, 0.8125, 0.75, 0.5)   # the teacher's; jumps end at two of them
     cfg: float = 2.5                             # guidance of the teacher, at every step
     weight: float = 1.0                          # of the loss, beside that of the transitions
-    floor: float = 0.1                           # errors of a token below this one count as squares, larger ones as they are
+    knee: float = 0.1                            # errors below this one, each over the channels of a place, count as squares
 
     def __post_init__(self) -> None:
-        for name in ("share", "weight", "floor"):
+        for name in ("share", "weight", "knee"):
             if not getattr(self, name) > 0:
                 raise TimError(f"distillation: {name} is {getattr(self, name)}, expected more than 0")
         if self.share > 1:
@@ -57,10 +57,10 @@ def draw_distillation(shape: Sequence[int], config: DistillationConfig) -> Disti
 
 
 def distillation_loss(
-    model: Network, teacher: Network, y: Tensor, y_null: Tensor, *, transport: Transport, config: DistillationConfig,
+    model: Network, teacher: Network, y: Tensor, y_null: Tensor, *, transport: OTFM, config: DistillationConfig,
     draws: DistillationDraws, told: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Loss (B,) of the model for conditions y and y_null (B, ...), which reaches the model alone.
+    """Loss (B,) of the model for conditions y and y_null (B, ...). It reaches the model alone: neither the teacher nor y learns from it.
 
     told: y and y_null as the teacher reads them, where its text model is another.
     """
@@ -72,14 +72,12 @@ def distillation_loss(
     with torch.no_grad():
         for t, r in zip(times, times[1:]):
             told_t, told_r = (transport.c_noise(time.expand(2 * count)) for time in (t, r))
-            likely, unlikely = teacher(torch.cat((state, state)), told_t, told_r, both).float().chunk(2)
-            state = transport.step(state, unlikely + config.cfg * (likely - unlikely), t, r)
+            state = transport.step(state, guide(teacher(torch.cat((state, state)), told_t, told_r, both).float(), config.cfg), t, r)
             states.append(state)
         # times (B, ENDS) and states (T - 1, B, C, H, W) -> (ENDS * B,) and (ENDS * B, C, H, W)
         ends, item = draws.ends.T.flatten(), torch.arange(count, device=noise.device).repeat(ENDS)
         start, r, goal = times[:1].expand(len(ends)), times[ends], torch.stack(states)[ends - 1, item]
-        x_t, y = noise[item], y[item]
-        target = transport.aim(x_t, goal, start.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1))
-    F = model(x_t, transport.c_noise(start), transport.c_noise(r), y).float()
-    error = ((F - target).square().mean(1) + config.floor**2).sqrt() - config.floor
+        target = transport.aim(noise[item], goal, start.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1))
+    F = model(noise[item], transport.c_noise(start), transport.c_noise(r), y[item].detach()).float()
+    error = ((F - target).square().mean(1) + config.knee**2).sqrt() - config.knee
     return error.mean((1, 2)).unflatten(0, (ENDS, count)).mean(0)

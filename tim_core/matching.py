@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import TimError
-from .transport import Transport
+from .transport import Transport, guide
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -86,8 +86,7 @@ def matching_losses(
 
         condition, null = told or (y, y_null)
         both = torch.cat((condition, null.expand_as(condition)))
-        likely, unlikely = teacher(torch.cat((noised, noised)), time.repeat(2), time.repeat(2), both).float().chunk(2)
-        real = cleaned(unlikely + config.cfg * (likely - unlikely))
+        real = cleaned(guide(teacher(torch.cat((noised, noised)), time.repeat(2), time.repeat(2), both).float(), config.cfg))
         fake = cleaned(critic(noised, time, time, y).float())
         size = (made - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
         goal = made - (fake - real) / size

@@ -160,6 +160,8 @@ def transition_loss(
     teacher(x_t, t, r) -> F: for target "teacher", with its own conditions inside.
     h_target (B, N, z_dim): asks for the REPA term. plain_model: the same weights without a training wrapper (DDP), for the derivative.
     """
+    if config.target == "teacher" and teacher is None:
+        raise TimError("objective: target is 'teacher' and teacher is missing, expected the network that answers")
     if times is None:
         times = sample_times(draws or draw_times(len(x), transport, generator, x.device), transport, config)
     flat_t, flat_r, n_diffusion = times
@@ -191,15 +193,13 @@ def transition_loss(
             diffusion = guided_target(transport.diffusion_target(x, noise, t), F_cond, F_null, t, config)
         F_target = transport.target(x, noise, t, r, dF_dt, diffusion)
         if transitions and composed:
-            teacher = ema_model or plain_model or model
+            leader = ema_model or plain_model or model
             if between is None:
                 between = torch.rand(len(x), generator=generator, device=x.device if generator is None else generator.device)
             s = r + (t - r) * between.to(t).view(-1, 1, 1, 1)
-            found = _composed(teacher, x_t[some], t[some], s[some], r[some], y[some], transport)
+            found = _composed(leader, x_t[some], t[some], s[some], r[some], y[some], transport)
             F_target[rest] = found[n_diffusion - some.start :].to(F_target.dtype)
         if taught:
-            if teacher is None:
-                raise TimError("objective: target is 'teacher' and teacher is missing, expected the network that answers")
             F_target = _wide(teacher(*arguments[:3]))
 
     # Where a transport has no finite target the item counts as learned: its loss and its gradient are 0, not NaN.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import TimError
-from .transport import OTFM, Transport
+from .transport import OTFM, Transport, guide
 
 MODES = ("transition", "diffusion")
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -78,8 +78,7 @@ def sample(
         if cfg > 1 and _below(low, t) and _below(t, high):
             batch = 2 * len(x)
             F = model(torch.cat((network_x, network_x)), t_input.expand(batch), r_input.expand(batch), doubled).to(state_dtype)
-            F_cond, F_null = F.chunk(2)
-            F = F_null + cfg * (F_cond - F_null)
+            F = guide(F, cfg)
             evaluations += 2
         else:
             F = model(network_x, t_input.expand(len(x)), r_input.expand(len(x)), cond).to(state_dtype)

@@ -87,6 +87,12 @@ class Transport:
         return diffusion + self.gain(t, r) * (self.target_slope(x, noise, t) - dF_dt)
 
 
+def guide(both: Tensor, cfg: float) -> Tensor:
+    """F of a doubled batch (2 B, ...), with the condition and then without -> guided F (B, ...): F_null + cfg (F_cond - F_null)."""
+    F_cond, F_null = both.chunk(2)
+    return F_null + cfg * (F_cond - F_null)
+
+
 @dataclass(frozen=True)
 class OTFM(Transport):
     """Straight lines, t in [0, 1]: the transport of every released model."""

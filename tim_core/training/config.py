@@ -30,7 +30,7 @@ def _check_times(p_mean: float, p_std: float, shift_base: int | None) -> None:
 def _check_attention(attention: str, objective: ObjectiveConfig, autocast: bool) -> None:
     _check(attention in BACKENDS, "attention", attention, " or ".join(BACKENDS))
     _check(attention != "flash" or autocast, "attention", attention, "math or sdpa with autocast: false, since flash-attn has no float32")
-    _check(attention != "flash" or objective.derivative == "dde" or objective.target == "composed", "attention", attention,
+    _check(attention != "flash" or objective.derivative == "dde" or objective.target != "differential", "attention", attention,
            "math or sdpa with derivative: jvp, which flash-attn does not have")
 
 
@@ -205,7 +205,7 @@ class TransitionTraining:
     objective: ObjectiveConfig = ObjectiveConfig()
     objective_from: dict[str, ObjectiveConfig] = field(default_factory=dict)   # step -> the objective from that step on
     matching: MatchingConfig | None = None       # distribution matching beside the objective; none: without
-    distillation: DistillationConfig | None = None   # of the guided flow of `start` into the first jumps; none: without
+    distillation: DistillationConfig | None = None   # of guided steps of `start` into the first jumps; none: without
     freeze_text: bool = False                    # the text model stays what it is in `start`
     text_dropout: float = 0.1
     shift_base: int | None = None                # pixels a side at which times are not shifted (Eq. 50: 1024); none: never shifted
@@ -220,28 +220,29 @@ class TransitionTraining:
             _check(word in WORDS and other in WORDS and word != other, "alike", f"{word}: {other}", "two words of the small world")
         _check(self.start or not self.matching or self.matching.teacher != "start", "matching.teacher", "start",
                "average without start: there are no weights that the run begins from")
-        _check(self.start or not self.distillation, "distillation", "one", "none without start, whose flow is distilled")
-        _check(self.start or not self.freeze_text, "freeze_text", True, "false without start: there is no text model to keep")
+        _check(self.start or not self.distillation, "start", self.start, "a checkpoint, whose guided steps the distillation teaches")
+        _check(not self.freeze_text or self.start and not self.alike, "freeze_text", True,
+               "false without start, where there is no text model to keep, and with alike, which changes it")
         _check(0 <= self.keep_start < 1 and (self.start or not self.keep_start), "keep_start", self.keep_start,
                "0 to below 1, and 0 without start")
-        _check(not self.keep_start or self.checkpoint != self.start, "checkpoint", self.checkpoint,
-               "another file than start, whose weights are kept")
+        _check(not (self.keep_start or self.needs_start) or not self.checkpoint or self.checkpoint != self.start, "checkpoint",
+               self.checkpoint, "another file than start, whose weights are used")
         _check(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "0 to below 1")
         _check_times(self.p_mean, self.p_std, self.shift_base)
-        for objective in self.objectives:
+        for name, objective in self.objectives.items():
             _check_attention(self.attention, objective, self.loop.autocast)
-            _check(self.start or objective.target != "teacher", "objective.target", "teacher",
+            _check(self.start or objective.target != "teacher", f"{name}.target", "teacher",
                    "differential or composed without start, whose answers are the target")
 
     @property
-    def objectives(self) -> tuple[ObjectiveConfig, ...]:
-        return (self.objective, *self.objective_from.values())
+    def objectives(self) -> dict[str, ObjectiveConfig]:
+        return {"objective": self.objective, **{f"objective_from.{step}": one for step, one in self.objective_from.items()}}
 
     @property
-    def taught(self) -> bool:
+    def needs_start(self) -> bool:
         """Whether anything is learned from the weights that the run began from."""
         return bool(self.distillation) or bool(self.matching and self.matching.teacher == "start") or any(
-            objective.target == "teacher" for objective in self.objectives)
+            objective.target == "teacher" for objective in self.objectives.values())
 
     def objective_at(self, step: int) -> ObjectiveConfig:
         begun = [int(first) for first in self.objective_from if int(first) <= step]

@@ -84,13 +84,14 @@ Export = Callable[[dict[str, Tensor], dict], Path]
 
 
 def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: LossOf, folder: Path,
-          sample: Callable[[nn.Module, int], Image.Image], export: "Export", settings: dict, critic_lr: float | None = None) -> Path:
+          sample: Callable[[nn.Module, int], Image.Image], export: "Export", settings: dict, critic_lr: float | None = None,
+          teacher: nn.Module | None = None) -> Path:
     """Trains `model` to `config.steps` and returns what the last export wrote. TimError where `config.seconds` ended the run before.
 
     batches[k] is the batch of step k; loss_of(model, averaged model, batch, k, part) gives named scalars, means over that part of the
     batch, of which "loss" is minimised. At every checkpoint sample(averaged model, k) draws pictures and export(averaged weights, record)
     writes the model. `settings`, the configuration, goes into that record. Checkpoints and metrics.csv go to `folder`; a run found there
-    is resumed, by as many processes as there are now.
+    is resumed, by as many processes as there are now, if its `teacher` was the same.
     """
     processes = find_processes()
     keep_memory()
@@ -105,7 +106,8 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
         checkpoint_blocks(model)
     step_loss = share(Step(model, average, loss_of), pieces, processes, config.parallel)
     optims = optimizers(config, model, critic_lr)
-    fixed = digest((name, whole(p)) for name, p in model.named_parameters() if not p.requires_grad)
+    held = [*model.named_parameters(), *(teacher.named_parameters(prefix="teacher") if teacher is not None else ())]
+    fixed = digest((name, whole(p)) for name, p in held if not p.requires_grad)
     begun = resume(folder, config, model, optims, average, fixed, settings, processes)
     start, totals, counted = begun.step, begun.totals, begun.counted
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from ..files import write_whole
 
+NAME = "metrics.csv"
+
 
 def log(folder: Path, row: dict, board=None) -> None:
-    path = folder / "metrics.csv"
+    path = folder / NAME
     if not path.exists() or not path.stat().st_size:
         _write_rows(path, list(row), [])
     with path.open(newline="") as file:
@@ -26,8 +28,9 @@ def log(folder: Path, row: dict, board=None) -> None:
         board.flush()
 
 
-def forget_after(path: Path, step: int) -> None:
+def forget_after(folder: Path, step: int) -> None:
     """Drops the rows of metrics.csv that the resumed run will write again."""
+    path = folder / NAME
     if path.exists():
         with path.open(newline="") as file:
             columns = (rows := csv.DictReader(file)).fieldnames or []

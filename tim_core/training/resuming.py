@@ -27,7 +27,7 @@ AVERAGED = "ema"
 # not be, since it is about what the run began from; and what has keys of its own.
 FREE = {"attention", "keep_start", *(f"loop.{name}" for name in ("seconds", "log_every", "save_every", "keep", "workers", "parallel",
                                                                  "accumulate", "compile", "checkpointing"))}
-BEGUN_WITH = {"start", "alike", "model", "loop.optimizer"}
+BEGUN_WITH = {"start", "alike", "freeze_text", "model", "loop.optimizer"}
 MAPS = {"sizes", "forms", "alike", "objective_from"}
 
 
@@ -80,7 +80,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, config: LoopConfig, step: int, progress: dict, model, optims, weights: dict[str, Tensor],
-          processes: Processes) -> None:
+         processes: Processes) -> None:
     """The whole state of a run, the same file whatever the number of processes; the first of them writes it.
 
     What does not learn is not in it: it comes from where the run began.
@@ -102,15 +102,12 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
     found = checkpoints(folder)
     if not found:
         if processes.first:
-            metrics.forget_after(folder / "metrics.csv", 0)  # of a run that was killed before its first checkpoint
+            metrics.forget_after(folder, 0)  # of a run that was killed before its first checkpoint
         return Begun()
     try:
         state = torch.load(found[-1], weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a damaged file provokes
         raise TimError(f"{found[-1]}: found a damaged checkpoint ({one_line(error)}), expected a whole one; remove it to go on") from None
-    if state.get("fixed", fixed) != fixed:
-        raise TimError(f"{found[-1]}: found other weights that do not learn than this run began with, expected the same; put the files "
-                       "back that it began from, or take another output")
     ended = state["step"] >= config.steps
     other = {key: both for key, both in sorted(differences(state.get("settings", settings), settings).items()) if key not in FREE}
     if ended:
@@ -119,6 +116,9 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
         before, now = other[wrong[0]]
         raise TimError(f"{found[-1]}: {wrong[0]}: found {before!r} in the run that is here, expected {now!r} as in the configuration; take "
                        "another output")
+    if state.get("fixed", fixed) != fixed:
+        raise TimError(f"{found[-1]}: found other weights that do not learn than this run began with, expected the same; put the files "
+                       "back that it began from, or take another output")
     begin_from(model, state["model"], str(found[-1]), frozen(model))
     options = [[{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
                for optimizer in optims]
@@ -128,7 +128,7 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
             group.update(own)  # the configuration's, not those of the checkpoint
     set_model_state_dict(average, state[AVERAGED], options=StateDictOptions(full_state_dict=True, strict=False))
     if processes.first:
-        metrics.forget_after(folder / "metrics.csv", state["step"])
+        metrics.forget_after(folder, state["step"])
         tqdm.write(f"{'finished already:' if ended else 'resumed'} {found[-1]}", file=sys.stderr)
         for key, (a, b) in other.items():
             tqdm.write(f"from here on {key} is {b!r}, no longer {a!r}", file=sys.stderr)

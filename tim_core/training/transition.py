@@ -58,12 +58,12 @@ class TextToImage(nn.Module):
         return self.text.encode_ids(ids[:, :length].to(device), mask[:, :length].to(device))
 
 
-def some_of(share: float, total: int, part: Part, name: str) -> int:
-    """How many of a batch's items a setting is about. TimError where some processes or accumulated parts would get none."""
+def count_of(key: str, share: float, total: int, part: Part) -> int:
+    """How many of a batch's items a share is. TimError where some processes or accumulated parts would get none."""
     count = max(1, round(share * total))
     if count < part.count:
-        raise TimError(f"training config: {name}.share: found {count} of a batch for {part.count} processes or accumulated parts, expected "
-                       "at least as many")
+        raise TimError(f"training config: {key}: found {count} of a batch for {part.count} processes or accumulated parts, expected at "
+                       "least as many")
     return count
 
 
@@ -103,10 +103,10 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
     for word, other in config.alike.items():
         words[ids[WORD_START + word]] += own[ids[WORD_START + other]]
     model.text.requires_grad_(not config.freeze_text)
-    teacher = follower(model, share_fixed=False).eval() if config.taught else None
+    teacher = follower(model, share_fixed=False).eval() if config.needs_start else None
     if teacher is not None and loop.compile:
         compile_blocks(teacher)
-    check_projector(model.transformer, image_encoder, *config.objectives)
+    check_projector(model.transformer, image_encoder, *config.objectives.values())
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
     config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
     coder = copy.deepcopy(autoencoder)  # goes to the device of the run
@@ -119,10 +119,12 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         coder.to(device)
         shape = (total, channels, pictures.shape[2] // factor, pictures.shape[3] // factor)
         drawn = draw(shape, config.text_dropout, transport, objective, time_shift(*pictures.shape[2:], config.shift_base))
-        matching, distilled = (
-            setting and drawing((some_of(setting.share, total, part, name), *shape[1:]), setting)
-            for name, setting, drawing in (("matching", config.matching, draw_matching),
-                                           ("distillation", config.distillation, draw_distillation)))
+        jumps = trajectories = None
+        if config.matching:
+            jumps = draw_matching((count_of("matching.share", config.matching.share, total, part), *shape[1:]), config.matching)
+        if config.distillation:
+            count = count_of("distillation.share", config.distillation.share, total, part)
+            trajectories = draw_distillation((count, *shape[1:]), config.distillation)
         share, own = part.share(total), drawn.of(part, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
             told = ["" if drop else prompt for drop, prompt in zip(drawn.dropped, prompts)]
@@ -130,51 +132,52 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
             with torch.no_grad():
                 pixels = part.of(pictures).to(device).contiguous(memory_format=torch.channels_last)
                 latents = coder.encode(pixels).float()
-                y_null = model.features([""], y.shape[1]).expand_as(y)
-                theirs = None
+                y_null = theirs = None
+                if objective.enhance_target or jumps or trajectories:
+                    y_null = model.features([""], y.shape[1]).expand_as(y)
                 if teacher is not None:
                     theirs = teacher.to(device).features(part.of(told), y.shape[1]), teacher.features([""], y.shape[1])
-            taught: dict = {}
+            more: dict = {}
             if objective.enhance_target or objective.target == "composed":
-                taught["ema_model"] = average.transformer
+                more["ema_model"] = average.transformer
             if objective.enhance_target:
-                taught["y_null"] = y_null
+                more["y_null"] = y_null
             if objective.target == "teacher":
-                taught["teacher"] = lambda x_t, t, r: teacher.transformer(x_t, t, r, theirs[0])
+                more["teacher"] = lambda x_t, t, r: teacher.transformer(x_t, t, r, theirs[0])
             if image_encoder is not None:
-                taught["h_target"] = shown(image_encoder, pixels, latents, model.transformer.config)
+                more["h_target"] = shown(image_encoder, pixels, latents, model.transformer.config)
             losses = transition_loss(
                 model.transformer, latents, own.noise, y, transport=transport, config=objective, times=(own.t, own.r, own.n_diffusion),
-                transitions=drawn.n_diffusion < total, between=own.between, **taught)
+                transitions=drawn.n_diffusion < total, between=own.between, **more)
             found = {"loss": losses.total * share}
-            if matching:
-                found |= matched(model, average, part, latents, y, y_null, theirs, matching)
+            if jumps:
+                found |= matched(model, average, part, latents, y, y_null, theirs, jumps)
                 found["loss"] = found["loss"] + config.matching.weight * found["matching"] + found["critic"]
-            if distilled:
-                found |= taught_jumps(model, part, y, y_null, theirs, distilled)
+            if trajectories:
+                found |= distilled(model, part, y, y_null, theirs, trajectories)
                 found["loss"] = found["loss"] + config.distillation.weight * found["distillation"]
         return {**found, **drawn.errors(losses.denoising_loss, part)}
 
-    # What follows is about the first items of a batch. It teaches the transformer, and leaves the text model alone.
-
     def matched(model: TextToImage, average: TextToImage, part: Part, latents: Tensor, y: Tensor, y_null: Tensor,
                 theirs: tuple[Tensor, Tensor] | None, draws: MatchingDraws) -> dict[str, Tensor]:
-        own, jumps = draws.map(lambda value: part.of(value).to(latents.device)), len(draws.start)
+        """The losses of the matching, over the first items of a batch. It teaches the transformer and the critic."""
+        own, total = draws.map(lambda value: part.of(value).to(latents.device)), len(draws.start)
         some = slice(len(own.start))
         of_start = config.matching.teacher == "start"
         loss, critic = matching_losses(
             model.transformer, (teacher if of_start else average).transformer, model.critic, latents[some], y[some].detach(), y_null[some],
             transport=transport, config=config.matching, draws=own, told=(theirs[0][some], theirs[1]) if of_start else None)
-        return {"matching": loss.sum() * part.count / jumps, "critic": critic.sum() * part.count / jumps}
+        return {"matching": loss.sum() * part.count / total, "critic": critic.sum() * part.count / total}
 
-    def taught_jumps(model: TextToImage, part: Part, y: Tensor, y_null: Tensor, theirs: tuple[Tensor, Tensor],
-                     draws: DistillationDraws) -> dict[str, Tensor]:
-        own, trajectories = draws.map(lambda value: part.of(value).to(y.device)), len(draws.noise)
+    def distilled(model: TextToImage, part: Part, y: Tensor, y_null: Tensor, theirs: tuple[Tensor, Tensor],
+                  draws: DistillationDraws) -> dict[str, Tensor]:
+        """The loss of the distillation, over the first items of a batch. It teaches the transformer."""
+        own, total = draws.map(lambda value: part.of(value).to(y.device)), len(draws.noise)
         some = slice(len(own.noise))
         loss = distillation_loss(
-            model.transformer, teacher.transformer, y[some].detach(), y_null[some], transport=transport, config=config.distillation,
-            draws=own, told=(theirs[0][some], theirs[1]))
-        return {"distillation": loss.sum() * part.count / trajectories}
+            model.transformer, teacher.transformer, y[some], y_null[some], transport=transport, config=config.distillation, draws=own,
+            told=(theirs[0][some], theirs[1]))
+        return {"distillation": loss.sum() * part.count / total}
 
     def show(average: TextToImage, step: int) -> Image.Image:
         rng = np.random.default_rng([loop.seed, 1])
@@ -198,4 +201,5 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
                                target(config, training["step"]), dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
     batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
-    return train(loop, model, batches, loss_of, folder, show, export, recorded(config), config.matching and config.matching.critic_lr)
+    critic_lr = config.matching.critic_lr if config.matching else None
+    return train(loop, model, batches, loss_of, folder, show, export, recorded(config), critic_lr, teacher)

@@ -22,7 +22,7 @@ ENDS = 2  # jumps that each trajectory teaches
 class DistillationConfig:
     """Defaults: the run in configs/tim-shapes-guided.yaml."""
 
-    share: float = 0.5                           # trajectories a step, of the batch
+    share: float = 0.25                          # trajectories a step, of the batch
     times: tuple[float, ...] = (1.0, 0.9375, 0.875, 0.8125, 0.75, 0.5)   # the teacher's; jumps end at two of them
     cfg: float = 2.5                             # guidance of the teacher, at every step
     weight: float = 1.0                          # of the loss, beside that of the transitions

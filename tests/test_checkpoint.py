@@ -255,7 +255,8 @@ def check_whole(path, modules):
     x, time = torch.randn(1, 16, 4, 4), torch.ones(1)
     y = loaded.text_encoder.encode(prompts[:1]).rows
     with torch.no_grad():
-        assert torch.equal(loaded.transformer(x, time, time, y), modules["transformer"](x, time, time, y))
+        answer, expected = loaded.transformer(x, time, time, y), modules["transformer"](x, time, time, y)
+    assert (answer - expected).abs().max() < 1e-5  # of the same weights; on some processors rounding depends on where in memory they lie
     return loaded
 
 

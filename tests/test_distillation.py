@@ -1,4 +1,4 @@
-"""Distillation of a guided flow: where the jumps are to land, and whom it teaches."""
+"""Distillation of guided steps: where the jumps are to land, and whom it teaches."""
 
 import pytest
 import torch

@@ -76,14 +76,17 @@ def weights(config) -> torch.Tensor:
     return torch.cat([value.flatten().float() for _, value in sorted(state(config).items())])
 
 
-def apart(config, other) -> float:
-    """How far the weights of two runs are apart, in the tensor where they are farthest: root mean square.
+def agree(config, other) -> bool:
+    """Whether two runs made the same weights: each within 1e-4, but for one in a thousand, and every tensor in the root mean square.
 
-    A step of AdamW is of one size, 1e-3 here, whatever the gradient. Where that is rounding noise a single weight goes its own way, which
-    one depends on the processor; a tensor that is not learned in step is some 1e-3 off as a whole.
+    AdamW's first step goes by the sign of the gradient, whatever its size. Of a weight whose first gradient is rounding (4e-8 one way, 3e-8
+    the other, seen) that sign is the processor's choice. A tensor that is not learned in step is off as a whole, by some 1e-3, a step's
+    length.
     """
     one, two = state(config), state(other)
-    return max(float((one[name].float() - two[name].float()).square().mean().sqrt()) for name in one)
+    off = {name: (one[name].float() - two[name].float()).abs() for name in one}
+    elsewhere = sum(int((distance > 1e-4).sum()) for distance in off.values()) / sum(distance.numel() for distance in off.values())
+    return elsewhere < 1e-3 and max(float(distance.square().mean().sqrt()) for distance in off.values()) < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ def test_two_processes_train_as_one(folder, alone, how):
     else:
         assert all(0.4 < word["held"] < 0.6 for word in said)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
-    assert apart(two, one) < 1e-4
+    assert agree(two, one)
 
 
 BY_START = "matching: {share: 1.0, teacher: start}\ndistillation: {share: 1.0}\nfreeze_text: true\n"
@@ -140,7 +143,7 @@ def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target,
             launch(folder, made[name])
     for name in ("ddp", "fsdp2", "parts"):
         assert losses(made[name]) == pytest.approx(losses(made["alone"]), rel=1e-3, abs=1e-6), name
-        assert apart(made[name], made["alone"]) < 1e-4, name
+        assert agree(made[name], made["alone"]), name
 
 
 def test_fewer_trajectories_than_parts_are_an_error(folder):
@@ -155,7 +158,7 @@ def test_accumulated_parts_are_one_batch(folder, alone):
     parts = configuration(folder, f"parts-{target}", target, ", accumulate: 2, checkpointing: true")
     run([parts])
     assert losses(parts) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
-    assert apart(parts, one) < 1e-4
+    assert agree(parts, one)
 
 
 def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
@@ -170,7 +173,7 @@ def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
         (short.with_suffix("") / name).rename(place / name)
     launch(folder, two, resumes=True)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
-    assert apart(two, one) < 1e-4
+    assert agree(two, one)
 
 
 def test_parts_of_a_batch():
@@ -228,6 +231,6 @@ def test_forward_mode_and_muon_in_two_processes(folder, change):
     run([one])
     launch(folder, two)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
-    distance = (weights(two) - weights(one)).abs()
+    apart = (weights(two) - weights(one)).abs()
     # Muon makes directions that a batch of four has no gradient in, but for rounding, as long as the others: compared in the mean
-    assert distance.max() < 1e-4 if name == "jvp" else distance.mean() < 3e-4
+    assert apart.max() < 1e-4 if name == "jvp" else apart.mean() < 3e-4

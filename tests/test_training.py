@@ -560,7 +560,7 @@ def distilling(folder, name, first, more=""):
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_distilling_what_the_run_began_from(tmp_path, monkeypatch, freeze):
-    """What the teacher answers hardly changes, the first jumps do, and a run that dies goes on with the same teacher."""
+    """The rest of the network stays near what the teacher answers, and a run that dies goes on with the same teacher."""
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
     more, files, found = "freeze_text: true\n" if freeze else "", {}, {}
     for name in ("whole", "killed"):

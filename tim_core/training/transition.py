@@ -136,14 +136,16 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
                 if objective.enhance_target or jumps or trajectories:
                     y_null = model.features([""], y.shape[1]).expand_as(y)
                 if teacher is not None:
-                    theirs = teacher.to(device).features(part.of(told), y.shape[1]), teacher.features([""], y.shape[1])
+                    teacher.to(device)
+                    if not config.freeze_text:  # else both read alike
+                        theirs = teacher.features(part.of(told), y.shape[1]), teacher.features([""], y.shape[1])
             more: dict = {}
             if objective.enhance_target or objective.target == "composed":
                 more["ema_model"] = average.transformer
             if objective.enhance_target:
                 more["y_null"] = y_null
             if objective.target == "teacher":
-                more["teacher"] = lambda x_t, t, r: teacher.transformer(x_t, t, r, theirs[0])
+                more["teacher"] = lambda x_t, t, r: teacher.transformer(x_t, t, r, theirs[0] if theirs else y)
             if image_encoder is not None:
                 more["h_target"] = shown(image_encoder, pixels, latents, model.transformer.config)
             losses = transition_loss(
@@ -166,17 +168,17 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         of_start = config.matching.teacher == "start"
         loss, critic = matching_losses(
             model.transformer, (teacher if of_start else average).transformer, model.critic, latents[some], y[some].detach(), y_null[some],
-            transport=transport, config=config.matching, draws=own, told=(theirs[0][some], theirs[1]) if of_start else None)
+            transport=transport, config=config.matching, draws=own, told=(theirs[0][some], theirs[1]) if of_start and theirs else None)
         return {"matching": loss.sum() * part.count / total, "critic": critic.sum() * part.count / total}
 
-    def distilled(model: TextToImage, part: Part, y: Tensor, y_null: Tensor, theirs: tuple[Tensor, Tensor],
+    def distilled(model: TextToImage, part: Part, y: Tensor, y_null: Tensor, theirs: tuple[Tensor, Tensor] | None,
                   draws: DistillationDraws) -> dict[str, Tensor]:
         """The loss of the distillation, over the first items of a batch. It teaches the transformer."""
         own, total = draws.map(lambda value: part.of(value).to(y.device)), len(draws.noise)
         some = slice(len(own.noise))
         loss = distillation_loss(
             model.transformer, teacher.transformer, y[some], y_null[some], transport=transport, config=config.distillation, draws=own,
-            told=(theirs[0][some], theirs[1]))
+            told=(theirs[0][some], theirs[1]) if theirs else None)
         return {"distillation": loss.sum() * part.count / total}
 
     def show(average: TextToImage, step: int) -> Image.Image:

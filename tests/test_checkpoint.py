@@ -256,8 +256,10 @@ def check_whole(path, modules):
     x, time = torch.randn(1, 16, 4, 4), torch.ones(1)
     y = loaded.text_encoder.encode(prompts[:1]).rows
     with torch.no_grad():
+        expected = modules["transformer"](x, time, time, y)
+        assert (loaded.transformer(x, time, time, y) - expected).abs().max() < 1e-5
         # a copy: a mapped file's weights lie anywhere in memory, and on some processors rounding depends on where
-        assert torch.equal(copy.deepcopy(loaded.transformer)(x, time, time, y), modules["transformer"](x, time, time, y))
+        assert torch.equal(copy.deepcopy(loaded.transformer)(x, time, time, y), expected)
     return loaded
 
 

@@ -137,7 +137,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
                     y_null = model.features([""], y.shape[1]).expand_as(y)
                 if teacher is not None:
                     teacher.to(device)
-                    if not config.freeze_text:  # else both read alike
+                    if not config.freeze_text:  # else the run's own text model is the teacher's, weight for weight
                         theirs = teacher.features(part.of(told), y.shape[1]), teacher.features([""], y.shape[1])
             more: dict = {}
             if objective.enhance_target or objective.target == "composed":

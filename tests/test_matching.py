@@ -26,6 +26,22 @@ class Gaussian(nn.Module):
         return torch.where(t == r, flow, (x - self.lands) / (t - r).clamp(min=1e-6))
 
 
+class Origin(Gaussian):
+    """The exact critic of results of jumps to `end` that are distributed as data from N(mean, std^2) noised to that time."""
+
+    def __init__(self, mean: float, std: float, end: float):
+        super().__init__(mean, std)
+        self.end = end
+
+    def forward(self, x, t, interval, y):
+        t = t.view(-1, 1, 1, 1)
+        assert torch.allclose(interval.view(-1, 1, 1, 1), t - self.end)
+        kept, spread = (1 - t) / (1 - self.end), (1 - self.end) ** 2 * self.std**2 + self.end**2
+        centre = (1 - self.end) * self.mean
+        origin = centre + kept * spread / ((1 - t) ** 2 * self.std**2 + t**2) * (x - kept * centre)
+        return (x - origin) / (t - self.end)
+
+
 def losses(model, teacher, critic, config=MatchingConfig(cfg=1.0), seed=0):
     torch.manual_seed(seed)
     y = torch.zeros(SHAPE[0], 1, 1)
@@ -45,6 +61,36 @@ def test_nothing_pulls_where_the_two_flows_agree():
     loss, _ = losses(model, Gaussian(1.5, 0.5), Gaussian(1.5, 0.5))
     loss.mean().backward()
     assert loss.abs().max() < 1e-8 and model.lands.grad.abs() < 1e-4
+
+
+@pytest.mark.parametrize("end", [0.25, 0.75])
+def test_a_jump_to_a_time_between_is_pulled_to_what_that_time_holds(end):
+    config = MatchingConfig(cfg=1.0, ends=(end,))
+    loss, _ = losses(Gaussian(0.0), Gaussian(1.5, 0.5), Origin(1.5, 0.5, end), config)
+    assert loss.abs().max() < 1e-6
+    for real, way in ((2.0, 1), (-2.0, -1)):
+        model = Gaussian(0.0)
+        losses(model, Gaussian(real), Origin(0.0, 1.0, end), config)[0].mean().backward()
+        assert -model.lands.grad * way > 0.1
+
+
+def test_the_critic_is_exact_where_its_lesson_ends():
+    """No other critic has a smaller error than `Origin`, when results are distributed as it says."""
+    end, std = 0.5, 0.5
+    config = MatchingConfig(cfg=1.0, ends=(end,))
+
+    class Exact(nn.Module):  # from noise to x_r of data N(1.5, std^2)
+        def forward(self, x, t, r, y):
+            lands = (1 - end) * 1.5 + ((1 - end) ** 2 * std**2 + end**2) ** 0.5 * x
+            return (x - lands) / (1 - end)
+
+    errors = {}
+    for mean in (1.0, 1.5, 2.0):
+        critic = Origin(mean, std, end)
+        lessons = torch.cat([losses(Exact(), Gaussian(0.0), critic, config, seed)[1] for seed in range(8)])
+        lessons.mean().backward()
+        errors[mean] = critic.mean.grad.item()
+    assert errors[1.0] < 0 < errors[2.0] and abs(errors[1.5]) < 0.1 * min(-errors[1.0], errors[2.0])
 
 
 def test_each_loss_teaches_one_network():
@@ -91,7 +137,16 @@ def test_starts_are_drawn_from_the_list():
     assert draws.noise.shape == (300, 1, 2, 2) and not torch.equal(draws.noise, draws.noise_t)
 
 
-@pytest.mark.parametrize("change", [{"share": 0.0}, {"share": 1.5}, {"starts": ()}, {"starts": (0.0,)}, {"critic_lr": 0.0}])
+def test_ends_are_drawn_from_the_list_and_compared_after_them():
+    draws = draw_matching((300, 1, 2, 2), MatchingConfig(ends=(0.0, 0.75)))
+    assert set(draws.end.tolist()) == {0.0, 0.75}
+    for t in (draws.t, draws.t_critic):
+        assert (t > draws.end).all() and (t < 1).all() and t[draws.end == 0].min() < 0.75
+
+
+@pytest.mark.parametrize("change", [{"share": 0.0}, {"share": 1.5}, {"starts": ()}, {"starts": (0.0,)}, {"critic_lr": 0.0},
+                                    {"critic_muon_lr": 0.0}, {"critic_first": -1}, {"ends": ()}, {"ends": (-0.1,)},
+                                    {"ends": (0.5,), "starts": (1.0, 0.5)}])
 def test_bad_settings_are_named(change):
     with pytest.raises(TimError, match=next(iter(change))):
         MatchingConfig(**change)

@@ -74,6 +74,24 @@ def test_the_difference_and_the_forward_mode_derivative_agree():
             assert error.max() < 2e3 * epsilon**2, (transport, epsilon, error.max())
 
 
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_noising_further_and_back(name):
+    """x_r noised on to t is distributed as x_t; its mean given x_t and x is the regression of one on the other."""
+    transport = TRANSPORTS[name]()
+    generator = torch.Generator().manual_seed(0)
+    x, first, second = (torch.randn(4000, 1, 1, 1, generator=generator, dtype=torch.float64) for _ in range(3))
+    times = transport.times(torch.tensor([0.2, 0.7], dtype=torch.float64)).sort().values.view(2, 1, 1, 1, 1)
+    r, t = times[0], times[1]
+    x_r = transport.interpolate(x, first, r)
+    x_t = transport.renoise(x_r, second, r, t)
+    clean = transport.alpha(t) * x
+    assert (x_t - clean).mean().abs() < 0.05 * transport.sigma(t) and (x_t - clean).std() == pytest.approx(transport.sigma(t).item(), rel=0.05)
+    left, known = x_r - transport.earlier(x_t, x, t, r), x_t - clean
+    assert (left * known).mean().abs() < 0.05 * left.std() * known.std() and (left * x).mean().abs() < 0.05 * left.std()
+    kept = transport.alpha(t) / transport.alpha(r) * transport.sigma(r) / transport.sigma(t)  # the share of x_t's noise that is x_r's
+    assert left.std() == pytest.approx((transport.sigma(r) * (1 - kept**2) ** 0.5).item(), rel=0.05)
+
+
 def test_composed_targets_by_hand():
     """One jump over t - r lands where two do, over a time between; only the transition items have such a target, without a gradient."""
     teacher, model = Smooth(), Smooth()

@@ -367,6 +367,36 @@ def test_a_critic_of_no_numbers_is_not_kept(tmp_path, monkeypatch):
         assert all(value.isfinite().all() for value in torch.load(file, weights_only=True)["model"].values())
 
 
+def test_a_critic_learns_first_and_by_its_own_optimiser(tmp_path, monkeypatch):
+    """While critic_first lasts, what is exported is what the run began from, though Muon's steps are of one size whatever the gradient."""
+    first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
+    critics, real = [], training_loop.optimizers
+
+    def spied(config, model, matching):
+        critics.append({name: p.detach().clone() for name, p in model.critic.named_parameters()})
+        critics.append(dict(model.critic.named_parameters()))
+        found = real(config, model, matching)
+        matrices = {id(p) for optimizer in found if isinstance(optimizer, torch.optim.Muon) for g in optimizer.param_groups
+                    for p in g["params"] if g["lr"] == matching.critic_muon_lr}
+        own = {name for name, p in model.critic.named_parameters() if id(p) in matrices}
+        assert own == {name for name, p in model.critic.named_parameters() if p.ndim == 2 and "blocks." in name and "adaLN" not in name}
+        return found
+
+    monkeypatch.setattr(training_loop, "optimizers", spied)
+    begun = checkpoint.open_state_dict(first)[0]
+    moved = {}
+    for steps in (6, 3):
+        path = tim_yaml(tmp_path, "muon", f"first-{steps}")
+        text = path.read_text().replace("{epsilon: 0.01}", "{target: teacher}")
+        path.write_text(f"start: {first}\nmatching: {{share: 0.5, teacher: start, critic_first: {steps}, critic_muon_lr: 0.02}}\n"
+                        "freeze_text: true\n" + text)
+        made = checkpoint.open_state_dict(run([path])[0])[0]
+        moved[steps] = [name for name, value in made.items() if not torch.equal(value, begun[name])]
+        before, after = critics[-2:]
+        assert all(not torch.equal(before[name], after[name]) for name in before if "blocks." in name and "weight" in name)
+    assert moved[6] == [] and any("blocks" in name for name in moved[3])
+
+
 def test_metrics_of_an_older_version_keep_their_rows(tmp_path):
     rows = tmp_path / "metrics.csv"
     metrics.log(tmp_path, {"step": 1, "loss": 0.5})

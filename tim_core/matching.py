@@ -1,9 +1,10 @@
-"""Distribution matching for jumps to a clean latent (DMD, arXiv 2311.18828, and DMD2, arXiv 2405.14867): ours, no part of the TiM paper.
+"""Distribution matching for jumps (DMD, arXiv 2311.18828, and DMD2, arXiv 2405.14867): ours, no part of the TiM paper.
 
 A transition's regression target is one point; where the network cannot hit it, it answers with a mean, and one step is blurred. Here
-the result of a jump is told instead which way pictures become likelier: the difference between where two flows (r = t) would take it
-from a noised copy. One is a teacher's, guided: the network's own averaged one, or that of the weights it began from. The other is a
-critic's, the same network trained on nothing but results of jumps.
+the result of a jump is told instead which way it becomes likelier: a copy is noised further, and two networks say where that came
+from. One is a teacher's flow (r = t), guided: of the averaged network, or of the weights the run began from. The other is a critic, the
+same network trained on nothing but results of jumps. A jump may end at any time r, not at a clean latent alone: what a copy at t came
+from is then x_r, and the teacher's answer, a clean latent, gives it by Bayes' rule (`Transport.earlier`).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,19 +25,26 @@ class MatchingConfig:
 
     share: float = 0.25                          # jumps a step, of the batch
     starts: tuple[float, ...] = (1.0,)           # the times that jumps begin at, each as likely
+    ends: tuple[float, ...] = (0.0,)             # and end at
     teacher: str = "average"                     # whose flow is matched: the averaged network's, or "start", that of the weights begun from
     cfg: float = 2.0                             # guidance of the flow that is matched
     weight: float = 1.0                          # of the loss, beside that of the transitions
     critic_lr: float = 3e-4
-    p_mean: float = 0.2                          # of the logit-normal times at which the two flows are compared
+    critic_muon_lr: float = 3e-3                 # of its matrices, where loop.optimizer is muon
+    critic_first: int = 0                        # steps at the beginning in which the critic alone learns
+    p_mean: float = 0.2                          # of the logit-normal times of comparison, from 0 at a jump's end to 1 at t = 1
     p_std: float = 1.2
 
     def __post_init__(self) -> None:
-        for name in ("share", "weight", "critic_lr", "p_std"):
+        for name in ("share", "weight", "critic_lr", "critic_muon_lr", "p_std"):
             if not getattr(self, name) > 0:
                 raise TimError(f"matching: {name} is {getattr(self, name)}, expected more than 0")
         if not self.starts or not all(0 < start <= 1 for start in self.starts):
             raise TimError(f"matching: starts is {list(self.starts)}, expected times above 0 and up to 1")
+        if not self.ends or not all(0 <= end < min(self.starts) for end in self.ends):
+            raise TimError(f"matching: ends is {list(self.ends)}, expected times from 0 to below the earliest of starts, {min(self.starts)}")
+        if self.critic_first < 0:
+            raise TimError(f"matching: critic_first is {self.critic_first}, expected 0 or more")
         if self.teacher not in ("average", "start"):
             raise TimError(f"matching: teacher is '{self.teacher}', expected 'average' or 'start'")
         if self.share > 1:
@@ -48,6 +56,7 @@ class MatchingDraws:
     """What is random in a step, (B,) times and (B, C, H, W) noise: of the jump, of the comparison, of the critic's lesson."""
 
     start: Tensor
+    end: Tensor
     t: Tensor
     t_critic: Tensor
     noise: Tensor
@@ -60,9 +69,10 @@ class MatchingDraws:
 
 def draw_matching(shape: Sequence[int], config: MatchingConfig) -> MatchingDraws:
     """For latents of `shape`, from torch's own generator."""
-    starts = torch.tensor(config.starts)[torch.randint(len(config.starts), shape[:1])]
+    starts, ends = (torch.tensor(times)[torch.randint(len(times), shape[:1])] for times in (config.starts, config.ends))
     t, t_critic = ((torch.randn(shape[0]) * config.p_std + config.p_mean).sigmoid().clamp(0.02, 0.98) for _ in range(2))
-    return MatchingDraws(starts, t, t_critic, *(torch.randn(*shape) for _ in range(3)))
+    between = (ends + (1 - ends) * time for time in (t, t_critic))
+    return MatchingDraws(starts, ends, *between, *(torch.randn(*shape) for _ in range(3)))
 
 
 def matching_losses(
@@ -74,25 +84,28 @@ def matching_losses(
     The first reaches the model alone, the second the critic alone; the teacher learns from neither. told: y and y_null as the teacher reads
     them, where its text model is another.
     """
-    start, t, t_critic = (time.view(-1, 1, 1, 1) for time in (draws.start, draws.t, draws.t_critic))
+    start, end, t, t_critic = (time.view(-1, 1, 1, 1) for time in (draws.start, draws.end, draws.t, draws.t_critic))
     x_t = transport.interpolate(x, draws.noise, start)
-    F = model(x_t, transport.c_noise(draws.start), transport.c_noise(torch.zeros_like(draws.start)), y).float()
-    made = transport.step(x_t, F, start, torch.zeros_like(start))
+    F = model(x_t, transport.c_noise(draws.start), transport.c_noise(draws.end), y).float()
+    made = transport.step(x_t, F, start, end)  # x_r at r = end
+
+    def answer(noised: Tensor, time: Tensor) -> Tensor:
+        """The critic's F from x_t to where it came from. Told the interval as r, it begins as the flow for jumps to a clean latent."""
+        return critic(noised, transport.c_noise(time), transport.c_noise(time - draws.end), y.detach()).float()
+
     with torch.no_grad():
-        noised, time = transport.interpolate(made, draws.noise_t, t), transport.c_noise(draws.t)
-
-        def cleaned(flow: Tensor) -> Tensor:
-            return transport.step(noised, flow, t, torch.zeros_like(t))
-
+        noised, time = transport.renoise(made, draws.noise_t, end, t), transport.c_noise(draws.t)
         condition, null = told or (y, y_null)
         both = torch.cat((condition, null.expand_as(condition)))
-        real = cleaned(guide(teacher(torch.cat((noised, noised)), time.repeat(2), time.repeat(2), both).float(), config.cfg))
-        fake = cleaned(critic(noised, time, time, y).float())
+        flow = guide(teacher(torch.cat((noised, noised)), time.repeat(2), time.repeat(2), both).float(), config.cfg)
+        real = transport.earlier(noised, transport.denoise(noised, flow, t), t, end)
+        fake = transport.step(noised, answer(noised, draws.t), t, end)
         size = (made - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
         goal = made - (fake - real) / size
-    loss = 0.5 * (made - goal).square().mean((1, 2, 3))
+    # a short jump moves its result less than a long one: over its length, every answer of the network is moved as far
+    loss = 0.5 * (made - goal).square().mean((1, 2, 3)) / (draws.start - draws.end)
 
-    made, time = made.detach(), transport.c_noise(draws.t_critic)
-    flow = critic(transport.interpolate(made, draws.noise_critic, t_critic), time, time, y.detach()).float()
-    error = (flow - transport.velocity(made, draws.noise_critic, t_critic)).square().mean((1, 2, 3))
+    made = made.detach()
+    noised = transport.renoise(made, draws.noise_critic, end, t_critic)
+    error = (answer(noised, draws.t_critic) - transport.aim(noised, made, t_critic, end)).square().mean((1, 2, 3))
     return loss, error / (error.detach() + 0.05)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..errors import TimError
+from ..matching import MatchingConfig
 from ..processes import Part, Processes, find_processes
 from ..text_encoder import TextEncoder
 from ..transformer import Block, TransitionTransformer
@@ -39,31 +40,35 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
 
-def optimizers(config: LoopConfig, model: nn.Module, critic_lr: float | None = None) -> list[torch.optim.Optimizer]:
+def optimizers(config: LoopConfig, model: nn.Module, matching: MatchingConfig | None = None) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices of `blocks` and `layers` and AdamW for the rest.
 
-    The modulation stays with AdamW: it starts at zero, and Muon's steps are of one size whatever the gradient. A `critic` has its own
-    AdamW, at `critic_lr`.
+    The modulation stays with AdamW: it starts at zero, and Muon's steps are of one size whatever the gradient. A `critic` has its own,
+    at the rates of `matching`; while it alone learns, the others stay at rate 0 (steps of one size, and all but no gradient).
     """
-    matrices, rest, critic = [], [], []
+    matrices, rest, critic, critic_matrices = [], [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if name.startswith("critic."):
-            critic.append(parameter)
-            continue
         inner = parameter.ndim == 2 and (".blocks." in f".{name}" or ".layers." in f".{name}") and "adaLN" not in name
-        (matrices if config.optimizer == "muon" and inner else rest).append(parameter)
+        with_muon = config.optimizer == "muon" and inner
+        if name.startswith("critic."):
+            (critic_matrices if with_muon else critic).append(parameter)
+        else:
+            (matrices if with_muon else rest).append(parameter)
     found: list[torch.optim.Optimizer] = []
-    if rest:
-        found.append(torch.optim.AdamW(rest, config.lr, config.betas, 1e-8, config.weight_decay, fused=True))
-    if matrices:
-        found.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
+    kinds = [(rest, matrices, config.lr, config.muon_lr, matching.critic_first if matching else 0)]
     if critic:
-        found.append(torch.optim.AdamW(critic, critic_lr, config.betas, 1e-8, config.weight_decay, fused=True))
-    for optimizer in found:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+        kinds.append((critic, critic_matrices, matching.critic_lr, matching.critic_muon_lr, 0))
+    for others, inner, lr, muon_lr, first in kinds:
+        made = []
+        if others:
+            made.append(torch.optim.AdamW(others, lr, config.betas, 1e-8, config.weight_decay, fused=True))
+        if inner:
+            made.append(torch.optim.Muon(inner, lr=muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
+        for group in (group for optimizer in made for group in optimizer.param_groups):
+            group["base_lr"], group["first"] = group["lr"], first  # first: the step it begins to learn at
+        found += made
     return found
 
 
@@ -84,8 +89,8 @@ Export = Callable[[dict[str, Tensor], dict], Path]
 
 
 def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: LossOf, folder: Path,
-          sample: Callable[[nn.Module, int], Image.Image], export: "Export", settings: dict, critic_lr: float | None = None,
-          teacher: nn.Module | None = None) -> Path:
+          sample: Callable[[nn.Module, int], Image.Image], export: "Export", settings: dict,
+          matching: MatchingConfig | None = None, teacher: nn.Module | None = None) -> Path:
     """Trains `model` to `config.steps` and returns what the last export wrote. TimError where `config.seconds` ended the run before.
 
     batches[k] is the batch of step k; loss_of(model, averaged model, batch, k, part) gives named scalars, means over that part of the
@@ -105,7 +110,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     if config.checkpointing:
         checkpoint_blocks(model)
     step_loss = share(Step(model, average, loss_of), pieces, processes, config.parallel)
-    optims = optimizers(config, model, critic_lr)
+    optims = optimizers(config, model, matching)
     held = [*model.named_parameters(), *(teacher.named_parameters(prefix="teacher") if teacher is not None else ())]
     fixed = digest((name, whole(p)) for name, p in held if not p.requires_grad)
     begun = resume(folder, config, model, optims, average, fixed, settings, processes)
@@ -131,7 +136,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
             factor = learning_rate(config, step)
             for optimizer in optims:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * factor
+                    group["lr"] = group["base_lr"] * factor if step >= group["first"] else 0.0
             losses: dict[str, Tensor] = {}
             for part in parts:
                 torch.manual_seed(config.seed * 1_000_003 + step)  # of the whole batch: every part draws it, and takes its own

@@ -203,5 +203,4 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
                                target(config, training["step"]), dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
     batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
-    critic_lr = config.matching.critic_lr if config.matching else None
-    return train(loop, model, batches, loss_of, folder, show, export, recorded(config), critic_lr, teacher)
+    return train(loop, model, batches, loss_of, folder, show, export, recorded(config), config.matching, teacher)

@@ -87,10 +87,10 @@ def test_the_critic_is_exact_where_its_lesson_ends():
     errors = {}
     for mean in (1.0, 1.5, 2.0):
         critic = Origin(mean, std, end)
-        lessons = torch.cat([losses(Exact(), Gaussian(0.0), critic, config, seed)[1] for seed in range(8)])
+        lessons = torch.cat([losses(Exact(), Gaussian(0.0), critic, config, seed)[1] for seed in range(64)])
         lessons.mean().backward()
         errors[mean] = critic.mean.grad.item()
-    assert errors[1.0] < 0 < errors[2.0] and abs(errors[1.5]) < 0.1 * min(-errors[1.0], errors[2.0])
+    assert errors[1.0] < 0 < errors[2.0] and abs(errors[1.5]) < 0.15 * min(-errors[1.0], errors[2.0])
 
 
 def test_each_loss_teaches_one_network():

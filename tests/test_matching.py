@@ -74,8 +74,25 @@ def test_a_jump_to_a_time_between_is_pulled_to_what_that_time_holds(end):
         assert -model.lands.grad * way > 0.1
 
 
-def test_the_critic_is_exact_where_its_lesson_ends():
-    """No other critic has a smaller error than `Origin`, when results are distributed as it says."""
+@pytest.mark.parametrize("end", [0.0, 0.75])
+def test_a_pull_is_as_long_whatever_the_length_of_the_jump(end):
+    """dloss/dF is (fake - real) / size of each result, times the way a jump goes: no factor of its length."""
+    config, answers = MatchingConfig(cfg=1.0, ends=(end,)), []
+
+    class Answers(nn.Module):
+        def forward(self, x, t, r, y):
+            answers.append((torch.zeros_like(x) + 0.3).requires_grad_())
+            return answers[-1]
+
+    critic = Gaussian(0.5, 0.5) if end == 0 else Origin(0.5, 0.5, end)
+    loss, _ = losses(Answers(), Gaussian(2.0, 0.5), critic, config)
+    loss.sum().backward()
+    # half the square of `made - goal`, over the length, through a result that moves by minus the length
+    assert torch.allclose(answers[0].grad.flatten().abs(), (2 * loss * (1 - end)).sqrt().detach(), rtol=1e-4)
+
+
+def test_the_critic_learns_what_results_are_noised_from():
+    """Least squares over its mean and its spread: the best critic is the one that knows the results."""
     end, std = 0.5, 0.5
     config = MatchingConfig(cfg=1.0, ends=(end,))
 
@@ -84,13 +101,14 @@ def test_the_critic_is_exact_where_its_lesson_ends():
             lands = (1 - end) * 1.5 + ((1 - end) ** 2 * std**2 + end**2) ** 0.5 * x
             return (x - lands) / (1 - end)
 
-    errors = {}
-    for mean in (1.0, 1.5, 2.0):
-        critic = Origin(mean, std, end)
-        lessons = torch.cat([losses(Exact(), Gaussian(0.0), critic, config, seed)[1] for seed in range(64)])
-        lessons.mean().backward()
-        errors[mean] = critic.mean.grad.item()
-    assert errors[1.0] < 0 < errors[2.0] and abs(errors[1.5]) < 0.15 * min(-errors[1.0], errors[2.0])
+    def error(mean, std):
+        lessons = torch.cat([losses(Exact(), Gaussian(0.0), Origin(mean, std, end), config, seed)[1] for seed in range(64)]).double()
+        return (0.05 * lessons / (1 - lessons)).detach()  # before its weight
+
+    best = error(1.5, std)
+    for other in ((1.0, std), (2.0, std), (1.5, 0.0), (1.5, 1.0)):
+        more = error(*other) - best
+        assert more.mean() > 3 * more.std() / len(more) ** 0.5, other
 
 
 def test_each_loss_teaches_one_network():

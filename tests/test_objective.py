@@ -88,7 +88,7 @@ def test_noising_further_and_back(name):
     assert (x_t - clean).mean().abs() < 0.05 * transport.sigma(t) and (x_t - clean).std() == pytest.approx(transport.sigma(t).item(), rel=0.05)
     left, known = x_r - transport.earlier(x_t, x, t, r), x_t - clean
     assert (left * known).mean().abs() < 0.05 * left.std() * known.std() and (left * x).mean().abs() < 0.05 * left.std()
-    kept = transport.alpha(t) / transport.alpha(r) * transport.sigma(r) / transport.sigma(t)  # the share of x_t's noise that is x_r's
+    kept = transport.alpha(t) / transport.alpha(r) * transport.sigma(r) / transport.sigma(t)
     assert left.std() == pytest.approx((transport.sigma(r) * (1 - kept**2) ** 0.5).item(), rel=0.05)
 
 

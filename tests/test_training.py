@@ -66,6 +66,7 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: guess}", "target"),
     ("kind: tim\noutput: x\nautoencoder: y\nkeep_start: 0.5", "keep_start"),
     ("kind: tim\noutput: x\nautoencoder: y\nmatching: {teacher: start}", "matching.teacher"),
+    ("kind: tim\noutput: x\nautoencoder: y\nmatching: {critic_first: 9}\nloop: {steps: 9}", "matching.critic_first"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\nmatching: {teacher: none}", "teacher"),
     ("kind: tim\noutput: x\nautoencoder: y\ndistillation: {}", "start: found None"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ncheckpoint: z\ndistillation: {}", "checkpoint"),
@@ -368,33 +369,34 @@ def test_a_critic_of_no_numbers_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_a_critic_learns_first_and_by_its_own_optimiser(tmp_path, monkeypatch):
-    """While critic_first lasts, what is exported is what the run began from, though Muon's steps are of one size whatever the gradient."""
+    """While critic_first lasts nothing else moves, though Muon's steps are of one size whatever the gradient."""
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
-    critics, real = [], training_loop.optimizers
+    before, real = {}, training_loop.optimizers
 
     def spied(config, model, matching):
-        critics.append({name: p.detach().clone() for name, p in model.critic.named_parameters()})
-        critics.append(dict(model.critic.named_parameters()))
-        found = real(config, model, matching)
-        matrices = {id(p) for optimizer in found if isinstance(optimizer, torch.optim.Muon) for g in optimizer.param_groups
-                    for p in g["params"] if g["lr"] == matching.critic_muon_lr}
-        own = {name for name, p in model.critic.named_parameters() if id(p) in matrices}
-        assert own == {name for name, p in model.critic.named_parameters() if p.ndim == 2 and "blocks." in name and "adaLN" not in name}
+        before.update({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        found, names = real(config, model, matching), {id(p): name for name, p in model.named_parameters()}
+        for optimizer in found:
+            (group,) = optimizer.param_groups
+            own, muon = {names[id(p)] for p in group["params"]}, isinstance(optimizer, torch.optim.Muon)
+            (of_critic,) = {name.startswith("critic.") for name in own}
+            rates = (matching.critic_lr, matching.critic_muon_lr) if of_critic else (config.lr, config.muon_lr)
+            assert group["lr"] == rates[muon] and group["begins"] == (0 if of_critic else 4)
+            assert all(muon == ("blocks." in name and "adaLN" not in name and before[name].ndim == 2) for name in own)
+        assert len(found) == 4
         return found
 
     monkeypatch.setattr(training_loop, "optimizers", spied)
-    begun = checkpoint.open_state_dict(first)[0]
-    moved = {}
-    for steps in (6, 3):
-        path = tim_yaml(tmp_path, "muon", f"first-{steps}")
-        text = path.read_text().replace("{epsilon: 0.01}", "{target: teacher}")
-        path.write_text(f"start: {first}\nmatching: {{share: 0.5, teacher: start, critic_first: {steps}, critic_muon_lr: 0.02}}\n"
-                        "freeze_text: true\n" + text)
-        made = checkpoint.open_state_dict(run([path])[0])[0]
-        moved[steps] = [name for name, value in made.items() if not torch.equal(value, begun[name])]
-        before, after = critics[-2:]
-        assert all(not torch.equal(before[name], after[name]) for name in before if "blocks." in name and "weight" in name)
-    assert moved[6] == [] and any("blocks" in name for name in moved[3])
+    path = tim_yaml(tmp_path, "muon", "sharp")
+    path.write_text(f"start: {first}\nmatching: {{share: 0.5, teacher: start, critic_first: 4, critic_muon_lr: 0.02}}\nfreeze_text: true\n"
+                    + path.read_text().replace("{epsilon: 0.01}", "{target: teacher}"))
+    run([path])
+    moved = [{name for name, value in before.items()
+              if not torch.equal(value, torch.load(tmp_path / "sharp" / f"step-0000000{step}.pt", weights_only=True)["model"][name])}
+             for step in (4, 6)]
+    critic = {name for name in before if name.startswith("critic.")}
+    assert moved[0] <= critic and any("blocks" in name for name in moved[0])
+    assert any("blocks" in name for name in moved[1] - critic)
 
 
 def test_metrics_of_an_older_version_keep_their_rows(tmp_path):

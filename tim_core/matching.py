@@ -31,7 +31,7 @@ class MatchingConfig:
     weight: float = 1.0                          # of the loss, beside that of the transitions
     critic_lr: float = 3e-4
     critic_muon_lr: float = 3e-3                 # of its matrices, where loop.optimizer is muon
-    critic_first: int = 0                        # steps at the beginning in which the critic alone learns
+    critic_first: int = 0                        # steps at the beginning in which the critic alone learns, of loop.steps
     p_mean: float = 0.2                          # of the logit-normal times of comparison, from 0 at a jump's end to 1 at t = 1
     p_std: float = 1.2
 
@@ -42,7 +42,7 @@ class MatchingConfig:
         if not self.starts or not all(0 < start <= 1 for start in self.starts):
             raise TimError(f"matching: starts is {list(self.starts)}, expected times above 0 and up to 1")
         if not self.ends or not all(0 <= end < min(self.starts) for end in self.ends):
-            raise TimError(f"matching: ends is {list(self.ends)}, expected times from 0 to below the earliest of starts, {min(self.starts)}")
+            raise TimError(f"matching: ends is {list(self.ends)}, expected 0 to below {min(self.starts)}, the smallest of starts")
         if self.critic_first < 0:
             raise TimError(f"matching: critic_first is {self.critic_first}, expected 0 or more")
         if self.teacher not in ("average", "start"):
@@ -68,11 +68,12 @@ class MatchingDraws:
 
 
 def draw_matching(shape: Sequence[int], config: MatchingConfig) -> MatchingDraws:
-    """For latents of `shape`, from torch's own generator."""
-    starts, ends = (torch.tensor(times)[torch.randint(len(times), shape[:1])] for times in (config.starts, config.ends))
+    """For latents of `shape`, from torch's own generator; times in [0, 1], as on OT-FM."""
+    starts = torch.tensor(config.starts)[torch.randint(len(config.starts), shape[:1])]
     t, t_critic = ((torch.randn(shape[0]) * config.p_std + config.p_mean).sigmoid().clamp(0.02, 0.98) for _ in range(2))
-    between = (ends + (1 - ends) * time for time in (t, t_critic))
-    return MatchingDraws(starts, ends, *between, *(torch.randn(*shape) for _ in range(3)))
+    noises = [torch.randn(*shape) for _ in range(3)]
+    ends = torch.tensor(config.ends)[torch.randint(len(config.ends), shape[:1])]
+    return MatchingDraws(starts, ends, *(ends + (1 - ends) * time for time in (t, t_critic)), *noises)
 
 
 def matching_losses(
@@ -90,7 +91,7 @@ def matching_losses(
     made = transport.step(x_t, F, start, end)  # x_r at r = end
 
     def answer(noised: Tensor, time: Tensor) -> Tensor:
-        """The critic's F from x_t to where it came from. Told the interval as r, it begins as the flow for jumps to a clean latent."""
+        """The critic's F from x_t to its origin. Told r = t - end, it hears `end` as the interval, and begins as the flow where that is 0."""
         return critic(noised, transport.c_noise(time), transport.c_noise(time - draws.end), y.detach()).float()
 
     with torch.no_grad():
@@ -102,10 +103,12 @@ def matching_losses(
         fake = transport.step(noised, answer(noised, draws.t), t, end)
         size = (made - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
         goal = made - (fake - real) / size
-    # a short jump moves its result less than a long one: over its length, every answer of the network is moved as far
-    loss = 0.5 * (made - goal).square().mean((1, 2, 3)) / (draws.start - draws.end)
+    # F moves the result of a jump by its length: over that, a short jump moves F as far as a long one
+    length = transport.step(torch.zeros_like(start), torch.ones_like(start), start, end).abs().flatten()
+    loss = 0.5 * (made - goal).square().mean((1, 2, 3)) / length
 
     made = made.detach()
+    # close after an end above 0 nearly all of this error is noise, whatever the critic knows: compare it between runs, not with 0
     noised = transport.renoise(made, draws.noise_critic, end, t_critic)
     error = (answer(noised, draws.t_critic) - transport.aim(noised, made, t_critic, end)).square().mean((1, 2, 3))
     return loss, error / (error.detach() + 0.05)

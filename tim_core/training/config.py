@@ -223,6 +223,8 @@ class TransitionTraining:
         _check(self.start or not self.distillation, "start", self.start, "a checkpoint, whose guided steps the distillation teaches")
         _check(not self.freeze_text or self.start and not self.alike, "freeze_text", True,
                "false without start, where there is no text model to keep, and with alike, which changes it")
+        _check(not self.matching or self.matching.critic_first < self.loop.steps, "matching.critic_first",
+               self.matching and self.matching.critic_first, f"less than loop.steps, {self.loop.steps}")
         _check(0 <= self.keep_start < 1 and (self.start or not self.keep_start), "keep_start", self.keep_start,
                "0 to below 1, and 0 without start")
         _check(not (self.keep_start or self.needs_start) or not self.checkpoint or self.checkpoint != self.start, "checkpoint",

@@ -30,13 +30,14 @@ from .parallel import local, share, synchronise, whole
 from .resuming import resume, save
 
 
-def learning_rate(config: LoopConfig, step: int) -> float:
-    """The factor on lr at a step: linear warm-up, then constant or a cosine down to `final_lr`."""
+def learning_rate(config: LoopConfig, step: int, begins: int = 0) -> float:
+    """The factor on lr at a step, from that on at which learning begins: linear warm-up, then constant or a cosine down to `final_lr`."""
+    step -= begins
     if step < config.warmup:
         return (step + 1) / config.warmup
     if config.schedule == "constant":
         return 1.0
-    part = (step - config.warmup) / max(1, config.steps - config.warmup)
+    part = (step - config.warmup) / max(1, config.steps - begins - config.warmup)
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
 
@@ -44,7 +45,7 @@ def optimizers(config: LoopConfig, model: nn.Module, matching: MatchingConfig | 
     """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices of `blocks` and `layers` and AdamW for the rest.
 
     The modulation stays with AdamW: it starts at zero, and Muon's steps are of one size whatever the gradient. A `critic` has its own,
-    at the rates of `matching`; while it alone learns, the others stay at rate 0 (steps of one size, and all but no gradient).
+    at the rates of `matching`, and the others begin to learn after the steps in which it learns alone.
     """
     matrices, rest, critic, critic_matrices = [], [], [], []
     for name, parameter in model.named_parameters():
@@ -58,16 +59,16 @@ def optimizers(config: LoopConfig, model: nn.Module, matching: MatchingConfig | 
             (matrices if with_muon else rest).append(parameter)
     found: list[torch.optim.Optimizer] = []
     kinds = [(rest, matrices, config.lr, config.muon_lr, matching.critic_first if matching else 0)]
-    if critic:
+    if matching:
         kinds.append((critic, critic_matrices, matching.critic_lr, matching.critic_muon_lr, 0))
-    for others, inner, lr, muon_lr, first in kinds:
+    for others, inner, lr, muon_lr, begins in kinds:
         made = []
         if others:
             made.append(torch.optim.AdamW(others, lr, config.betas, 1e-8, config.weight_decay, fused=True))
         if inner:
             made.append(torch.optim.Muon(inner, lr=muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
         for group in (group for optimizer in made for group in optimizer.param_groups):
-            group["base_lr"], group["first"] = group["lr"], first  # first: the step it begins to learn at
+            group["base_lr"], group["begins"] = group["lr"], begins  # the step at which it begins to learn
         found += made
     return found
 
@@ -136,7 +137,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
             factor = learning_rate(config, step)
             for optimizer in optims:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * factor if step >= group["first"] else 0.0
+                    group["lr"] = group["base_lr"] * learning_rate(config, step, group["begins"])
             losses: dict[str, Tensor] = {}
             for part in parts:
                 torch.manual_seed(config.seed * 1_000_003 + step)  # of the whole batch: every part draws it, and takes its own
@@ -149,7 +150,8 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
             if critic:
                 losses["critic_norm"] = _clip(critic, config.clip)
             for optimizer in optims:
-                optimizer.step()
+                if step >= optimizer.param_groups[0]["begins"]:  # else not even momentum: Muon's steps are of one size
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             decay = min(config.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_([local(p) for p in followers], [local(p.detach()) for p in parameters.values()], 1 - decay)

@@ -91,7 +91,7 @@ def matching_losses(
     made = transport.step(x_t, F, start, end)  # x_r at r = end
 
     def answer(noised: Tensor, time: Tensor) -> Tensor:
-        """The critic's F from x_t to its origin. Told r = t - end, it hears `end` as the interval, and begins as the flow where that is 0."""
+        """The critic's F from x_t to its origin. Told r = t - end, it hears `end` as the interval and, at 0, begins as the flow."""
         return critic(noised, transport.c_noise(time), transport.c_noise(time - draws.end), y.detach()).float()
 
     with torch.no_grad():

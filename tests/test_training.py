@@ -131,7 +131,7 @@ def test_bad_configurations_name_the_key(tmp_path, text, named):
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("more", ["", "matching: {share: 0.5}\n"], ids=["", "matching"])
+@pytest.mark.parametrize("more", ["", "matching: {share: 0.5, critic_first: 3}\n"], ids=["", "matching"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, more):
     """kill -9 at three moments: as the first checkpoint is written, as it is renamed, and somewhere in a step after it."""
     config = autoencoder_yaml(tmp_path)
@@ -397,6 +397,24 @@ def test_a_critic_learns_first_and_by_its_own_optimiser(tmp_path, monkeypatch):
     critic = {name for name in before if name.startswith("critic.")}
     assert moved[0] <= critic and any("blocks" in name for name in moved[0])
     assert any("blocks" in name for name in moved[1] - critic)
+
+
+def test_a_checkpoint_of_other_optimisers_is_not_taken_up(tmp_path, monkeypatch):
+    """Before the critic had Muon, the same configuration had another optimiser for its matrices."""
+    run([autoencoder_yaml(tmp_path)])
+    path = tim_yaml(tmp_path)
+    path.write_text("matching: {share: 0.5}\n" + path.read_text())
+    killed(monkeypatch, path, "save", at=4)
+    (tmp_path / "tim" / "step-00000006.pt").unlink(missing_ok=True)
+    newest = max((tmp_path / "tim").glob("step-*.pt"))
+    state = torch.load(newest, weights_only=True)
+    adam = state["optimizers"]["state"]["critic.x_embedder.proj.bias"]
+    for name, value in state["optimizers"]["state"].items():
+        if "momentum_buffer" in value and name.startswith("critic."):
+            state["optimizers"]["state"][name] = {**dict.fromkeys(adam, value["momentum_buffer"]), "step": adam["step"]}
+    torch.save(state, newest)
+    with pytest.raises(TimError, match="found the state of other optimisers"):
+        run([path])
 
 
 def test_metrics_of_an_older_version_keep_their_rows(tmp_path):

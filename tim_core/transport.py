@@ -77,12 +77,12 @@ class Transport:
         return self.alpha(t) * x + self.sigma(t) * noise
 
     def renoise(self, x_r: Tensor, noise: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        """x_t of x_r at an earlier time, with so much fresh noise that it is distributed as `interpolate` makes it."""
+        """x_t of x_r, r < t, with so much fresh noise that it is distributed as `interpolate` makes it."""
         kept = self.alpha(t) / self.alpha(r)
         return kept * x_r + (self.sigma(t) ** 2 - (kept * self.sigma(r)) ** 2).clamp(min=0).sqrt() * noise
 
     def earlier(self, x_t: Tensor, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """The mean of x_r given x_t, which `renoise` made of it, and the clean x (the posterior of DDPM, arXiv 2006.11239 Eq. 7)."""
+        """The mean of x_r, r < t, given the x_t that `renoise` made of it and the clean x (DDPM's posterior, arXiv 2006.11239 Eq. 7)."""
         kept = self.alpha(t) / self.alpha(r)
         return self.alpha(r) * x + kept * self.sigma(r) ** 2 / self.sigma(t) ** 2 * (x_t - self.alpha(t) * x)
 

@@ -122,7 +122,11 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
     begin_from(model, state["model"], str(found[-1]), frozen(model))
     options = [[{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
                for optimizer in optims]
-    set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
+    try:
+        set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
+    except (KeyError, RuntimeError) as error:  # a state or a part of it is missing
+        raise TimError(f"{found[-1]}: found the state of other optimisers ({one_line(error)}), expected those of this version; take "
+                       "another output") from None
     for optimizer, groups in zip(optims, options):
         for group, own in zip(optimizer.param_groups, groups):
             group.update(own)  # the configuration's, not those of the checkpoint

@@ -174,6 +174,17 @@ def test_times_and_groups():
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], first[1]) and (first[0] >= 0).all()
 
 
+def test_near_shortens_transitions_from_near_noise_alone():
+    for name, cls in TRANSPORTS.items():
+        transport = cls()
+        t, r, _ = sample_times(draws(transport), transport, ObjectiveConfig())
+        near = float(t.median() / transport.T_max)
+        t_near, r_near, _ = sample_times(draws(transport), transport, ObjectiveConfig(near=near))
+        above = t > near * transport.T_max
+        assert torch.equal(t_near, t) and torch.equal(r_near[~above], r[~above]) and (t > r)[above].any() and (t > r)[~above].any(), name
+        assert torch.allclose((t - r_near)[above], (1 - near) * (t - r)[above]), name
+
+
 def test_ratios_round_half_to_even():
     def count(size):
         raw = (torch.zeros(size), torch.ones(size))

@@ -83,6 +83,7 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
     ("kind: tim\noutput: x\nautoencoder: y\ndata: {relations: []}", "data.relations"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {adaptive_floor: 0}", "adaptive_floor"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: 0}", "epsilon"),
+    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {near: 0}", "near"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {diffusion_ratio: 2.0}", "diffusion_ratio"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective: {consistency_ratio: .nan}", "consistency_ratio"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {soon: {}}", "objective_from"),

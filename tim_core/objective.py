@@ -30,6 +30,7 @@ class ObjectiveConfig:
 
     diffusion_ratio: float = 0.5  # share of the batch, from its start, with r = t
     consistency_ratio: float = 0.1  # share of the batch, from its end, with r = T_min
+    near: float = 1.0  # of T_max: transitions from above it are shortened to 1 - near of their length (1: none); ours
     derivative: str = "dde"  # "dde", the central difference of Eq. 10, or "jvp", forward-mode differentiation
     epsilon: float = 0.005  # half the width of the central difference
     # of transitions: Eq. 9, or "composed", F(t, r) from F(t, s) and F(s, r), ours; or of all items "teacher", what another network answers
@@ -48,6 +49,8 @@ class ObjectiveConfig:
     w_end: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.near <= 1:
+            raise TimError(f"objective: near is {self.near}, expected more than 0 and up to 1")
         if self.derivative not in ("dde", "jvp"):
             raise TimError(f"objective: derivative is '{self.derivative}', expected 'dde' or 'jvp'")
         if self.target not in ("differential", "composed", "teacher"):
@@ -109,6 +112,7 @@ def sample_times(
     """t, r (B,) and how many items, from the first on, have r = t. Ratios round half to even; the two groups may overlap.
 
     shift: s of the resolution-dependent time shift t -> s t / (1 + (s - 1) t) (Eq. 50), for times in [0, 1].
+    config.near leaves out the long transitions from near noise, where distribution matching gives another answer than a teacher.
     """
     first, second = (shift * t / (1 + (shift - 1) * t) for t in map(transport.times, draws))
     t, r = torch.maximum(first, second), torch.minimum(first, second)
@@ -117,6 +121,7 @@ def sample_times(
     item = torch.arange(len(t), device=t.device)
     r = torch.where(item < n_diffusion, t, r)
     r = torch.where(item >= len(t) - n_consistency, torch.full_like(r, transport.T_min), r)
+    r = torch.where(t > config.near * transport.T_max, t - (1 - config.near) * (t - r), r)
     return t, r, n_diffusion
 
 

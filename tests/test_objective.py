@@ -185,6 +185,16 @@ def test_near_shortens_transitions_from_near_noise_alone():
         assert torch.allclose((t - r_near)[above], (1 - near) * (t - r)[above]), name
 
 
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_near_of_1_shortens_nothing(name):
+    """Some transports draw times beyond T_max."""
+    raw = torch.full((4,), 9.0), torch.zeros(4)
+    if TRANSPORTS[name]().raw_draw != "normal":
+        raw = torch.ones(4), torch.zeros(4)
+    t, r, _ = sample_times(raw, TRANSPORTS[name](), ObjectiveConfig(diffusion_ratio=0.0, consistency_ratio=0.0))
+    assert (r < t).all()
+
+
 def test_ratios_round_half_to_even():
     def count(size):
         raw = (torch.zeros(size), torch.ones(size))

@@ -121,7 +121,8 @@ def sample_times(
     item = torch.arange(len(t), device=t.device)
     r = torch.where(item < n_diffusion, t, r)
     r = torch.where(item >= len(t) - n_consistency, torch.full_like(r, transport.T_min), r)
-    r = torch.where(t > config.near * transport.T_max, t - (1 - config.near) * (t - r), r)
+    if config.near < 1:  # some transports draw times beyond T_max
+        r = torch.where(t > config.near * transport.T_max, t - (1 - config.near) * (t - r), r)
     return t, r, n_diffusion
 
 

@@ -65,7 +65,7 @@ def test_nothing_pulls_where_the_two_flows_agree():
 
 @pytest.mark.parametrize("end", [0.25, 0.75])
 def test_a_jump_to_a_time_between_is_pulled_to_what_that_time_holds(end):
-    config = MatchingConfig(cfg=1.0, ends=(end,))
+    config = MatchingConfig(cfg=1.0, paths=((1.0, end),))
     loss, _ = losses(Gaussian(0.0), Gaussian(1.5, 0.5), Origin(1.5, 0.5, end), config)
     assert loss.abs().max() < 1e-6
     for real, way in ((2.0, 1), (-2.0, -1)):
@@ -77,7 +77,7 @@ def test_a_jump_to_a_time_between_is_pulled_to_what_that_time_holds(end):
 @pytest.mark.parametrize("end", [0.0, 0.75])
 def test_a_pull_is_as_long_whatever_the_length_of_the_jump(end):
     """dloss/dF is (fake - real) / size of each result, times the way a jump goes: no factor of its length."""
-    config, answers = MatchingConfig(cfg=1.0, ends=(end,)), []
+    config, answers = MatchingConfig(cfg=1.0, paths=((1.0, end),)), []
 
     class Answers(nn.Module):
         def forward(self, x, t, r, y):
@@ -94,7 +94,7 @@ def test_a_pull_is_as_long_whatever_the_length_of_the_jump(end):
 def test_the_critic_learns_what_results_are_noised_from():
     """Least squares over its mean and its spread: the best critic is the one that knows the results."""
     end, std = 0.5, 0.5
-    config = MatchingConfig(cfg=1.0, ends=(end,))
+    config = MatchingConfig(cfg=1.0, paths=((1.0, end),))
 
     class Exact(nn.Module):  # from noise to x_r of data N(1.5, std^2)
         def forward(self, x, t, r, y):
@@ -149,22 +149,50 @@ def test_guidance_leads_on():
     assert abs(pull(1.0)) < 1e-4 and pull(2.0) > 0.1 and pull(0.0 + 1e-9) < -0.1
 
 
-def test_starts_are_drawn_from_the_list():
-    draws = draw_matching((300, 1, 2, 2), MatchingConfig(starts=(1.0, 1.0, 0.5)))
-    assert set(draws.start.tolist()) == {1.0, 0.5} and 0.55 < (draws.start == 1).float().mean() < 0.78
+def test_paths_take_turns_and_jumps_are_compared_after_their_ends():
+    draws = draw_matching((300, 1, 2, 2), MatchingConfig(paths=((1.0, 0.0), (1.0, 0.75, 0.5))))
+    kinds, counts = draws.path.unique(dim=0, return_counts=True)
+    assert kinds.tolist() == [[1.0, 0.75, 0.5], [1.0, 1.0, 0.0]] and counts.tolist() == [150, 150]
+    end = draws.path[:, -1]
+    for t in (draws.t, draws.t_critic):
+        assert (t > end).all() and (t < 1).all() and t[end == 0].min() < 0.5
     assert draws.noise.shape == (300, 1, 2, 2) and not torch.equal(draws.noise, draws.noise_t)
 
 
-def test_ends_are_drawn_from_the_list_and_compared_after_them():
-    draws = draw_matching((300, 1, 2, 2), MatchingConfig(ends=(0.0, 0.75)))
-    assert set(draws.end.tolist()) == {0.0, 0.75}
-    for t in (draws.t, draws.t_critic):
-        assert (t > draws.end).all() and (t < 1).all() and t[draws.end == 0].min() < 0.75
+def test_a_jump_begins_where_the_guided_steps_before_it_end():
+    """Of a network whose F is 1 with the condition and 0.5 without: unguided to 0.75, then guided by 3 to 0.5 and to 0.25."""
+    seen = []
+
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x, t, r, y):
+            seen.append((x.detach(), t, r, torch.is_grad_enabled()))
+            return torch.ones_like(x) * self.scale * torch.where(y.view(-1, 1, 1, 1) > 0, 1.0, 0.5)
+
+    torch.manual_seed(0)
+    config = MatchingConfig(cfg=1.0, paths=((1.0, 0.75, 0.5, 0.25), (1.0, 0.0)), path_cfg=3.0)
+    draws = draw_matching((8, 1, 1, 1), config)
+    long, model = (draws.path[:, 1] < 1).nonzero().flatten(), Told()
+    loss, _ = matching_losses(model, Gaussian(2.0), lambda x, t, interval, y: x, torch.randn(8, 1, 1, 1),
+                              torch.ones(8, 1, 1), torch.zeros(8, 1, 1), transport=OTFM(), config=config, draws=draws)
+    (first, *_), (second, *_), (last, t, r, learns) = seen
+    noise = draws.noise[long]
+    assert torch.equal(first, noise)
+    assert torch.allclose(second[:4], noise - 0.25) and len(second) == 8          # with the condition, and without
+    # guided F = 0.5 + 3 * (1 - 0.5) = 2
+    assert torch.allclose(last[long], noise - 0.25 - 0.25 * 2) and len(last) == 12
+    assert learns and [grad for *_, grad in seen] == [False, False, True]
+    assert torch.equal(t[long], torch.full((4,), 0.5)) and torch.equal(r[long], torch.full((4,), 0.25))
+    loss[long[0]].backward()
+    assert model.scale.grad != 0
 
 
-@pytest.mark.parametrize("change", [{"share": 0.0}, {"share": 1.5}, {"starts": ()}, {"starts": (0.0,)}, {"critic_lr": 0.0},
-                                    {"critic_muon_lr": 0.0}, {"critic_first": -1}, {"ends": ()}, {"ends": (-0.1,)},
-                                    {"ends": (0.5,), "starts": (1.0, 0.5)}])
+@pytest.mark.parametrize("change", [{"share": 0.0}, {"share": 1.5}, {"paths": ()}, {"paths": ((1.0,),)}, {"critic_lr": 0.0},
+                                    {"critic_muon_lr": 0.0}, {"critic_first": -1}, {"paths": ((1.0, -0.1),)},
+                                    {"paths": ((1.0, 0.0), (0.5, 0.75))}, {"paths": ((1.2, 0.0),)}])
 def test_bad_settings_are_named(change):
     with pytest.raises(TimError, match=next(iter(change))):
         MatchingConfig(**change)

@@ -24,8 +24,8 @@ class MatchingConfig:
     """Defaults: what suits tim-shapes."""
 
     share: float = 0.25                          # jumps a step, of the batch
-    starts: tuple[float, ...] = (1.0,)           # the times that jumps begin at, each as likely
-    ends: tuple[float, ...] = (0.0,)             # and end at
+    paths: tuple[tuple[float, ...], ...] = ((1.0, 0.0),)   # times of a sampler's steps, all as often; the last step is the jump that learns
+    path_cfg: float = 1.0                        # guidance of these steps, at times below 1
     teacher: str = "average"                     # whose flow is matched: the averaged network's, or "start", that of the weights begun from
     cfg: float = 2.0                             # guidance of the flow that is matched
     weight: float = 1.0                          # of the loss, beside that of the transitions
@@ -39,10 +39,11 @@ class MatchingConfig:
         for name in ("share", "weight", "critic_lr", "critic_muon_lr", "p_std"):
             if not getattr(self, name) > 0:
                 raise TimError(f"matching: {name} is {getattr(self, name)}, expected more than 0")
-        if not self.starts or not all(0 < start <= 1 for start in self.starts):
-            raise TimError(f"matching: starts is {list(self.starts)}, expected times above 0 and up to 1")
-        if not self.ends or not all(0 <= end < min(self.starts) for end in self.ends):
-            raise TimError(f"matching: ends is {list(self.ends)}, expected 0 to below {min(self.starts)}, the smallest of starts")
+        for path in self.paths:
+            if len(path) < 2 or not all(0 <= after < before <= 1 for before, after in zip(path, path[1:])):
+                raise TimError(f"matching: paths has {list(path)}, expected two times or more, falling from at most 1 to at least 0")
+        if not self.paths:
+            raise TimError("matching: paths is empty, expected the times of one or more, like [[1, 0]]")
         if self.critic_first < 0:
             raise TimError(f"matching: critic_first is {self.critic_first}, expected 0 or more")
         if self.teacher not in ("average", "start"):
@@ -53,10 +54,12 @@ class MatchingConfig:
 
 @dataclass(frozen=True)
 class MatchingDraws:
-    """What is random in a step, (B,) times and (B, C, H, W) noise: of the jump, of the comparison, of the critic's lesson."""
+    """What is random in a step, times and (B, C, H, W) noise: of the jump, of the comparison, of the critic's lesson.
 
-    start: Tensor
-    end: Tensor
+    path (B, T) are the times of the steps up to the jump's end. All have the length of the longest: a shorter one stays at its first time.
+    """
+
+    path: Tensor
     t: Tensor
     t_critic: Tensor
     noise: Tensor
@@ -69,11 +72,23 @@ class MatchingDraws:
 
 def draw_matching(shape: Sequence[int], config: MatchingConfig) -> MatchingDraws:
     """For latents of `shape`, from torch's own generator; times in [0, 1], as on OT-FM."""
-    starts = torch.tensor(config.starts)[torch.randint(len(config.starts), shape[:1])]
+    longest = max(map(len, config.paths))
+    paths = torch.tensor([path[:1] * (longest - len(path)) + path for path in config.paths])
+    path = paths[(torch.arange(shape[0]) + torch.randint(len(paths), ())) % len(paths)]
     t, t_critic = ((torch.randn(shape[0]) * config.p_std + config.p_mean).sigmoid().clamp(0.02, 0.98) for _ in range(2))
     noises = [torch.randn(*shape) for _ in range(3)]
-    ends = torch.tensor(config.ends)[torch.randint(len(config.ends), shape[:1])]
-    return MatchingDraws(starts, ends, *(ends + (1 - ends) * time for time in (t, t_critic)), *noises)
+    end = path[:, -1]
+    return MatchingDraws(path, *(end + (1 - end) * time for time in (t, t_critic)), *noises)
+
+
+def sample_step(model: Network, x_t: Tensor, t: Tensor, r: Tensor, y: Tensor, y_null: Tensor, transport: Transport, cfg: float) -> Tensor:
+    """x_r (B, C, H, W) of one step from times t to r (B,), guided by cfg where t is below 1, as the samplers are."""
+    guided = ((t < 1) & (cfg != 1)).nonzero().flatten()
+    told_t, told_r = (transport.c_noise(torch.cat((time, time[guided]))) for time in (t, r))
+    F = model(torch.cat((x_t, x_t[guided])), told_t, told_r, torch.cat((y, y_null[guided]))).float()
+    F, F_null = F.split((len(t), len(guided)))
+    F = F.index_copy(0, guided, guide(torch.cat((F[guided], F_null)), cfg))
+    return transport.step(x_t, F, t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1))
 
 
 def matching_losses(
@@ -85,14 +100,20 @@ def matching_losses(
     The first reaches the model alone, the second the critic alone; the teacher learns from neither. told: y and y_null as the teacher reads
     them, where its text model is another.
     """
-    start, end, t, t_critic = (time.view(-1, 1, 1, 1) for time in (draws.start, draws.end, draws.t, draws.t_critic))
-    x_t = transport.interpolate(x, draws.noise, start)
-    F = model(x_t, transport.c_noise(draws.start), transport.c_noise(draws.end), y).float()
-    made = transport.step(x_t, F, start, end)  # x_r at r = end
+    y_null = y_null.expand_as(y)
+    told_end = draws.path[:, -1]
+    start, end, t, t_critic = (time.view(-1, 1, 1, 1) for time in (draws.path[:, -2], told_end, draws.t, draws.t_critic))
+    x_t = transport.interpolate(x, draws.noise, draws.path[:, 0].view(-1, 1, 1, 1))
+    with torch.no_grad():
+        for before, after in zip(draws.path.T, draws.path.T[1:-1]):
+            # one item at least: processes that share a sliced network must call it equally often
+            some = (before > after).nonzero().flatten() if (before > after).any() else torch.zeros_like(before[:1], dtype=torch.long)
+            x_t[some] = sample_step(model, x_t[some], before[some], after[some], y[some], y_null[some], transport, config.path_cfg)
+    made = sample_step(model, x_t, draws.path[:, -2], told_end, y, y_null, transport, config.path_cfg)  # x_r at r = end
 
     def answer(noised: Tensor, time: Tensor) -> Tensor:
         """The critic's F from x_t to its origin. Told r = t - end, it hears `end` as the interval and, at 0, begins as the flow."""
-        return critic(noised, transport.c_noise(time), transport.c_noise(time - draws.end), y.detach()).float()
+        return critic(noised, transport.c_noise(time), transport.c_noise(time - told_end), y.detach()).float()
 
     with torch.no_grad():
         noised, time = transport.renoise(made, draws.noise_t, end, t), transport.c_noise(draws.t)

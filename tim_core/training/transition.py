@@ -163,8 +163,8 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
     def matched(model: TextToImage, average: TextToImage, part: Part, latents: Tensor, y: Tensor, y_null: Tensor,
                 theirs: tuple[Tensor, Tensor] | None, draws: MatchingDraws) -> dict[str, Tensor]:
         """The losses of the matching, over the first items of a batch. It teaches the transformer and the critic."""
-        own, total = draws.map(lambda value: part.of(value).to(latents.device)), len(draws.start)
-        some = slice(len(own.start))
+        own, total = draws.map(lambda value: part.of(value).to(latents.device)), len(draws.path)
+        some = slice(len(own.path))
         of_start = config.matching.teacher == "start"
         loss, critic = matching_losses(
             model.transformer, (teacher if of_start else average).transformer, model.critic, latents[some], y[some].detach(), y_null[some],

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tim_core import Pipeline
 from tim_core.contact_sheet import to_pil
 
-PROMPT, SEED, STEPS = "a red circle left of a blue square", 2, (1, 2, 4, 16)
+PROMPT, SEED, STEPS = "a red circle left of a blue square", 0, (1, 2, 4, 16)
 PAPER, INK, FAINT = (25, 25, 30), (240, 240, 240), (150, 150, 160)
 
 

@@ -215,8 +215,8 @@ def test_the_bundled_file_is_small_and_whole():
 def test_the_readmes_prompt(shapes):
     asked = Prompt("full position", (Thing("circle", "red"), Thing("square", "blue")), "left of")
     assert asked.text == PROMPT
-    right = [bool(judge(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy())) for seed in range(8)]
-    assert sum(right) >= 6 and right[2], right  # the README names seed 2
+    right = [bool(judge(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy())) for seed in range(16)]
+    assert sum(right) >= 10 and right[0], right  # the README names seed 0
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -227,12 +227,14 @@ def test_every_relation_is_read(shapes, relation):
     assert (gaps(shapes, relation, 48, [0.75, 0.8, 0.85, 0.9]) > 0).mean() >= 0.7
 
 
-def test_a_small_score(shapes):
+@pytest.mark.parametrize("steps, cfg, least", [(1, 1.0, 0.5), (4, 2.5, 0.65)])
+def test_a_small_score(shapes, steps, cfg, least):
+    """The README says 0.70 and 0.83; n = 60 has a standard error of 0.06."""
     from tim_core.evaluate import draws, score, summarise
 
     wanted = draws(prompts_per_task=10, images=1, seed=0)
-    result = summarise(wanted, score(shapes, wanted, steps=4, cfg=2.5))
-    assert result["n"] == 10 * len(TASKS) and result["overall"] >= 0.5, result
+    result = summarise(wanted, score(shapes, wanted, steps=steps, cfg=cfg))
+    assert result["n"] == 10 * len(TASKS) and result["overall"] >= least, result
 
 
 def test_words_out_of_the_world_give_pictures(shapes):

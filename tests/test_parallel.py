@@ -140,7 +140,8 @@ def test_two_processes_train_as_one(folder, alone, how):
     assert agree(two, one)
 
 
-BY_START = "matching: {share: 1.0, teacher: start, paths: [[1, 0.5, 0], [1, 0]], path_cfg: 2.0}\ndistillation: {share: 1.0}\nfreeze_text: true\n"
+PATHS = "paths: [[1, 0.5, 0], [1, 0]], path_cfg: 2.0"  # of two processes one has all of the longer ones
+BY_START = f"matching: {{share: 1.0, teacher: start, {PATHS}}}\ndistillation: {{share: 1.0}}\nfreeze_text: true\n"
 
 
 @pytest.mark.parametrize("target, setting", [("composed", "matching: {share: 1.0}\n"), ("teacher", BY_START)])

@@ -1,5 +1,7 @@
 """Distribution matching: which way it pulls, and whom it teaches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -150,48 +152,74 @@ def test_guidance_leads_on():
 
 
 def test_paths_take_turns_and_jumps_are_compared_after_their_ends():
-    draws = draw_matching((300, 1, 2, 2), MatchingConfig(paths=((1.0, 0.0), (1.0, 0.75, 0.5))))
+    config = MatchingConfig(paths=((1.0, 0.0), (1.0, 0.75, 0.5)))
+    draws = draw_matching((300, 1, 2, 2), config)
     kinds, counts = draws.path.unique(dim=0, return_counts=True)
     assert kinds.tolist() == [[1.0, 0.75, 0.5], [1.0, 1.0, 0.0]] and counts.tolist() == [150, 150]
     end = draws.path[:, -1]
     for t in (draws.t, draws.t_critic):
         assert (t > end).all() and (t < 1).all() and t[end == 0].min() < 0.5
     assert draws.noise.shape == (300, 1, 2, 2) and not torch.equal(draws.noise, draws.noise_t)
+    assert {draw_matching((1, 1, 2, 2), config).path[0, -1].item() for _ in range(64)} == {0.0, 0.5}  # a first item has each of them
+
+
+class Told(nn.Module):
+    """F is the condition; what it is asked is kept, and its answers are leaves that have a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.answers = [], []
+
+    def forward(self, x, t, r, y):
+        self.seen.append((x.detach().clone(), t, r, y.flatten(), torch.is_grad_enabled()))
+        self.answers.append((torch.zeros_like(x) + y.view(-1, 1, 1, 1)).requires_grad_())
+        return self.answers[-1]
+
+
+def told(count, config, path=None):
+    """Conditions 1, 2, ... and -1 for none, from noise; the loss, the network and the draws."""
+    torch.manual_seed(0)
+    model, draws = Told(), draw_matching((count, 1, 1, 1), config)
+    if path:
+        draws = replace(draws, path=torch.tensor(path))
+    loss, _ = matching_losses(model, Gaussian(2.0), lambda x, t, interval, y: x, torch.zeros(count, 1, 1, 1),
+                              torch.arange(1.0, count + 1).view(-1, 1, 1), -torch.ones(count, 1, 1), transport=OTFM(), config=config,
+                              draws=draws)
+    return loss, model, draws
 
 
 def test_a_jump_begins_where_the_guided_steps_before_it_end():
-    """Of a network whose F is 1 with the condition and 0.5 without: unguided to 0.75, then guided by 3 to 0.5 and to 0.25."""
-    seen = []
-
-    class Told(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(1.0))
-
-        def forward(self, x, t, r, y):
-            seen.append((x.detach(), t, r, torch.is_grad_enabled()))
-            return torch.ones_like(x) * self.scale * torch.where(y.view(-1, 1, 1, 1) > 0, 1.0, 0.5)
-
-    torch.manual_seed(0)
-    config = MatchingConfig(cfg=1.0, paths=((1.0, 0.75, 0.5, 0.25), (1.0, 0.0)), path_cfg=3.0)
-    draws = draw_matching((8, 1, 1, 1), config)
-    long, model = (draws.path[:, 1] < 1).nonzero().flatten(), Told()
-    loss, _ = matching_losses(model, Gaussian(2.0), lambda x, t, interval, y: x, torch.randn(8, 1, 1, 1),
-                              torch.ones(8, 1, 1), torch.zeros(8, 1, 1), transport=OTFM(), config=config, draws=draws)
-    (first, *_), (second, *_), (last, t, r, learns) = seen
-    noise = draws.noise[long]
-    assert torch.equal(first, noise)
-    assert torch.allclose(second[:4], noise - 0.25) and len(second) == 8          # with the condition, and without
-    # guided F = 0.5 + 3 * (1 - 0.5) = 2
-    assert torch.allclose(last[long], noise - 0.25 - 0.25 * 2) and len(last) == 12
-    assert learns and [grad for *_, grad in seen] == [False, False, True]
+    """Unguided to 0.75, then guided by 3 to 0.5 and to 0.25; the other half of the batch jumps at once."""
+    _, model, draws = told(8, MatchingConfig(cfg=1.0, paths=((1.0, 0.75, 0.5, 0.25), (1.0, 0.0)), path_cfg=3.0))
+    long = (draws.path[:, 1] < 1).nonzero().flatten()
+    (first, *_, y, _), (second, *_), (last, t, r, _, _) = model.seen
+    noise, told_y = draws.noise[long], (long + 1.0).view(-1, 1, 1, 1)
+    assert torch.equal(first, noise) and torch.equal(y, told_y.flatten())
+    assert torch.allclose(second, (noise - 0.25 * told_y).repeat(2, 1, 1, 1))                # with the condition, and without
+    assert torch.allclose(last[long], noise - 0.25 * told_y - 0.25 * (-1 + 3 * (told_y + 1)))
+    assert [grad for *_, grad in model.seen] == [False, False, True] and len(last) == 12
     assert torch.equal(t[long], torch.full((4,), 0.5)) and torch.equal(r[long], torch.full((4,), 0.25))
-    loss[long[0]].backward()
-    assert model.scale.grad != 0
+
+
+def test_of_a_guided_jump_both_answers_learn():
+    """By cfg and cfg - 1 times the pull of its length; a jump from noise, in the same batch, learns unguided."""
+    loss, model, draws = told(7, MatchingConfig(cfg=1.0, paths=((1.0, 0.0), (1.0, 0.75, 0.5)), path_cfg=3.0))
+    long = draws.path[:, 1] < 1
+    loss.sum().backward()
+    with_y, without = model.answers[-1].grad.flatten().abs().split((7, int(long.sum())))
+    pull = (2 * loss * torch.where(long, 0.25, 1.0)).sqrt().detach()
+    assert torch.allclose(with_y, torch.where(long, 3.0, 1.0) * pull, rtol=1e-4) and torch.allclose(without, 2 * pull[long], rtol=1e-4)
+
+
+def test_a_batch_without_longer_paths_stays_at_its_noise():
+    """One of two processes may have such a part of a batch, and makes as many calls as the other."""
+    _, model, draws = told(1, MatchingConfig(cfg=1.0, paths=((1.0, 0.0), (1.0, 0.75, 0.5)), path_cfg=3.0), path=[[1.0, 1.0, 0.0]])
+    assert len(model.seen) == 2 and all(torch.equal(x, draws.noise) for x, *_ in model.seen)
 
 
 @pytest.mark.parametrize("change", [{"share": 0.0}, {"share": 1.5}, {"paths": ()}, {"paths": ((1.0,),)}, {"critic_lr": 0.0},
-                                    {"critic_muon_lr": 0.0}, {"critic_first": -1}, {"paths": ((1.0, -0.1),)},
+                                    {"critic_muon_lr": 0.0}, {"critic_first": -1}, {"path_cfg": 0.5},
+                                    {"path_cfg": float("nan")}, {"paths": ((1.0, -0.1),)},
                                     {"paths": ((1.0, 0.0), (0.5, 0.75))}, {"paths": ((1.2, 0.0),)}])
 def test_bad_settings_are_named(change):
     with pytest.raises(TimError, match=next(iter(change))):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -159,6 +160,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, more):
     weights = [checkpoint.open_state_dict(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed")]
     assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not any("critic" in name for name in weights[0])
+
+
+def test_the_ablations_are_configurations(tmp_path):
+    from benchmarks.ablations import VARIANTS, configuration
+
+    for variant in VARIANTS:
+        path = tmp_path / f"{variant}.yaml"
+        path.write_text(yaml.safe_dump(configuration(variant, 0, tmp_path, 1200, 64, False)))
+        assert type(read(path, KINDS)).__name__ == "TransitionTraining", variant
 
 
 def test_the_ready_configurations_are_read():

@@ -20,7 +20,7 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 EXAMPLES = """\
 examples:
-  tim sample "a red circle left of a blue square" --seed 2 -o picture.png
+  tim sample "a red circle left of a blue square" --seed 0 -o picture.png
   tim sweep "two green triangles" --steps 1,2,4,8,16,32 -o sweep.png
   tim inspect tim-shapes
   tim evaluate --steps 1,4 -o scores
@@ -38,7 +38,7 @@ ComfyUI."""
 
 SAMPLE_EXAMPLES = """\
 examples:
-  tim sample "a red circle left of a blue square" --steps 4 --seed 2 -o picture.png
+  tim sample "a red circle left of a blue square" --steps 4 --seed 0 -o picture.png
   tim sample "three squares" --batch 4 -o squares.png        writes squares-0.png to squares-3.png
   tim sample "a circle" --size 96x64 --seed 2 --cfg 1
   tim sample "a circle" --times "1, 0.6, 0.2, 0"             steps of your own"""

@@ -5,6 +5,8 @@ the result of a jump is told instead which way it becomes likelier: a copy is no
 from. One is a teacher's flow (r = t), guided: of the averaged network, or of the weights the run began from. The other is a critic, the
 same network trained on nothing but results of jumps. A jump may end at any time r, not at a clean latent alone: what a copy at t came
 from is then x_r, and the teacher's answer, a clean latent, gives it by Bayes' rule (`Transport.earlier`).
+It may begin where the network's own steps end (DMD2's backward simulation), and so learns to mend what those got wrong. Guided steps are
+guided as the samplers guide them; of a guided jump both answers learn, with the condition and without.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,18 +16,18 @@ import torch
 from torch import Tensor
 
 from .errors import TimError
-from .transport import Transport, guide
+from .transport import OTFM, guide
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class MatchingConfig:
-    """Defaults: what suits tim-shapes."""
+    """Defaults: what a first matching of tim-shapes had; configs/tim-shapes-sharp.yaml is a longer one."""
 
     share: float = 0.25                          # jumps a step, of the batch
-    paths: tuple[tuple[float, ...], ...] = ((1.0, 0.0),)   # times of a sampler's steps, all as often; the last step is the jump that learns
-    path_cfg: float = 1.0                        # guidance of these steps, at times below 1
+    paths: tuple[tuple[float, ...], ...] = ((1.0, 0.0),)   # times of a sampler's steps, each as often; the last is the jump that learns
+    path_cfg: float = 1.0                        # guidance of all these steps, the last one too, where they begin below 1
     teacher: str = "average"                     # whose flow is matched: the averaged network's, or "start", that of the weights begun from
     cfg: float = 2.0                             # guidance of the flow that is matched
     weight: float = 1.0                          # of the loss, beside that of the transitions
@@ -39,11 +41,13 @@ class MatchingConfig:
         for name in ("share", "weight", "critic_lr", "critic_muon_lr", "p_std"):
             if not getattr(self, name) > 0:
                 raise TimError(f"matching: {name} is {getattr(self, name)}, expected more than 0")
+        if not self.paths:
+            raise TimError("matching: paths is empty, expected the times of one or more, like [[1, 0]]")
         for path in self.paths:
             if len(path) < 2 or not all(0 <= after < before <= 1 for before, after in zip(path, path[1:])):
                 raise TimError(f"matching: paths has {list(path)}, expected two times or more, falling from at most 1 to at least 0")
-        if not self.paths:
-            raise TimError("matching: paths is empty, expected the times of one or more, like [[1, 0]]")
+        if not self.path_cfg >= 1:
+            raise TimError(f"matching: path_cfg is {self.path_cfg}, expected 1 (no guidance) or more")
         if self.critic_first < 0:
             raise TimError(f"matching: critic_first is {self.critic_first}, expected 0 or more")
         if self.teacher not in ("average", "start"):
@@ -81,9 +85,9 @@ def draw_matching(shape: Sequence[int], config: MatchingConfig) -> MatchingDraws
     return MatchingDraws(path, *(end + (1 - end) * time for time in (t, t_critic)), *noises)
 
 
-def sample_step(model: Network, x_t: Tensor, t: Tensor, r: Tensor, y: Tensor, y_null: Tensor, transport: Transport, cfg: float) -> Tensor:
+def sample_step(model: Network, x_t: Tensor, t: Tensor, r: Tensor, y: Tensor, y_null: Tensor, transport: OTFM, cfg: float) -> Tensor:
     """x_r (B, C, H, W) of one step from times t to r (B,), guided by cfg where t is below 1, as the samplers are."""
-    guided = ((t < 1) & (cfg != 1)).nonzero().flatten()
+    guided = ((t < 1) & (cfg > 1)).nonzero().flatten()
     told_t, told_r = (transport.c_noise(torch.cat((time, time[guided]))) for time in (t, r))
     F = model(torch.cat((x_t, x_t[guided])), told_t, told_r, torch.cat((y, y_null[guided]))).float()
     F, F_null = F.split((len(t), len(guided)))
@@ -93,7 +97,7 @@ def sample_step(model: Network, x_t: Tensor, t: Tensor, r: Tensor, y: Tensor, y_
 
 def matching_losses(
     model: Network, teacher: Network, critic: Network, x: Tensor, y: Tensor, y_null: Tensor, *,
-    transport: Transport, config: MatchingConfig, draws: MatchingDraws, told: tuple[Tensor, Tensor] | None = None,
+    transport: OTFM, config: MatchingConfig, draws: MatchingDraws, told: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses (B,) of the model and of the critic, for clean latents x (B, C, H, W) with conditions y and y_null (B, ...).
 
@@ -101,19 +105,20 @@ def matching_losses(
     them, where its text model is another.
     """
     y_null = y_null.expand_as(y)
-    told_end = draws.path[:, -1]
-    start, end, t, t_critic = (time.view(-1, 1, 1, 1) for time in (draws.path[:, -2], told_end, draws.t, draws.t_critic))
+    *_, begins, ends = draws.path.T
+    start, end, t, t_critic = (time.view(-1, 1, 1, 1) for time in (begins, ends, draws.t, draws.t_critic))
     x_t = transport.interpolate(x, draws.noise, draws.path[:, 0].view(-1, 1, 1, 1))
     with torch.no_grad():
         for before, after in zip(draws.path.T, draws.path.T[1:-1]):
-            # one item at least: processes that share a sliced network must call it equally often
-            some = (before > after).nonzero().flatten() if (before > after).any() else torch.zeros_like(before[:1], dtype=torch.long)
+            some = (before > after).nonzero().flatten()
+            if not len(some):
+                some = some.new_zeros(1)  # a call all the same, as in the processes that share a sliced network; it stays where it is
             x_t[some] = sample_step(model, x_t[some], before[some], after[some], y[some], y_null[some], transport, config.path_cfg)
-    made = sample_step(model, x_t, draws.path[:, -2], told_end, y, y_null, transport, config.path_cfg)  # x_r at r = end
+    made = sample_step(model, x_t, begins, ends, y, y_null, transport, config.path_cfg)  # x_r at r = end
 
     def answer(noised: Tensor, time: Tensor) -> Tensor:
         """The critic's F from x_t to its origin. Told r = t - end, it hears `end` as the interval and, at 0, begins as the flow."""
-        return critic(noised, transport.c_noise(time), transport.c_noise(time - told_end), y.detach()).float()
+        return critic(noised, transport.c_noise(time), transport.c_noise(time - ends), y.detach()).float()
 
     with torch.no_grad():
         noised, time = transport.renoise(made, draws.noise_t, end, t), transport.c_noise(draws.t)
@@ -124,7 +129,8 @@ def matching_losses(
         fake = transport.step(noised, answer(noised, draws.t), t, end)
         size = (made - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
         goal = made - (fake - real) / size
-    # F moves the result of a jump by its length: over that, a short jump moves F as far as a long one
+    # F moves the result of a jump by its length: over that, a short jump moves F as far as a long one (a guided one moves the two
+    # answers by path_cfg and path_cfg - 1 times as much)
     length = transport.step(torch.zeros_like(start), torch.ones_like(start), start, end).abs().flatten()
     loss = 0.5 * (made - goal).square().mean((1, 2, 3)) / length
 

@@ -1,5 +1,7 @@
 """The pipeline: its contract, its parts in a row, and the bundled model."""
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from tim_core import Pipeline, TimError, checkpoint
 from tim_core.config import TransformerConfig
+from tim_core.evaluate import draws, falls, score, summarise, unpack
 from tim_core.sampler import sample
 from tim_core.schedule import uniform
 from tim_core.shapes import RELATIONS, TASKS, Prompt, Thing, judge
@@ -227,11 +230,24 @@ def test_every_relation_is_read(shapes, relation):
     assert (gaps(shapes, relation, 48, [0.75, 0.8, 0.85, 0.9]) > 0).mean() >= 0.7
 
 
+def test_the_report_and_the_readme_are_of_this_file():
+    """And above what facts/shapes-task.md asks for; every point is computed again from the pictures' marks."""
+    report = json.loads((ROOT / "docs" / "tim-shapes-report.json").read_text())
+    assert report["model"]["weights"] == Pipeline.load("tim-shapes", device="cpu", dtype=torch.bfloat16).fingerprint()
+    asked = report["pictures"]
+    wanted = draws(asked["tasks"], asked["prompts_per_task"], asked["images"], asked["seed"])
+    points = {point["steps"]: summarise(wanted, unpack(point["right"])) for point in report["curve"]}
+    assert all(points[steps]["overall"] >= bar for steps, bar in {1: 0.67, 4: 0.80, 16: 0.85, 64: 0.88}.items())
+    assert list(points) == [1, 2, 4, 8, 16, 32, 64] and not falls(wanted, report["curve"]) and len(wanted) == 1440
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() in readme
+    for steps in (1, 4, 16, 64):
+        assert f"**{points[steps]['overall']:.3f}** ± {points[steps]['stderr']:.3f}" in readme
+
+
 @pytest.mark.parametrize("steps, cfg, least", [(1, 1.0, 0.6), (4, 2.5, 0.75)])
 def test_a_small_score(shapes, steps, cfg, least):
     """The README says 0.70 and 0.83; n = 60 has a standard error of 0.05."""
-    from tim_core.evaluate import draws, score, summarise
-
     wanted = draws(prompts_per_task=10, images=1, seed=0)
     result = summarise(wanted, score(shapes, wanted, steps=steps, cfg=cfg))
     assert result["n"] == 10 * len(TASKS) and result["overall"] >= least, result

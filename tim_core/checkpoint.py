@@ -301,8 +301,9 @@ class Description:
         if isinstance(training, dict) and isinstance(training.get("configuration"), dict):
             lines.append(f"  training, {json.dumps(training.get('step'))} steps of:")
             lines += [f"    {key}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(training["configuration"].items())]
-            if "changed" in training:
-                lines.append(f"  changed on the way (step: key: before, since): {json.dumps(training['changed'])}")
+            if isinstance(changed := training.get("changed"), dict):
+                lines.append("  changed on the way, at step: key: before, since")
+                lines += [f"    {step}: {json.dumps(keys)}" for step, keys in changed.items()]
         elif training is not None:
             lines.append(f"  training: {json.dumps(training, sort_keys=True)}")
         return "\n".join(lines)

@@ -317,7 +317,7 @@ def test_a_run_goes_on_with_other_values_and_tells(tmp_path, monkeypatch, capsys
     (made,) = run([path])
     assert {group["weight_decay"] for optimizer in made_by for group in optimizer.param_groups} == {0.5}
     said = str(checkpoint.describe(made))
-    assert '"6": {"loop.steps": [6, 8], "objective.epsilon": [0.01, 0.02]}' in said and '"loop.weight_decay": [0.01, 0.5]' in said
+    assert '6: {"loop.steps": [6, 8], "objective.epsilon": [0.01, 0.02]}' in said and '"loop.weight_decay": [0.01, 0.5]' in said
     for before, now, key in (("optimizer: muon", "optimizer: adamw", "loop.optimizer"),
                              ("kind: tim", "kind: tim\nalike: {red: blue}", "alike")):
         other = tmp_path / "other.yaml"

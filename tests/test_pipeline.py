@@ -231,7 +231,7 @@ def test_every_relation_is_read(shapes, relation):
 
 
 def test_the_report_and_the_readme_are_of_this_file():
-    """And above what facts/shapes-task.md asks for; every point is computed again from the pictures' marks."""
+    """And above the bars that docs/tim-shapes.md names; every point is computed again from the pictures' marks."""
     report = json.loads((ROOT / "docs" / "tim-shapes-report.json").read_text())
     assert report["model"]["weights"] == Pipeline.load("tim-shapes", device="cpu", dtype=torch.bfloat16).fingerprint()
     asked = report["pictures"]

@@ -86,7 +86,10 @@ def draw_matching(shape: Sequence[int], config: MatchingConfig) -> MatchingDraws
 
 
 def sample_step(model: Network, x_t: Tensor, t: Tensor, r: Tensor, y: Tensor, y_null: Tensor, transport: OTFM, cfg: float) -> Tensor:
-    """x_r (B, C, H, W) of one step from times t to r (B,), guided by cfg where t is below 1, as the samplers are."""
+    """x_r (B, C, H, W) of one step from x_t, times t to r (B,) in [0, 1], conditions y and y_null (B, ...).
+
+    Guided by cfg where t is below 1, as the samplers are in the published interval; of cfg 1 nothing is asked without the condition.
+    """
     guided = ((t < 1) & (cfg > 1)).nonzero().flatten()
     told_t, told_r = (transport.c_noise(torch.cat((time, time[guided]))) for time in (t, r))
     F = model(torch.cat((x_t, x_t[guided])), told_t, told_r, torch.cat((y, y_null[guided]))).float()
@@ -129,8 +132,8 @@ def matching_losses(
         fake = transport.step(noised, answer(noised, draws.t), t, end)
         size = (made - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
         goal = made - (fake - real) / size
-    # F moves the result of a jump by its length: over that, a short jump moves F as far as a long one (a guided one moves the two
-    # answers by path_cfg and path_cfg - 1 times as much)
+    # F moves the result of a jump by its length: over that, a short jump moves F as far as a long one (each answer of
+    # a guided one is pulled path_cfg, or path_cfg - 1, times as hard)
     length = transport.step(torch.zeros_like(start), torch.ones_like(start), start, end).abs().flatten()
     loss = 0.5 * (made - goal).square().mean((1, 2, 3)) / length
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tim_core import Pipeline  # noqa: E402
-from tim_core.evaluate import difference, draws, evaluate, unpack  # noqa: E402
+from tim_core.evaluation.curve import difference, draws, evaluate, unpack  # noqa: E402
 from tim_core.training import run  # noqa: E402
 
 TASKS, STEPS, PROMPTS, IMAGES = ("single", "colors"), (1, 2, 4, 16), 60, 4

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tim_core import checkpoint  # noqa: E402
-from tim_core.attention import math  # noqa: E402
-from tim_core.objective import ObjectiveConfig, transition_loss  # noqa: E402
+from tim_core.models.attention import math  # noqa: E402
+from tim_core.training.objectives.transition import ObjectiveConfig, transition_loss  # noqa: E402
 from tim_core.transport import OTFM  # noqa: E402
+from tim_core.weights import checkpoint  # noqa: E402
 
 KINDS = {
     "flow matching": ObjectiveConfig(diffusion_ratio=1.0, consistency_ratio=0.0),

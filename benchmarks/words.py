@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tim_core import Pipeline, shapes  # noqa: E402
+from tim_core import Pipeline
+from tim_core.shapes import scenes  # noqa: E402
 from tim_core.transport import OTFM  # noqa: E402
 
 # word -> the form of caption that has it, and what stands in its place
@@ -36,9 +37,9 @@ def gaps(pipe: Pipeline, word: str, n: int, times: list[float], seed: int = 0) -
     rng, generator, transport = np.random.default_rng([seed, list(EXCHANGES).index(word)]), torch.Generator().manual_seed(seed), OTFM()
     prompts = []
     while len(prompts) < n:
-        prompt = shapes.sample_prompt(rng, form)
+        prompt = scenes.sample_prompt(rng, form)
         prompts += [prompt] if f" {word} " in f" {prompt.text} " else []
-    pictures = np.stack([shapes.render(shapes.place(rng, prompt)) for prompt in prompts])
+    pictures = np.stack([scenes.render(scenes.place(rng, prompt)) for prompt in prompts])
     latents = pipe.encode(torch.from_numpy(pictures))
     captions = [prompt.text for prompt in prompts], [prompt.text.replace(word, other) for prompt in prompts]
     total = torch.zeros(n)

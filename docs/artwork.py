@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from tim_core import Pipeline
-from tim_core.contact_sheet import to_pil
+from tim_core.images import to_pil
 
 PROMPT, SEED, STEPS = "a red circle left of a blue square", 0, (1, 2, 4, 16)
 PAPER, INK, FAINT = (25, 25, 30), (240, 240, 240), (150, 150, 160)

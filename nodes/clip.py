@@ -8,8 +8,8 @@ import torch
 from comfy.cli_args import args
 from torch import Tensor
 
-from ..tim_core.checkpoint import Parts, json_tensor, load_text_encoder, read_parts
-from ..tim_core.text_encoder import MAX_LENGTH, TextEncoder
+from ..tim_core.models.text_encoder import MAX_LENGTH, TextEncoder
+from ..tim_core.weights.checkpoint import Parts, json_tensor, load_text_encoder, read_parts
 from .compat import accepted
 from .model import PADDED, WholePatcher
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..tim_core.checkpoint import AUTOENCODER, BUNDLED, TEXT_ENCODER, TRANSFORMER, read_parts
 from ..tim_core.errors import TimError
+from ..tim_core.weights.checkpoint import AUTOENCODER, BUNDLED, TEXT_ENCODER, TRANSFORMER, read_parts
 from .clip import build_clip
 from .compat import Schema
 from .model import WEIGHT_DTYPES, build_model

@@ -16,10 +16,10 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ..tim_core.checkpoint import TRANSFORMER, Parts, json_tensor, load_transformer, read_parts
-from ..tim_core.config import TransformerConfig
 from ..tim_core.errors import TimError
-from ..tim_core.transformer import TransitionTransformer
+from ..tim_core.models.config import TransformerConfig
+from ..tim_core.models.transformer import TransitionTransformer
+from ..tim_core.weights.checkpoint import TRANSFORMER, Parts, json_tensor, load_transformer, read_parts
 
 PADDED = "tim_padded"  # conditioning key: the 256 rows of a prompt, its padding included
 TARGET = "tim_target"  # transformer option: the time that our own sampler goes to

@@ -5,8 +5,8 @@ import time
 from comfy_api.latest import io
 
 from ..tim_core import schedule
-from ..tim_core.contact_sheet import contact_sheet, step_label, to_tensor
 from ..tim_core.errors import TimError
+from ..tim_core.images import contact_sheet, step_label, to_tensor
 from .compat import Schema
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
 from .sampler import counted, first, sample_latent, shared_progress, stacked

@@ -10,8 +10,8 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..tim_core.autoencoder import Autoencoder
-from ..tim_core.checkpoint import AUTOENCODER, Parts, json_tensor, load_autoencoder, read_parts
+from ..tim_core.models.autoencoder import Autoencoder
+from ..tim_core.weights.checkpoint import AUTOENCODER, Parts, json_tensor, load_autoencoder, read_parts
 from .model import WholePatcher, is_dynamic, patcher_class
 
 TILE, OVERLAP = 1024, 128  # pixels: smaller tiles show, since the deep stages look at the whole tile

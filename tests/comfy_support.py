@@ -200,9 +200,9 @@ def make_class_files(server: Server, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from tim_core.autoencoder import Autoencoder
-    from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
-    from tim_core.transformer import TransitionTransformer
+    from tim_core.models.autoencoder import Autoencoder
+    from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
+    from tim_core.models.transformer import TransitionTransformer
 
     torch.manual_seed(0)
     folder.mkdir(exist_ok=True)

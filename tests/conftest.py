@@ -85,12 +85,12 @@ def tiny(tmp_path_factory):
     """A one-file text-to-image checkpoint with random weights: 16 latent channels, factor 8."""
     import torch
 
-    from tim_core.autoencoder import Autoencoder
-    from tim_core.checkpoint import pack
-    from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
-    from tim_core.text_encoder import TextEncoder, Tokenizer
-    from tim_core.training.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
-    from tim_core.transformer import TransitionTransformer
+    from tim_core.models.autoencoder import Autoencoder
+    from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
+    from tim_core.models.text_encoder import TextEncoder, Tokenizer
+    from tim_core.models.transformer import TransitionTransformer
+    from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
+    from tim_core.weights.checkpoint import pack
 
     torch.manual_seed(0)
     gemma = {

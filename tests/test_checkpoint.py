@@ -13,8 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tim_core.autoencoder import Autoencoder
-from tim_core.checkpoint import (
+from tim_core.errors import TimError
+from tim_core.files import write_whole
+from tim_core.models.autoencoder import Autoencoder
+from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
+from tim_core.models.text_encoder import TextEncoder, Tokenizer
+from tim_core.models.transformer import TransitionTransformer
+from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
+from tim_core.weights.checkpoint import (
     BUNDLED,
     Parts,
     convert,
@@ -28,13 +34,7 @@ from tim_core.checkpoint import (
     read_parts,
     resolve,
 )
-from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
-from tim_core.errors import TimError
-from tim_core.files import write_whole
-from tim_core.text_encoder import TextEncoder, Tokenizer
-from tim_core.training.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
-from tim_core.transformer import TransitionTransformer
-from tim_core.weights import flatten
+from tim_core.weights.open import flatten
 
 GEMMA = {
     "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -567,8 +567,8 @@ RECORDS = {
 @pytest.mark.parametrize("part, record", [(part, record) for part, records in RECORDS.items() for record in records], ids=str)
 def test_records_that_make_no_sense_are_refused(part, record, one_file, tmp_path):
     """In one line that names the file, when it is loaded and when it is looked at; the files beside it are still described."""
-    from tim_core.checkpoint import json_tensor
-    from tim_core.parts import CONFIG_KEYS
+    from tim_core.weights.checkpoint import json_tensor
+    from tim_core.weights.parts import CONFIG_KEYS
 
     tensors, path = load_file(one_file), tmp_path / "odd.safetensors"
     key = CONFIG_KEYS[part]

@@ -24,7 +24,7 @@ from tests.comfy_graph import (
 )
 from tests.comfy_support import FOLDER, ROOT, events_of, find, probe
 from tim_core import Pipeline, sampler, schedule
-from tim_core.checkpoint import describe
+from tim_core.weights.checkpoint import describe
 
 pytestmark = pytest.mark.comfyui
 
@@ -247,7 +247,7 @@ def test_loading_the_nodes_imports_nothing_else(comfyui):
     assert "loaded: True" in run.stdout, run.stdout + run.stderr
     lines = dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
     assert lines["new modules"] == "none but our own"
-    heavy = {"tim_core.training", "tim_core.evaluate", "tim_core.pipeline", "tim_core.shapes", "tim_core.objective", "tim_core.cli"}
+    heavy = {"tim_core.training", "tim_core.evaluation", "tim_core.pipeline", "tim_core.shapes", "tim_core.cli"}
     assert "tim_core.sampler" in lines["our own"].split(", ") and not heavy & set(lines["our own"].split(", "))
 
 
@@ -333,9 +333,9 @@ def whole_vae(model, clip, vae):
 
 
 def test_batch_norm_is_not_offloaded(comfyui, tmp_path):
-    from tim_core.autoencoder import Autoencoder
-    from tim_core.checkpoint import load_text_encoder, load_transformer, pack
-    from tim_core.config import AutoencoderConfig, StageConfig
+    from tim_core.models.autoencoder import Autoencoder
+    from tim_core.models.config import AutoencoderConfig, StageConfig
+    from tim_core.weights.checkpoint import load_text_encoder, load_transformer, pack
 
     torch.manual_seed(0)
     source = comfyui.base / "models" / "checkpoints" / "tiny.safetensors"
@@ -356,10 +356,10 @@ def test_batch_norm_is_not_offloaded(comfyui, tmp_path):
 
 @pytest.fixture(scope="module")
 def wide_vae(comfyui, tmp_path_factory):
-    from tim_core.autoencoder import Autoencoder
-    from tim_core.checkpoint import load_text_encoder, pack
-    from tim_core.config import AutoencoderConfig, StageConfig, TransformerConfig
-    from tim_core.transformer import TransitionTransformer
+    from tim_core.models.autoencoder import Autoencoder
+    from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
+    from tim_core.models.transformer import TransitionTransformer
+    from tim_core.weights.checkpoint import load_text_encoder, pack
 
     torch.manual_seed(0)
     config = TransformerConfig(in_channels=32, hidden_size=32, depth=1, num_heads=2, text_dim=32, lora_hidden_size=8)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tim_core import TimError
-from tim_core.distillation import DistillationConfig, distillation_loss, draw_distillation
+from tim_core.training.objectives.distillation import DistillationConfig, distillation_loss, draw_distillation
 from tim_core.transport import OTFM
 
 SHAPE, TIMES = (64, 2, 3, 3), (1.0, 0.75, 0.5, 0.0)

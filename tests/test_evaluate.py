@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from tim_core import Pipeline, TimError
-from tim_core.contact_sheet import contact_sheet, step_label, to_pil, to_tensor
-from tim_core.evaluate import difference, draw_curve, draws, evaluate, falls, pack, read_report, score, summarise, unpack
+from tim_core.evaluation.curve import difference, draw_curve, draws, evaluate, falls, pack, read_report, score, summarise, unpack
+from tim_core.images import contact_sheet, step_label, to_pil, to_tensor
 from tim_core.processes import Processes
-from tim_core.shapes import TASKS, place, render, scoring_prompts
+from tim_core.shapes.scenes import TASKS, place, render, scoring_prompts
 
 
 class Painter:

@@ -15,17 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.comfy_graph import BUNDLED_NAME, Graph, run_pictures
-from tim_core import checkpoint, shapes
-from tim_core.config import TransformerConfig
-from tim_core.contact_sheet import to_pil
 from tim_core.errors import TimError
+from tim_core.images import to_pil
+from tim_core.models.config import TransformerConfig
+from tim_core.models.transformer import TransitionTransformer
+from tim_core.shapes import scenes
 from tim_core.training import folder as pictures
 from tim_core.training import loop, run
 from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
 from tim_core.training.finetune import padded
 from tim_core.training.folder import Item, native_size, scan
 from tim_core.training.lora import add_lora
-from tim_core.transformer import TransitionTransformer
+from tim_core.weights import checkpoint
 
 
 def draw(file, width, height, color=(200, 40, 40), caption="a red circle"):
@@ -265,9 +266,9 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
     place = tmp_path / "amber"
     place.mkdir()
     for k in range(24):
-        shape = shapes.SHAPES[k % 3]
-        scene = shapes.place(rng, shapes.Prompt("colors", (shapes.Thing(shape, "yellow"),)))
-        to_pil(torch.from_numpy(shapes.render(scene))).save(place / f"{k}.png")
+        shape = scenes.SHAPES[k % 3]
+        scene = scenes.place(rng, scenes.Prompt("colors", (scenes.Thing(shape, "yellow"),)))
+        to_pil(torch.from_numpy(scenes.render(scene))).save(place / f"{k}.png")
         (place / f"{k}.txt").write_text(f"a amber {shape}")
     config = tmp_path / "amber.yaml"
     text = (Path(__file__).parent.parent / "configs" / "tim-shapes-lora.yaml").read_text()
@@ -281,7 +282,7 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
         if strength is not None:
             graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=name, strength_model=strength)
         pictures = run_pictures(comfyui, graph, graph.stock(graph.empty(batch_size=8), graph.text(prompt), seed=3, steps=8))
-        found = [shapes.detect(picture.numpy().astype(np.uint8)) for picture in pictures]
+        found = [scenes.detect(picture.numpy().astype(np.uint8)) for picture in pictures]
         return [max(objects, key=lambda one: one.radius).color if objects else None for objects in found]
 
     assert colors("a amber circle", 1.0).count("yellow") >= 7

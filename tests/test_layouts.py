@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tim_core import TimError
-from tim_core.layouts import make_pictures, read_prompts
+from tim_core.evaluation.benchmark_export import make_pictures, read_prompts
 from tim_core.processes import Processes
 
 GENEVAL = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},

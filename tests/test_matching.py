@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tim_core import TimError
-from tim_core.matching import MatchingConfig, draw_matching, matching_losses
+from tim_core.training.objectives.matching import MatchingConfig, draw_matching, matching_losses
 from tim_core.transport import OTFM
 
 SHAPE = (512, 1, 1, 1)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.comfy_graph import PROMPT, Graph, close, inside, latent_of, pictures_of, refusal, run_latents, run_pictures, same_picture
 from tests.comfy_support import events_of, probe
 from tim_core import Pipeline, schedule
-from tim_core.checkpoint import load_text_encoder, pack, read_parts
+from tim_core.weights.checkpoint import load_text_encoder, pack, read_parts
 
 pytestmark = pytest.mark.comfyui
 
@@ -487,8 +487,8 @@ def test_a_name_and_its_number_are_one_class(comfyui, classes):
 @pytest.fixture(scope="module")
 def patched(comfyui, tmp_path_factory) -> str:
     """A class-conditional model as released for 256: four channels, patches of two cells."""
-    from tim_core.config import TransformerConfig
-    from tim_core.transformer import TransitionTransformer
+    from tim_core.models.config import TransformerConfig
+    from tim_core.models.transformer import TransitionTransformer
 
     torch.manual_seed(0)
     config = TransformerConfig(in_channels=4, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=1000, lora_hidden_size=8)

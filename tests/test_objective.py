@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tim_core.errors import TimError
-from tim_core.objective import ObjectiveConfig, draw_times, guided_target, sample_times, time_weight, transition_loss
+from tim_core.training.objectives.transition import ObjectiveConfig, draw_times, guided_target, sample_times, time_weight, transition_loss
 from tim_core.transport import EDM, OTFM, TRANSPORTS, VP, TrigFlow
 
 B, SHAPE = 10, (10, 3, 4, 4)

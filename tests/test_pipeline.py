@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tim_core import Pipeline, TimError, checkpoint
-from tim_core.config import TransformerConfig
-from tim_core.evaluate import draws, falls, score, summarise, unpack
+from tim_core import Pipeline, TimError
+from tim_core.evaluation.curve import draws, falls, score, summarise, unpack
+from tim_core.models.config import TransformerConfig
+from tim_core.models.text_encoder import TextEncoder
+from tim_core.models.transformer import TransitionTransformer
 from tim_core.sampler import sample
 from tim_core.schedule import uniform
-from tim_core.shapes import RELATIONS, TASKS, Prompt, Thing, judge
-from tim_core.text_encoder import TextEncoder
-from tim_core.transformer import TransitionTransformer
+from tim_core.shapes.scenes import RELATIONS, TASKS, Prompt, Thing, judge
+from tim_core.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = checkpoint.BUNDLED["tim-shapes"]

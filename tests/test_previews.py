@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tim_core import previews
-from tim_core.checkpoint import BUNDLED, load_autoencoder, load_transformer, read_parts
 from tim_core.cli import main
 from tim_core.errors import TimError
 from tim_core.imagenet import NULL_CLASS, class_number, names
+from tim_core.shapes.batches import render_samples
+from tim_core.weights import previews
+from tim_core.weights.checkpoint import BUNDLED, load_autoencoder, load_transformer, read_parts
 
 
 class Mean(torch.nn.Module):
@@ -29,9 +30,9 @@ class Mean(torch.nn.Module):
 
 def test_a_linear_latent_is_fitted_exactly():
     model = Mean()
-    preview = previews.fit(model, previews.drawn(20, 32))
+    preview = previews.fit(model, render_samples(20, 32))
     assert preview["r2"] == 1.0 and len(preview["factors"]) == 5 and len(preview["bias"]) == 3
-    picture = next(iter(previews.drawn(1, 32, seed=9)))[None]
+    picture = next(iter(render_samples(1, 32, seed=9)))[None]
     shown = torch.einsum("bkhw,kc->bchw", model.encode(picture), torch.tensor(preview["factors"]))
     shown = shown + torch.tensor(preview["bias"]).view(3, 1, 1)
     assert torch.allclose(shown, torch.nn.functional.avg_pool2d(picture, 4), atol=2e-3)
@@ -84,7 +85,7 @@ def test_inspect_says_what_previews_are_worth(capsys):
 
 def test_the_bundled_model_has_previews():
     preview = read_parts("tim-shapes").record("transformer")["preview"]
-    fitted = previews.fit(load_autoencoder(BUNDLED["tim-shapes"], dtype=torch.float32), previews.drawn(60, 64, seed=1))
+    fitted = previews.fit(load_autoencoder(BUNDLED["tim-shapes"], dtype=torch.float32), render_samples(60, 64, seed=1))
     assert preview["r2"] == pytest.approx(fitted["r2"], abs=0.1) and preview["r2"] > 0.4
 
 

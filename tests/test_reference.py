@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tim_core import rope, schedule
-from tim_core.config import TransformerConfig
-from tim_core.contact_sheet import to_pil
+from tim_core import schedule
 from tim_core.errors import TimError
-from tim_core.objective import ObjectiveConfig, guided_target, sample_times, time_weight, transition_loss
+from tim_core.images import to_pil
+from tim_core.models import rope
+from tim_core.models.config import TransformerConfig
+from tim_core.models.transformer import TransitionTransformer, time_features
 from tim_core.sampler import sample
-from tim_core.transformer import TransitionTransformer, time_features
+from tim_core.training.objectives.transition import ObjectiveConfig, guided_target, sample_times, time_weight, transition_loss
 from tim_core.transport import TRANSPORTS, Transport
 
 ROOT = Path(os.environ.get("TIM_REFERENCE_DIR") or Path(__file__).parent / "reference").resolve()
@@ -785,7 +786,7 @@ BFLOAT16_TEXT = 0.15
 
 @lru_cache(maxsize=4)
 def text_encoder(folder: str, escape: bool, dtype: torch.dtype):
-    from tim_core.text_encoder import TextEncoder, Tokenizer
+    from tim_core.models.text_encoder import TextEncoder, Tokenizer
 
     tokenizer = Tokenizer.from_folder(ROOT / folder)
     encoder = TextEncoder(json.loads((ROOT / folder / "config.json").read_text()), tokenizer, escape=escape)
@@ -837,8 +838,8 @@ def replay_text(case: Case, deviated) -> None:
 
 @lru_cache(maxsize=1)
 def autoencoder(file: str):
-    from tim_core.autoencoder import Autoencoder
-    from tim_core.config import AutoencoderConfig
+    from tim_core.models.autoencoder import Autoencoder
+    from tim_core.models.config import AutoencoderConfig
 
     entry = read(file)
     model = Autoencoder(AutoencoderConfig.from_diffusers(entry["config"]))
@@ -887,8 +888,8 @@ def replay_dcae(case: Case, deviated) -> None:
 
 
 def replay_dcae_keys(case: Case, deviated) -> None:
-    from tim_core.autoencoder import Autoencoder
-    from tim_core.config import AutoencoderConfig
+    from tim_core.models.autoencoder import Autoencoder
+    from tim_core.models.config import AutoencoderConfig
 
     entry = read(case.file)
     model = Autoencoder(AutoencoderConfig.from_diffusers(entry["config"]), device="meta")

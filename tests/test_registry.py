@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.comfy_graph import Template, same_picture
 from tests.comfy_support import ROOT
-from tim_core.contact_sheet import to_tensor
+from tim_core.images import to_tensor
 
 MISSING = "no comfy-cli found (`pip install comfy-cli` gets it)"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("comfy_cli") is None, reason=MISSING)

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tim_core.shapes import (
+from tim_core.shapes.scenes import (
     BACKGROUND,
     COLORS,
     COUNTS,

@@ -6,9 +6,9 @@ import torch
 from tests.comfy_graph import Template, same_picture
 from tests.comfy_support import ROOT
 from tim_core import Pipeline, sampler, schedule
-from tim_core.checkpoint import load_autoencoder, load_transformer
-from tim_core.contact_sheet import MARGIN, contact_sheet, to_tensor
 from tim_core.imagenet import class_number
+from tim_core.images import MARGIN, contact_sheet, to_tensor
+from tim_core.weights.checkpoint import load_autoencoder, load_transformer
 
 pytestmark = pytest.mark.comfyui
 STEMS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))

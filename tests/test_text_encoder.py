@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tim_core.errors import TimError
-from tim_core.text_encoder import MAX_LENGTH, TextEncoder, Tokenizer, normalise_config
-from tim_core.training.tokenizer import VOCABULARY_SIZE, WORDS, small_world_tokenizer, vocabulary
+from tim_core.models.text_encoder import MAX_LENGTH, TextEncoder, Tokenizer, normalise_config
+from tim_core.shapes.tokenizer import VOCABULARY_SIZE, WORDS, small_world_tokenizer, vocabulary
 
 ROOT = Path(__file__).parent.parent
 OLD_CONFIG = {
@@ -49,7 +49,7 @@ def tokens_of(tokenizer, prompt):
 
 
 def test_import_needs_no_transformers():
-    code = "import sys, tim_core.text_encoder, tim_core.checkpoint; assert 'transformers' not in sys.modules"
+    code = "import sys, tim_core.models.text_encoder, tim_core.weights.checkpoint; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -12,12 +12,16 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tim_core import attention, checkpoint, shapes
 from tim_core.cli import main
 from tim_core.errors import TimError
+from tim_core.models import attention
+from tim_core.shapes import scenes
+from tim_core.shapes.batches import ShapesBatches
+from tim_core.shapes.tokenizer import WORD_START, vocabulary
 from tim_core.training import autoencoder as training_autoencoder
 from tim_core.training import loop as training_loop
-from tim_core.training import metrics, resuming, run
+from tim_core.training import metrics, run
+from tim_core.training import resume as resuming
 from tim_core.training.config import (
     AutoencoderTraining,
     FineTuning,
@@ -28,8 +32,7 @@ from tim_core.training.config import (
     read,
     recorded,
 )
-from tim_core.training.data import ShapesBatches
-from tim_core.training.tokenizer import WORD_START, vocabulary
+from tim_core.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"autoencoder": AutoencoderTraining, "tim": TransitionTraining}
@@ -741,4 +744,4 @@ def test_the_made_file_is_a_whole_model(tmp_path):
 
 
 def test_the_world_is_the_one_of_the_facts():
-    assert set(shapes.TRAINING_FORMS) >= set(shapes.TASKS) and abs(sum(shapes.TRAINING_FORMS.values()) - 1) < 1e-9
+    assert set(scenes.TRAINING_FORMS) >= set(scenes.TASKS) and abs(sum(scenes.TRAINING_FORMS.values()) - 1) < 1e-9

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tim_core import attention, rope
-from tim_core.config import CONDITIONS, TransformerConfig
 from tim_core.errors import TimError
-from tim_core.transformer import TransitionTransformer
+from tim_core.models import attention, rope
+from tim_core.models.config import CONDITIONS, TransformerConfig
+from tim_core.models.transformer import TransitionTransformer
 
 TEXT = TransformerConfig(in_channels=4, hidden_size=32, depth=2, num_heads=2, text_dim=12)
 CLASS = TransformerConfig(in_channels=4, hidden_size=32, depth=2, num_heads=2, patch_size=2, num_classes=5, encoder_depth=2)

@@ -5,8 +5,8 @@ import torch
 
 from tim_core import Pipeline
 from tim_core.cli import main
-from tim_core.contact_sheet import to_pil
 from tim_core.errors import TimError
+from tim_core.images import to_pil
 from tim_core.upscale import enlarge, stage_sizes, stage_steps, target_size, upscale
 
 

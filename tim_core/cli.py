@@ -277,7 +277,7 @@ def run_sample(args: argparse.Namespace) -> None:
     if args.batch < 1:
         raise TimError(f"--batch: found {args.batch}, expected at least 1")
     pipe = load_pipeline(args)
-    from .contact_sheet import to_pil
+    from .images import to_pil
 
     images, seconds = timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **settings(args))
     names = [args.output] if args.batch == 1 else [args.output.with_stem(f"{args.output.stem}-{k}") for k in range(args.batch)]
@@ -293,7 +293,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         name, found = ("--columns", args.columns) if args.steps and min(args.steps) >= 1 else ("--steps", ",".join(map(str, args.steps)))
         raise TimError(f"{name}: found '{found}', expected whole numbers of at least 1")
     pipe = load_pipeline(args)
-    from .contact_sheet import contact_sheet, step_label
+    from .images import contact_sheet, step_label
 
     pipe([args.prompt], steps=1, **settings(args))  # the first run of all is slower than its steps
     images, labels = [], []
@@ -316,7 +316,7 @@ def run_upscale(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args)
     from tqdm import tqdm
 
-    from .contact_sheet import to_pil
+    from .images import to_pil
 
     width, height = args.size or (0, 0)
     options = {name: getattr(args, name) for name in ("negative", "cfg", "seed", "guidance_interval", "stochasticity")}
@@ -351,7 +351,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     options = {"cfg": args.cfg, "images": args.images, "seed": args.seed, "width": width, "height": height, "mode": args.mode,
                "guidance_interval": args.guidance_interval, "processes": processes, **({} if args.shift == 1 else {"shift": args.shift})}
     if args.prompts is not None:
-        from .layouts import make_pictures
+        from .evaluation.benchmark_export import make_pictures
 
         weights = pipe.fingerprint()
 
@@ -362,8 +362,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
             if processes.first:
                 print(made)
         return
-    from .checkpoint import BUNDLED
-    from .evaluate import TASKS, evaluate
+    from .evaluation.curve import TASKS, evaluate
+    from .weights.checkpoint import BUNDLED
 
     name = args.model if args.model in BUNDLED else Path(args.model).name
     model = {"name": name, "weights": pipe.fingerprint(), "dtype": str(pipe.dtype).removeprefix("torch."), "version": __version__}
@@ -394,7 +394,7 @@ def print_report(report: dict) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    from .checkpoint import describe
+    from .weights.checkpoint import describe
 
     code = 0
     for file in args.files:
@@ -410,13 +410,13 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    from .checkpoint import convert
+    from .weights.checkpoint import convert
 
     print(convert(args.source, args.target, storage_dtype(args.dtype)))
 
 
 def run_pack(args: argparse.Namespace) -> None:
-    from .checkpoint import pack
+    from .weights.checkpoint import pack
 
     sources = {"model": args.model, "text-encoder": args.text_encoder, "vae": args.vae}
     print(pack({name: source for name, source in sources.items() if source is not None}, args.target, storage_dtype(args.dtype)))
@@ -425,15 +425,16 @@ def run_pack(args: argparse.Namespace) -> None:
 def run_previews(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from . import previews
-    from .checkpoint import TRANSFORMER, check_target, convert, load_autoencoder, read_parts
+    from .shapes.batches import render_samples
+    from .weights import previews
+    from .weights.checkpoint import TRANSFORMER, check_target, convert, load_autoencoder, read_parts
 
     check_target(args.file)
     parts = read_parts(args.file)
     parts.tensors(TRANSFORMER)
     autoencoder = load_autoencoder(args.vae or parts)
     side = 8 * autoencoder.config.factor
-    pictures = previews.photographs(args.images, side) if args.images else previews.drawn(200, side)
+    pictures = previews.photographs(args.images, side) if args.images else render_samples(200, side)
     preview = previews.fit(autoencoder, tqdm(pictures, unit="picture", leave=False))
     print(convert(parts, args.file, metadata={"preview": preview}))
     print(f"{100 * preview['r2']:.1f} % of the colours' variance explained")
@@ -502,7 +503,7 @@ def read_picture(path: Path):
     """-> (1, H, W, 3) in [0, 1], upright; an alpha channel is left out."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    from .contact_sheet import to_tensor
+    from .images import to_tensor
 
     try:
         with Image.open(path) as picture:

@@ -1,12 +1,19 @@
 """Files that are either whole or not there."""
 
+from __future__ import annotations
+
 import contextlib
+import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import TimError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -34,3 +41,14 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TimError(f"{path}: cannot be made ({error.strerror}), expected a folder to write into") from None
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of named tensors: their names, shapes, dtypes and bytes."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, value in tensors:
+        found.update(repr((name, tuple(value.shape), value.dtype)).encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

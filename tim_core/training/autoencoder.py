@@ -7,16 +7,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import checkpoint
-from ..autoencoder import Autoencoder
-from ..config import AutoencoderConfig, StageConfig
 from ..errors import TimError, one_line
 from ..files import write_whole
+from ..models.autoencoder import Autoencoder
+from ..models.config import AutoencoderConfig, StageConfig
 from ..processes import find_processes
+from ..shapes.batches import ShapesBatches
+from ..weights import checkpoint
 from .config import AutoencoderTraining, recorded
-from .data import ShapesBatches
 from .loop import train
-from .resuming import begin_from
+from .resume import begin_from
 from .samples import grid
 
 

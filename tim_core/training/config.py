@@ -7,13 +7,13 @@ import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
-from ..attention import BACKENDS
-from ..distillation import DistillationConfig
 from ..errors import TimError
-from ..matching import MatchingConfig
-from ..objective import ObjectiveConfig
-from ..shapes import RELATIONS, TRAINING_FORMS
-from .tokenizer import WORDS
+from ..models.attention import BACKENDS
+from ..shapes.scenes import RELATIONS, TRAINING_FORMS
+from ..shapes.tokenizer import WORDS
+from .objectives.distillation import DistillationConfig
+from .objectives.matching import MatchingConfig
+from .objectives.transition import ObjectiveConfig
 
 
 def _check(ok: bool, key: str, found, expected: str) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..objective import ObjectiveConfig, draw_times, sample_times
 from ..processes import Part
 from ..transport import Transport
+from .objectives.transition import ObjectiveConfig, draw_times, sample_times
 
 
 @dataclass(frozen=True)

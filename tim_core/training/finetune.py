@@ -9,18 +9,18 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import checkpoint
-from ..attention import get_attention
 from ..errors import TimError
-from ..objective import transition_loss
+from ..files import digest
+from ..models.attention import get_attention
 from ..processes import Part, find_processes
 from ..transport import OTFM
-from ..weights import digest
+from ..weights import checkpoint
 from .config import FineTuning, recorded, target, time_shift
 from .draws import draw
 from .folder import VERSION, Encoder, FolderBatches, Kept, class_folders, prepare
 from .loop import train
 from .lora import add_lora, save_lora
+from .objectives.transition import transition_loss
 from .repa import ImageEncoder, check_projector, name_of, shown
 from .samples import show_steps
 

@@ -19,15 +19,15 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..errors import TimError
-from ..matching import MatchingConfig
+from ..files import digest
+from ..models.text_encoder import TextEncoder
+from ..models.transformer import Block, TransitionTransformer
 from ..processes import Part, Processes, find_processes
-from ..text_encoder import TextEncoder
-from ..transformer import Block, TransitionTransformer
-from ..weights import digest
 from . import metrics
 from .config import LoopConfig
+from .objectives.matching import MatchingConfig
 from .parallel import local, share, synchronise, whole
-from .resuming import resume, save
+from .resume import resume, save
 
 
 def learning_rate(config: LoopConfig, step: int, begins: int = 0) -> float:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config import TransformerConfig
 from ..errors import TimError
-from ..objective import ObjectiveConfig
-from ..transformer import TransitionTransformer
+from ..models.config import TransformerConfig
+from ..models.transformer import TransitionTransformer
+from .objectives.transition import ObjectiveConfig
 
 ImageEncoder = Callable[[Tensor], Tensor]
 

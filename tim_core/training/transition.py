@@ -10,26 +10,27 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import checkpoint, previews, shapes
-from ..attention import get_attention
-from ..autoencoder import Autoencoder
-from ..config import TransformerConfig
-from ..distillation import DistillationDraws, distillation_loss, draw_distillation
 from ..errors import TimError
-from ..matching import MatchingDraws, draw_matching, matching_losses
-from ..objective import transition_loss
+from ..models.attention import get_attention
+from ..models.autoencoder import Autoencoder
+from ..models.config import TransformerConfig
+from ..models.text_encoder import TextEncoder, Tokenizer
+from ..models.transformer import TransitionTransformer
 from ..processes import Part, find_processes
-from ..text_encoder import TextEncoder, Tokenizer
-from ..transformer import TransitionTransformer
+from ..shapes import scenes
+from ..shapes.batches import ShapesBatches, render_samples
+from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
 from ..transport import OTFM
+from ..weights import checkpoint, previews
 from .config import TextShape, TransitionTraining, recorded, target, time_shift
-from .data import ShapesBatches
 from .draws import draw
 from .loop import compile_blocks, follower, train
+from .objectives.distillation import DistillationDraws, distillation_loss, draw_distillation
+from .objectives.matching import MatchingDraws, draw_matching, matching_losses
+from .objectives.transition import transition_loss
 from .repa import ImageEncoder, check_projector, shown
-from .resuming import begin_from
+from .resume import begin_from
 from .samples import show_steps
-from .tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
 
 
 class TextToImage(nn.Module):
@@ -183,14 +184,14 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
 
     def show(average: TextToImage, step: int) -> Image.Image:
         rng = np.random.default_rng([loop.seed, 1])
-        prompts = [shapes.sample_prompt(rng, form).text for form in shapes.TRAINING_FORMS]
+        prompts = [scenes.sample_prompt(rng, form).text for form in scenes.TRAINING_FORMS]
         width, height = config.data.table()[0][0]
         noise = torch.randn(len(prompts), channels, height // factor, width // factor, generator=torch.Generator().manual_seed(loop.seed))
         device = next(average.parameters()).device
         cond, null = average.text.conditioning(prompts)
         return show_steps(average.transformer, coder.to(device).decode, noise.to(device), cond, null, transport, loop.autocast)
 
-    preview = functools.cache(lambda: previews.fit(autoencoder, previews.drawn(100, 8 * factor, loop.seed)))
+    preview = functools.cache(lambda: previews.fit(autoencoder, render_samples(100, 8 * factor, loop.seed)))
 
     def export(average: dict[str, Tensor], training: dict) -> Path:
         """The averaged weights, packed with the autoencoder into one file."""

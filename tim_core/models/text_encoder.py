@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .errors import TimError, misfits, one_line
-from .weights import digest
+from ..errors import TimError, misfits, one_line
+from ..files import digest
 
 MAX_LENGTH = 256  # tokens of a prompt, <bos> included
 MIN_TRANSFORMERS = (4, 50)

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import AutoencoderConfig, TransformerConfig
-from .errors import TimError, one_line
-from .text_encoder import normalise_config, tokenizer_file
-from .weights import StateDict, flatten, open_state_dict
+from ..errors import TimError, one_line
+from ..models.config import AutoencoderConfig, TransformerConfig
+from ..models.text_encoder import normalise_config, tokenizer_file
+from .open import StateDict, flatten, open_state_dict
 
 FORMAT = 1
-BUNDLED = {"tim-shapes": Path(__file__).parent / "bundled" / "tim-shapes.safetensors"}
+BUNDLED = {"tim-shapes": Path(__file__).parents[1] / "bundled" / "tim-shapes.safetensors"}
 
 TRANSFORMER, TEXT_ENCODER, AUTOENCODER = "transformer", "text_encoder", "autoencoder"
 TITLES = {TRANSFORMER: "TiM transformer", TEXT_ENCODER: "Gemma-3 text model", AUTOENCODER: "DC-AE"}

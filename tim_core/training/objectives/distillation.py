@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import TimError
-from .transport import OTFM, guide
+from ...errors import TimError
+from ...transport import OTFM, guide
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ENDS = 2  # jumps that each trajectory teaches

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import TimError, misfits, one_line
-from .files import write_whole
+from ..errors import TimError, misfits, one_line
+from ..files import write_whole
+from ..models.text_encoder import TextEncoder, Tokenizer, is_json
+from .open import StateDict, open_state_dict
 from .parts import (
     AUTOENCODER,
     BUNDLED,
@@ -27,8 +29,6 @@ from .parts import (
     read_parts,
     resolve,
 )
-from .text_encoder import TextEncoder, Tokenizer, is_json
-from .weights import StateDict, open_state_dict
 
 __all__ = [
     "AUTOENCODER", "BUNDLED", "TEXT_ENCODER", "TITLES", "TRANSFORMER", "Checkpoint", "Description", "PartDescription", "Parts", "convert",
@@ -53,8 +53,8 @@ class Checkpoint:
 
 def load_transformer(source, operations=torch.nn, attention=None, dtype=None, device="cpu", projector=False):
     """TransitionTransformer from a file, a bundled name or Parts. dtype None keeps the stored one. REPA's `projector.*` only if asked."""
-    from .attention import sdpa
-    from .transformer import TransitionTransformer
+    from ..models.attention import sdpa
+    from ..models.transformer import TransitionTransformer
 
     parts = read_parts(source)
     tensors = {key: tensor for key, tensor in parts.tensors(TRANSFORMER).items() if projector or not key.startswith("projector.")}
@@ -66,7 +66,7 @@ def load_transformer(source, operations=torch.nn, attention=None, dtype=None, de
 
 def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
     """Autoencoder from a file, a folder in diffusers' layout, a bundled name or Parts. Never float16: the deep stages overflow."""
-    from .autoencoder import Autoencoder
+    from ..models.autoencoder import Autoencoder
 
     parts = read_parts(source)
     tensors = parts.tensors(AUTOENCODER)

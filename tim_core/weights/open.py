@@ -1,27 +1,17 @@
 """Weight files, opened without running code from them."""
 
-import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .errors import TimError, one_line
+from ..errors import TimError, one_line
 
 StateDict = dict[str, Tensor]
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, activation checkpointing
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A text that tells named weights from others."""
-    found = hashlib.sha256()
-    for name, value in tensors:
-        found.update(repr((name, tuple(value.shape), value.dtype)).encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def open_state_dict(path: str | Path) -> tuple[StateDict, dict[str, str]]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .errors import TimError
-from .transport import Transport
+from ...errors import TimError
+from ...transport import Transport
 
 Model = Callable[..., Any]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import TimError
+from ..errors import TimError
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

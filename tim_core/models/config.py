@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Mapping
 
 from torch import Tensor
 
-from .errors import TimError
+from ..errors import TimError
 
 # How the interval is embedded: a sum of embeddings, the last of them through the interval's own embedder.
 CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")

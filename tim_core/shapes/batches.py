@@ -1,12 +1,14 @@
 """Batches of the small world, drawn anew for every step."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import shapes
 from ..errors import TimError
-from .config import SizesConfig
+from ..training.config import SizesConfig
+from . import scenes
 
 
 class ShapesBatches(torch.utils.data.Dataset):
@@ -32,8 +34,17 @@ class ShapesBatches(torch.utils.data.Dataset):
         width, height = self.sizes[rng.choice(len(self.sizes), p=self.weights)]
         count = self.count((width, height))
         # half of the batches hold one form of prompt, so that prompts are also seen without the padding of longer neighbours
-        form = shapes.sample_training_prompt(rng, self.forms).task if rng.random() < 0.5 else None
-        prompts = [shapes.sample_prompt(rng, form, self.relations) if form
-                   else shapes.sample_training_prompt(rng, self.forms, self.relations) for _ in range(count)]
-        pictures = np.stack([shapes.render(shapes.place(rng, p, width, height), width, height) for p in prompts])
+        form = scenes.sample_training_prompt(rng, self.forms).task if rng.random() < 0.5 else None
+        prompts = [scenes.sample_prompt(rng, form, self.relations) if form
+                   else scenes.sample_training_prompt(rng, self.forms, self.relations) for _ in range(count)]
+        pictures = np.stack([scenes.render(scenes.place(rng, p, width, height), width, height) for p in prompts])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1, [p.text for p in prompts]
+
+
+def render_samples(count: int, side: int, seed: int = 0) -> Iterable[Tensor]:
+    """Images of the small world, (3, side, side) in [-1, 1], for `count` random training prompts."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        prompt = scenes.sample_training_prompt(rng)
+        picture = scenes.render(scenes.place(rng, prompt, side, side), side, side)
+        yield torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1

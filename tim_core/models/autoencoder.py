@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import TimError
 from .config import AutoencoderConfig, StageConfig
-from .errors import TimError
 
 Pair = tuple[int, int]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import TimError
-from .files import make_folder, write_whole
-from .processes import ALONE, Processes
-from .shapes import TASKS, Prompt, judge, scoring_prompts
+from ..errors import TimError
+from ..files import make_folder, write_whole
+from ..processes import ALONE, Processes
+from ..shapes.scenes import TASKS, Prompt, judge, scoring_prompts
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 NAMES = ("name", "version")  # of what a report says of the model: nothing that pictures depend on

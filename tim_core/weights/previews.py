@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import shapes
-from .errors import TimError
+from ..errors import TimError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -36,15 +35,6 @@ def fit(autoencoder, pictures: Iterable[Tensor]) -> dict:
     explained = 1 - ((y - x @ solution) ** 2).sum() / ((y - y.mean(0)) ** 2).sum().clamp_min(1e-12)
     rounded = [[round(value, 4) for value in row] for row in solution.tolist()]
     return {"factors": rounded[:-1], "bias": rounded[-1], "r2": round(explained.item(), 3)}
-
-
-def drawn(count: int, side: int, seed: int = 0) -> Iterable[Tensor]:
-    """Pictures of the small world, (3, side, side) in [-1, 1]."""
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        prompt = shapes.sample_training_prompt(rng)
-        picture = shapes.render(shapes.place(rng, prompt, side, side), side, side)
-        yield torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1
 
 
 def photographs(folder: str | Path, side: int, most: int = 200) -> Iterable[Tensor]:

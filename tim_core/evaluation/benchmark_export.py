@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from .contact_sheet import to_pil
-from .errors import TimError
-from .files import make_folder, write_whole
-from .processes import ALONE, Processes
+from ..errors import TimError
+from ..files import make_folder, write_whole
+from ..images import to_pil
+from ..processes import ALONE, Processes
 
 LAYOUTS = ("geneval", "dpg")
 

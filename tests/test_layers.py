@@ -1,0 +1,52 @@
+"""Which room of the tree may import which; read from the imports, those inside functions among them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# what a room may import of tim_core besides itself; a file at the top of tim_core is a room of its own
+FLOOR = {"errors", "files"}
+INFERENCE = FLOOR | {"models", "weights", "sampler", "schedule", "transport", "upscale", "pipeline", "images", "imagenet", "processes"}
+MAY_IMPORT = {
+    "errors": set(), "files": {"errors"}, "imagenet": FLOOR, "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
+    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"models"},
+    "pipeline": INFERENCE - {"images", "imagenet", "processes"},
+    "shapes": FLOOR | {"training"},  # training.config only, for SizesConfig
+    "evaluation": FLOOR | {"images", "processes", "shapes"},
+    "training": INFERENCE - {"pipeline"} | {"shapes"},
+    "__init__": {"errors", "pipeline"}, "__main__": {"cli"}, "cli": INFERENCE | {"__init__", "training", "evaluation", "shapes"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """The modules, dotted from the root of the repository, that a file imports relatively."""
+    package = file.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            found |= {".".join([*base, name.name]) for name in node.names}
+    return found
+
+
+def room(dotted: str) -> str:
+    name = dotted.split(".")[1]
+    return name if any((ROOT / "tim_core" / f"{name}{ending}").exists() for ending in ("", ".py")) else "__init__"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tim_core").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_room_imports_only_what_lies_below(file):
+    own = file.relative_to(ROOT / "tim_core").parts[0].removesuffix(".py")
+    if file.relative_to(ROOT) == Path("tim_core/training/__main__.py"):
+        own = "__main__"
+    found = {room(name) for name in imports(file)} - {own}
+    assert found <= MAY_IMPORT[own], f"{own} imports {sorted(found - MAY_IMPORT[own])}"
+    assert all(name.startswith("tim_core.") for name in imports(file))
+
+
+def test_nodes_import_the_inference_rooms_alone():
+    files = list((ROOT / "nodes").glob("*.py"))
+    found = {room(name) for file in files for name in imports(file) if name.startswith("tim_core.")}
+    assert files and found and found <= INFERENCE - {"pipeline", "processes"}

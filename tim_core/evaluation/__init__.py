@@ -1,0 +1,1 @@
+"""Scores of the small world, and images in the layouts of GenEval and DPG-Bench."""

@@ -1,0 +1,1 @@
+"""The networks: transformer, autoencoder, text encoder, and their configurations."""

@@ -1,0 +1,1 @@
+"""Training objectives: transition, distribution matching, distillation."""

@@ -1,0 +1,1 @@
+"""Weight files: read, recognise, load, convert, describe."""

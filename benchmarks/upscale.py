@@ -32,7 +32,7 @@ def edges(picture: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     Each is (offsets in pixels from where it falls through 50 %, values from 1 on the object to 0 on the background).
     """
     found = []
-    background = np.array(shapes.BACKGROUND) / 255
+    background = np.array(scenes.BACKGROUND) / 255
     for thing in scenes.detect(picture):
         if thing.shape is None or thing.color is None:
             continue

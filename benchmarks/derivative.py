@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tim_core.models.attention import math  # noqa: E402
 from tim_core.training.objectives.transition import ObjectiveConfig, transition_loss  # noqa: E402
 from tim_core.transport import OTFM  # noqa: E402
-from tim_core.weights import checkpoint  # noqa: E402
+from tim_core.weights.load import load_transformer  # noqa: E402
+from tim_core.weights.parts import read_parts  # noqa: E402
 
 KINDS = {
     "flow matching": ObjectiveConfig(diffusion_ratio=1.0, consistency_ratio=0.0),
@@ -35,10 +36,10 @@ KINDS = {
 class Bench:
     def __init__(self, args: argparse.Namespace):
         self.device = torch.device(args.device)
-        self.model = checkpoint.load_transformer(args.model, attention=math, dtype=torch.float32, device=args.device).train()
+        self.model = load_transformer(args.model, attention=math, dtype=torch.float32, device=args.device).train()
         self.model.requires_grad_(True)
         config = self.model.config
-        factor = checkpoint.read_parts(args.model).latent_factor
+        factor = read_parts(args.model).latent_factor
         width, height = (int(side) // factor for side in args.size.split("x"))
         torch.manual_seed(0)
         self.x, self.noise = (torch.randn(args.batch, config.in_channels, height, width, device=self.device) for _ in range(2))

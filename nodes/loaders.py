@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
-from ..tim_core.weights.checkpoint import AUTOENCODER, BUNDLED, TEXT_ENCODER, TRANSFORMER, read_parts
+from ..tim_core.weights.parts import AUTOENCODER, BUNDLED, TEXT_ENCODER, TRANSFORMER, read_parts
 from .clip import build_clip
 from .compat import Schema
 from .model import WEIGHT_DTYPES, build_model

@@ -90,7 +90,7 @@ def tiny(tmp_path_factory):
     from tim_core.models.text_encoder import TextEncoder, Tokenizer
     from tim_core.models.transformer import TransitionTransformer
     from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
-    from tim_core.weights.checkpoint import pack
+    from tim_core.weights.save import pack
 
     torch.manual_seed(0)
     gemma = {

@@ -115,7 +115,7 @@ def test_shapes_tell_the_architecture(pair):
 def test_overlap_leaves_no_seam(seed):
     """A picture of flat areas, in the bundled model's own world: blended tiles are the whole decode within 0.2 of its range of 2."""
     from tim_core.shapes import scenes
-    from tim_core.weights.checkpoint import load_autoencoder
+    from tim_core.weights.load import load_autoencoder
 
     rng = np.random.default_rng(seed)
     prompt = scenes.sample_prompt(rng, "full counting")
@@ -133,7 +133,7 @@ def test_overlap_leaves_no_seam(seed):
 def test_the_bundled_autoencoder_keeps_pictures_right(task):
     """shapes-task: the detector passes at least 97 % of reconstructed truth. n = 120 a task, seed 5, 64 x 64."""
     from tim_core.shapes import scenes
-    from tim_core.weights.checkpoint import load_autoencoder
+    from tim_core.weights.load import load_autoencoder
 
     rng = np.random.default_rng(5)
     model = load_autoencoder("tim-shapes").float()

@@ -20,21 +20,11 @@ from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerCo
 from tim_core.models.text_encoder import TextEncoder, Tokenizer
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
-from tim_core.weights.checkpoint import (
-    BUNDLED,
-    Parts,
-    convert,
-    describe,
-    load_autoencoder,
-    load_checkpoint,
-    load_text_encoder,
-    load_transformer,
-    open_state_dict,
-    pack,
-    read_parts,
-    resolve,
-)
-from tim_core.weights.open import flatten
+from tim_core.weights.describe import describe
+from tim_core.weights.load import load_autoencoder, load_checkpoint, load_text_encoder, load_transformer
+from tim_core.weights.open import flatten, open_state_dict
+from tim_core.weights.parts import BUNDLED, Parts, read_parts, resolve
+from tim_core.weights.save import convert, pack
 
 GEMMA = {
     "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -567,8 +557,8 @@ RECORDS = {
 @pytest.mark.parametrize("part, record", [(part, record) for part, records in RECORDS.items() for record in records], ids=str)
 def test_records_that_make_no_sense_are_refused(part, record, one_file, tmp_path):
     """In one line that names the file, when it is loaded and when it is looked at; the files beside it are still described."""
-    from tim_core.weights.checkpoint import json_tensor
     from tim_core.weights.parts import CONFIG_KEYS
+    from tim_core.weights.save import json_tensor
 
     tensors, path = load_file(one_file), tmp_path / "odd.safetensors"
     key = CONFIG_KEYS[part]

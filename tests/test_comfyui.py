@@ -24,7 +24,7 @@ from tests.comfy_graph import (
 )
 from tests.comfy_support import FOLDER, ROOT, events_of, find, probe
 from tim_core import Pipeline, sampler, schedule
-from tim_core.weights.checkpoint import describe
+from tim_core.weights.describe import describe
 
 pytestmark = pytest.mark.comfyui
 
@@ -335,7 +335,8 @@ def whole_vae(model, clip, vae):
 def test_batch_norm_is_not_offloaded(comfyui, tmp_path):
     from tim_core.models.autoencoder import Autoencoder
     from tim_core.models.config import AutoencoderConfig, StageConfig
-    from tim_core.weights.checkpoint import load_text_encoder, load_transformer, pack
+    from tim_core.weights.load import load_text_encoder, load_transformer
+    from tim_core.weights.save import pack
 
     torch.manual_seed(0)
     source = comfyui.base / "models" / "checkpoints" / "tiny.safetensors"
@@ -359,7 +360,8 @@ def wide_vae(comfyui, tmp_path_factory):
     from tim_core.models.autoencoder import Autoencoder
     from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
     from tim_core.models.transformer import TransitionTransformer
-    from tim_core.weights.checkpoint import load_text_encoder, pack
+    from tim_core.weights.load import load_text_encoder
+    from tim_core.weights.save import pack
 
     torch.manual_seed(0)
     config = TransformerConfig(in_channels=32, hidden_size=32, depth=1, num_heads=2, text_dim=32, lora_hidden_size=8)

@@ -26,7 +26,10 @@ from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
 from tim_core.training.finetune import padded
 from tim_core.training.folder import Item, native_size, scan
 from tim_core.training.lora import add_lora
-from tim_core.weights import checkpoint
+from tim_core.weights.describe import describe
+from tim_core.weights.load import load_checkpoint, load_transformer
+from tim_core.weights.parts import read_parts
+from tim_core.weights.save import pack
 
 
 def draw(file, width, height, color=(200, 40, 40), caption="a red circle"):
@@ -150,11 +153,11 @@ def test_a_folder_is_trained_on_and_what_is_broken_is_named_once(tmp_path, tiny,
     for name in ("broken.png", "cut.jpg", "tiny.png", "words.png"):
         assert sum(name in record.getMessage() for record in caplog.records) == 1
     assert "4 of 9 pictures were left out" in caplog.text
-    before, after = checkpoint.load_transformer(tiny, dtype=torch.float32), checkpoint.load_transformer(made, dtype=torch.float32)
+    before, after = load_transformer(tiny, dtype=torch.float32), load_transformer(made, dtype=torch.float32)
     assert before.config == after.config
     moved = [name for name, value in before.state_dict().items() if (value - after.state_dict()[name]).abs().max() > 1e-4]
     assert len(moved) > 0.9 * len(before.state_dict())
-    assert checkpoint.read_parts(made).latent_factor == 8 and checkpoint.read_parts(made).escape is False
+    assert read_parts(made).latent_factor == 8 and read_parts(made).escape is False
     assert (tmp_path / "tuned" / "sample-00000004.png").is_file()
     rows = list(csv.DictReader((tmp_path / "tuned" / "metrics.csv").open()))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
@@ -180,11 +183,11 @@ def test_a_class_conditional_model_learns_from_folders(tmp_path, tiny, more):
     torch.manual_seed(0)
     network = TransitionTransformer(config)
     network.initialize_weights()
-    model = checkpoint.pack({"transformer": network}, tmp_path / "classes.safetensors", metadata={"latent_factor": 8})
+    model = pack({"transformer": network}, tmp_path / "classes.safetensors", metadata={"latent_factor": 8})
     for name in ("cat", "dog"):
         draw(tmp_path / "pictures" / name / "a.png", 64, 64, caption=None)
     (made,) = run([yaml(tmp_path, model, tmp_path / "pictures", "tuned", f"autoencoder: {tiny}\n{more}", ", lr: 0.01")])
-    before, after = (checkpoint.load_transformer(file, dtype=torch.float32) for file in (model, made))
+    before, after = (load_transformer(file, dtype=torch.float32) for file in (model, made))
     table = "y_embedder.embedding_table.weight"
     moved = (after.state_dict()[table] - before.state_dict()[table]).abs().amax(1)
     assert after.config == before.config and moved[2] < 1e-4 < min(moved[0], moved[1])  # nothing shows class 2
@@ -192,9 +195,9 @@ def test_a_class_conditional_model_learns_from_folders(tmp_path, tiny, more):
 
 def test_another_text_model_finds_nothing_in_the_cache(tmp_path, tiny, data):
     for escape in (False, True):
-        parts = checkpoint.load_checkpoint(tiny)
+        parts = load_checkpoint(tiny)
         parts.text_encoder.escape = escape
-        model = checkpoint.pack({"transformer": parts.transformer, "text_encoder": parts.text_encoder, "vae": parts.autoencoder},
+        model = pack({"transformer": parts.transformer, "text_encoder": parts.text_encoder, "vae": parts.autoencoder},
                                 tmp_path / f"{escape}.safetensors", metadata={"escape_prompts": escape, "latent_factor": 8})
         run([yaml(tmp_path, model, data, f"escape-{escape}")])
     assert len(list((tmp_path / "pictures.cache").glob("*.safetensors"))) == 2 * 5
@@ -237,8 +240,8 @@ def test_batches_hold_one_size_and_as_many_tokens(tmp_path, tiny, data):
 
 
 def test_a_lora_starts_as_nothing_and_learns(tmp_path, tiny, data):
-    plain = checkpoint.load_transformer(tiny, dtype=torch.float32)
-    adapted = checkpoint.load_transformer(tiny, dtype=torch.float32)
+    plain = load_transformer(tiny, dtype=torch.float32)
+    adapted = load_transformer(tiny, dtype=torch.float32)
     add_lora(adapted, LoraConfig(rank=2, targets=(r"attn\.qkv$",)))
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert sorted(names) == [f"blocks.{k}.attn.qkv.lora_{x}.weight" for k in (0, 1) for x in "AB"]
@@ -252,9 +255,9 @@ def test_a_lora_starts_as_nothing_and_learns(tmp_path, tiny, data):
     layers = {name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
     assert made.name == "lora.safetensors" and all(name.startswith("diffusion_model.blocks.") for name in tensors)
     assert all({f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", f"{layer}.alpha"} <= tensors.keys() for layer in layers)
-    said = str(checkpoint.describe(made))
+    said = str(describe(made))
     assert "a LoRA" in said and "training, 4 steps of:" in said and '"rank": 2' in said
-    assert "the state of a training run" in str(checkpoint.describe(tmp_path / "lora" / "step-00000004.pt"))
+    assert "the state of a training run" in str(describe(tmp_path / "lora" / "step-00000004.pt"))
     layer = "diffusion_model.blocks.0.attn.qkv"
     assert tensors[f"{layer}.lora_B.weight"].abs().max() > 0 and tensors[f"{layer}.alpha"] == 4
 

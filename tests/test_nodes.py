@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from tests.comfy_graph import PROMPT, Graph, close, inside, latent_of, pictures_of, refusal, run_latents, run_pictures, same_picture
 from tests.comfy_support import events_of, probe
 from tim_core import Pipeline, schedule
-from tim_core.weights.checkpoint import load_text_encoder, pack, read_parts
+from tim_core.weights.load import load_text_encoder
+from tim_core.weights.parts import read_parts
+from tim_core.weights.save import pack
 
 pytestmark = pytest.mark.comfyui
 

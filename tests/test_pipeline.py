@@ -18,10 +18,12 @@ from tim_core.models.transformer import TransitionTransformer
 from tim_core.sampler import sample
 from tim_core.schedule import uniform
 from tim_core.shapes.scenes import RELATIONS, TASKS, Prompt, Thing, judge
-from tim_core.weights import checkpoint
+from tim_core.weights.load import load_checkpoint
+from tim_core.weights.parts import BUNDLED
+from tim_core.weights.save import pack
 
 ROOT = Path(__file__).parent.parent
-BUNDLED = checkpoint.BUNDLED["tim-shapes"]
+BUNDLED = BUNDLED["tim-shapes"]
 PROMPT = "a red circle left of a blue square"
 
 
@@ -169,7 +171,7 @@ def test_loading_refuses(tiny, tmp_path):
 
 def test_class_conditional_models_are_refused(tiny, tmp_path):
     config = TransformerConfig(in_channels=16, hidden_size=32, depth=1, num_heads=2, num_classes=10, lora_hidden_size=8)
-    file = checkpoint.pack({"model": TransitionTransformer(config)}, tmp_path / "c2i.safetensors")
+    file = pack({"model": TransitionTransformer(config)}, tmp_path / "c2i.safetensors")
     message = refused(Pipeline.load, file)
     assert "class-conditional" in message and "text-to-image" in message and "c2i.safetensors" in message
 
@@ -261,9 +263,9 @@ def test_words_out_of_the_world_give_pictures(shapes):
 
 def test_a_fingerprint_is_of_the_weights_and_not_of_their_file(tiny, tmp_path):
     pipe = Pipeline.load(tiny, device="cpu")
-    parts = checkpoint.load_checkpoint(tiny)
+    parts = load_checkpoint(tiny)
     made = {"model": parts.transformer, "text-encoder": parts.text_encoder, "vae": parts.autoencoder}
-    copy = checkpoint.pack(made, tmp_path / "copy.safetensors", metadata={"latent_factor": 8, "escape_prompts": False})
+    copy = pack(made, tmp_path / "copy.safetensors", metadata={"latent_factor": 8, "escape_prompts": False})
     assert Pipeline.load(copy, device="cpu").fingerprint() == pipe.fingerprint()
     encoder = pipe.text_encoder
     again = TextEncoder(encoder.gemma_config, encoder.tokenizer).load(encoder.transformer.state_dict())

@@ -8,7 +8,7 @@ from tests.comfy_support import ROOT
 from tim_core import Pipeline, sampler, schedule
 from tim_core.imagenet import class_number
 from tim_core.images import MARGIN, contact_sheet, to_tensor
-from tim_core.weights.checkpoint import load_autoencoder, load_transformer
+from tim_core.weights.load import load_autoencoder, load_transformer
 
 pytestmark = pytest.mark.comfyui
 STEMS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))

@@ -32,7 +32,10 @@ from tim_core.training.config import (
     read,
     recorded,
 )
-from tim_core.weights import checkpoint
+from tim_core.weights.describe import describe
+from tim_core.weights.load import load_checkpoint
+from tim_core.weights.open import open_state_dict
+from tim_core.weights.parts import read_parts
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"autoencoder": AutoencoderTraining, "tim": TransitionTraining}
@@ -160,7 +163,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, more):
     columns = [[{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
                for name in ("whole", "killed")]
     assert columns[0] == columns[1] and [row["step"] for row in columns[0]] == list("123456")
-    weights = [checkpoint.open_state_dict(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed")]
+    weights = [open_state_dict(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed")]
     assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not any("critic" in name for name in weights[0])
 
@@ -251,7 +254,7 @@ def test_a_killed_run_continues_as_if_nothing_happened(tmp_path, monkeypatch, op
     assert killed(monkeypatch, config, "save", at=4) == [2, 4]
     resumed = run([config])[0]
 
-    a, b = checkpoint.open_state_dict(whole)[0], checkpoint.open_state_dict(resumed)[0]
+    a, b = open_state_dict(whole)[0], open_state_dict(resumed)[0]
     assert a.keys() == b.keys()
     for key in a:
         assert torch.equal(a[key], b[key]), key
@@ -264,9 +267,9 @@ def test_a_run_killed_before_its_last_export_still_makes_its_file(tmp_path, monk
     run([autoencoder_yaml(tmp_path)])
     killed(monkeypatch, tim_yaml(tmp_path), "save", at=6)
     file = tmp_path / "tim" / "model.safetensors"
-    assert checkpoint.read_parts(file).metadata["training"]["step"] == 4
+    assert read_parts(file).metadata["training"]["step"] == 4
     assert run([tim_yaml(tmp_path)]) == [file]
-    assert checkpoint.read_parts(file).metadata["training"]["step"] == 6
+    assert read_parts(file).metadata["training"]["step"] == 6
 
 
 def test_metrics_hold_every_step_once_after_a_resume(tmp_path, monkeypatch):
@@ -319,7 +322,7 @@ def test_a_run_goes_on_with_other_values_and_tells(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(training_loop, "optimizers", lambda *a: made_by.extend(found := real(*a)) or found)
     (made,) = run([path])
     assert {group["weight_decay"] for optimizer in made_by for group in optimizer.param_groups} == {0.5}
-    said = str(checkpoint.describe(made))
+    said = str(describe(made))
     assert '6: {"loop.steps": [6, 8], "objective.epsilon": [0.01, 0.02]}' in said and '"loop.weight_decay": [0.01, 0.5]' in said
     for before, now, key in (("optimizer: muon", "optimizer: adamw", "loop.optimizer"),
                              ("kind: tim", "kind: tim\nalike: {red: blue}", "alike")):
@@ -463,7 +466,7 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
     more = tmp_path / "decoder.yaml"
     text = autoencoder_yaml(tmp_path).read_text().replace(f"output: {tmp_path}/autoencoder", f"output: {tmp_path}/decoder")
     more.write_text(text + f"start: {first}\nfreeze_encoder: true\n")
-    before, after = (checkpoint.open_state_dict(file)[0] for file in (first, run([more])[0]))
+    before, after = (open_state_dict(file)[0] for file in (first, run([more])[0]))
     same = {key for key in before if torch.equal(before[key], after[key])}
     assert {key for key in before if key.startswith("encoder.")} <= same
     assert any(key.startswith("decoder.") for key in before.keys() - same)
@@ -477,7 +480,7 @@ def test_other_frozen_weights_are_noticed_at_a_resume(tmp_path):
     config.write_text(text.replace("steps: 6", "steps: 4") + f"start: {first}\nfreeze_encoder: true\n")
     run([config])
     config.write_text(config.read_text().replace("steps: 4", "steps: 6"))
-    tensors = checkpoint.open_state_dict(first)[0]
+    tensors = open_state_dict(first)[0]
     with safe_open(first, "pt") as file:
         metadata = file.metadata()
     save_file({name: value + 1 for name, value in tensors.items()}, first, metadata)
@@ -556,7 +559,7 @@ def test_a_share_of_the_starting_weights_can_be_kept(tmp_path):
         path = tim_yaml(tmp_path, output=f"kept-{share}")
         path.write_text(f"start: {first}\nkeep_start: {share}\n" + path.read_text().replace("warmup: 2", "warmup: 2, lr: 0.05"))
         made += run([path])
-    before, after, mixed = (checkpoint.open_state_dict(file)[0] for file in (first, *made))
+    before, after, mixed = (open_state_dict(file)[0] for file in (first, *made))
     name = "model.diffusion_model.blocks.0.attn.qkv.weight"
     before, after, mixed = (tensors[name].float() for tensors in (before, after, mixed))
     assert (after - before).abs().max() > 1e-2
@@ -566,7 +569,7 @@ def test_a_share_of_the_starting_weights_can_be_kept(tmp_path):
 def test_a_made_file_does_not_name_the_home_of_its_maker(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     run([autoencoder_yaml(tmp_path)])
-    made = checkpoint.read_parts(run([tim_yaml(tmp_path)])[0])
+    made = read_parts(run([tim_yaml(tmp_path)])[0])
     assert made.metadata["training"]["configuration"]["autoencoder"] == "~/autoencoder/autoencoder.safetensors"
     assert str(tmp_path) not in str(made.metadata)
 
@@ -577,7 +580,7 @@ def test_words_may_begin_alike(tmp_path):
     config.write_text(f"start: {first}\nalike: {{above: left}}\n" + config.read_text().replace("steps: 6", "steps: 1").replace(
         "loop: {", "loop: {lr: 1.0e-9, "))
     name = "text_encoders.transformer.embed_tokens.weight"
-    before, after = (checkpoint.open_state_dict(file)[0][name].float() for file in (first, run([config])[0]))
+    before, after = (open_state_dict(file)[0][name].float() for file in (first, run([config])[0]))
     ids = vocabulary()
     above, left, below = (ids[WORD_START + word] for word in ("above", "left", "below"))
     assert torch.allclose(after[above], before[above] + before[left], atol=1e-2) and after[above].norm() > 1.05 * before[above].norm()
@@ -611,7 +614,7 @@ def test_the_teacher_of_the_matching_is_the_averaged_network_or_what_the_run_beg
         found[name] = [row["matching"] for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
     same = [one == other for one, other in zip(found["average"], found["start"], strict=True)]
     assert same[0] and not any(same[2:]) and found["killed"] == found["start"]
-    weights = [checkpoint.open_state_dict(files[name])[0] for name in ("start", "killed")]
+    weights = [open_state_dict(files[name])[0] for name in ("start", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -636,7 +639,7 @@ def test_distilling_what_the_run_began_from(tmp_path, monkeypatch, freeze):
     assert [row["distillation"] for row in found["whole"]] == [row["distillation"] for row in found["killed"]]
     began, ended = (float(found["whole"][step]["diffusion"]) for step in (0, -1))
     assert began < 1e-6 < 1e-3 < ended  # the teacher is where the run began, and stays there
-    begun, whole, again = (checkpoint.open_state_dict(file)[0] for file in (first, files["whole"], files["killed"]))
+    begun, whole, again = (open_state_dict(file)[0] for file in (first, files["whole"], files["killed"]))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     changed = {name.split(".")[0] for name in begun if not torch.equal(begun[name], whole[name])}
     assert changed == ({"model"} if freeze else {"model", "text_encoders"}), changed
@@ -671,7 +674,7 @@ def test_a_run_goes_on_with_the_teacher_that_it_had(tmp_path, monkeypatch):
 
 def changed(file):
     """The bytes of a checkpoint of the same architecture, with other weights in its transformer."""
-    tensors, metadata = checkpoint.open_state_dict(file)
+    tensors, metadata = open_state_dict(file)
     tensors = {name: value + (name.endswith("final_layer.linear.bias")) for name, value in tensors.items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata)
     return file.read_bytes()
@@ -727,13 +730,13 @@ def test_a_run_may_begin_from_another_ones_weights(tmp_path):
     more = tim_yaml(tmp_path, output="more")
     text = more.read_text().replace(f"{tmp_path}/autoencoder/autoencoder.safetensors", str(first))  # bfloat16, as packed
     more.write_text(f"start: {first}\n" + text.replace("warmup: 2", "warmup: 2, lr: 1e-12, muon_lr: 1e-12, weight_decay: 0"))
-    before, after = (checkpoint.open_state_dict(file)[0] for file in (first, run([more])[0]))
+    before, after = (open_state_dict(file)[0] for file in (first, run([more])[0]))
     assert all(torch.equal(before[key], after[key]) for key in before if not key.endswith("config_json"))
 
 
 def test_the_made_file_is_a_whole_model(tmp_path):
     files = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
-    parts = checkpoint.load_checkpoint(files[1])
+    parts = load_checkpoint(files[1])
     made = parts.metadata["training"]["configuration"]
     assert made["objective"]["epsilon"] == 0.01 and made["p_std"] == 1.6 and made["loop"]["lr"] == 1e-3 and "output" not in made
     assert parts.latent_factor == 8 and parts.autoencoder.config.latent_channels == 4

@@ -363,7 +363,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
                 print(made)
         return
     from .evaluation.curve import TASKS, evaluate
-    from .weights.checkpoint import BUNDLED
+    from .weights.parts import BUNDLED
 
     name = args.model if args.model in BUNDLED else Path(args.model).name
     model = {"name": name, "weights": pipe.fingerprint(), "dtype": str(pipe.dtype).removeprefix("torch."), "version": __version__}
@@ -394,7 +394,7 @@ def print_report(report: dict) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    from .weights.checkpoint import describe
+    from .weights.describe import describe
 
     code = 0
     for file in args.files:
@@ -410,13 +410,13 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    from .weights.checkpoint import convert
+    from .weights.save import convert
 
     print(convert(args.source, args.target, storage_dtype(args.dtype)))
 
 
 def run_pack(args: argparse.Namespace) -> None:
-    from .weights.checkpoint import pack
+    from .weights.save import pack
 
     sources = {"model": args.model, "text-encoder": args.text_encoder, "vae": args.vae}
     print(pack({name: source for name, source in sources.items() if source is not None}, args.target, storage_dtype(args.dtype)))
@@ -427,7 +427,9 @@ def run_previews(args: argparse.Namespace) -> None:
 
     from .shapes.batches import render_samples
     from .weights import previews
-    from .weights.checkpoint import TRANSFORMER, check_target, convert, load_autoencoder, read_parts
+    from .weights.load import load_autoencoder
+    from .weights.parts import TRANSFORMER, read_parts
+    from .weights.save import check_target, convert
 
     check_target(args.file)
     parts = read_parts(args.file)

@@ -18,7 +18,8 @@ from .files import digest
 from .models.attention import get_attention
 from .sampler import check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
-from .weights.checkpoint import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, load_autoencoder, load_text_encoder, load_transformer, read_parts
+from .weights.load import load_autoencoder, load_text_encoder, load_transformer
+from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, read_parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

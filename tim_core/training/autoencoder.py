@@ -13,7 +13,7 @@ from ..models.autoencoder import Autoencoder
 from ..models.config import AutoencoderConfig, StageConfig
 from ..processes import find_processes
 from ..shapes.batches import ShapesBatches
-from ..weights import checkpoint
+from ..weights.load import load_autoencoder
 from .config import AutoencoderTraining, recorded
 from .loop import train
 from .resume import begin_from
@@ -54,7 +54,7 @@ def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
         reason = one_line(error)
         raise TimError(f"training config: the widths, layers and head_dim fit no DC-AE ({reason}), expected ones that do") from error
     if config.start:
-        begin_from(model, checkpoint.load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32).state_dict(), config.start)
+        begin_from(model, load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32).state_dict(), config.start)
     model.encoder.requires_grad_(not config.freeze_encoder)
 
     def loss_of(model, average, batch, step, part):

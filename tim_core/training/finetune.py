@@ -14,7 +14,9 @@ from ..files import digest
 from ..models.attention import get_attention
 from ..processes import Part, find_processes
 from ..transport import OTFM
-from ..weights import checkpoint
+from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
+from ..weights.parts import TRANSFORMER, read_parts
+from ..weights.save import check_target, pack
 from .config import FineTuning, recorded, target, time_shift
 from .draws import draw
 from .folder import VERSION, Encoder, FolderBatches, Kept, class_folders, prepare
@@ -47,19 +49,19 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     """Runs a `kind: finetune` configuration; returns the safetensors file of the transformer, or of the LoRA."""
     loop, folder, processes = config.loop, Path(config.output).expanduser(), find_processes()
     if config.checkpoint:
-        checkpoint.check_target(config.checkpoint)
+        check_target(config.checkpoint)
     sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
-    parts = checkpoint.read_parts({name: place for name, place in sources.items() if place} if config.text_encoder or config.autoencoder
+    parts = read_parts({name: place for name, place in sources.items() if place} if config.text_encoder or config.autoencoder
                                   else config.model)
-    model = Conditional(checkpoint.load_transformer(parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
+    model = Conditional(load_transformer(parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
     architecture = model.transformer.config
     check_projector(model.transformer, image_encoder, config.objective)
-    autoencoder = checkpoint.load_autoencoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
+    autoencoder = load_autoencoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
     factor = autoencoder.config.factor
     transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
 
     labels = architecture.text_dim is None
-    text = None if labels else checkpoint.load_text_encoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
+    text = None if labels else load_text_encoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
     pad = None if labels else text.encode([""]).rows[0, -1:].cpu()
 
     def tell(told: str | int) -> Tensor:
@@ -128,7 +130,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
         there = [value.to(next(average.parameters()).device) for value in (noise, *conditions)]
         return show_steps(average.transformer, autoencoder.decode, *there, transport, loop.autocast)
 
-    plain = checkpoint.load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
+    plain = load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
 
     def export(average: dict[str, Tensor], training: dict) -> Path:
         weights = {name.removeprefix("transformer."): value for name, value in average.items()}
@@ -138,8 +140,8 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
             return save_lora(weights, config.lora, to, json.dumps(training))
         trained = plain.to_empty(device="cpu")
         trained.load_state_dict(weights)
-        record = {**parts.record(checkpoint.TRANSFORMER), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape,
+        record = {**parts.record(TRANSFORMER), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape,
                   "training": training}
-        return checkpoint.pack({"transformer": trained}, to, dtype=torch.bfloat16, metadata=record, keep_projector=True)
+        return pack({"transformer": trained}, to, dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
     return train(loop, model, batches, loss_of, folder, show, export, recorded(config))

@@ -21,7 +21,9 @@ from ..shapes import scenes
 from ..shapes.batches import ShapesBatches, render_samples
 from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
 from ..transport import OTFM
-from ..weights import checkpoint, previews
+from ..weights import previews
+from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
+from ..weights.save import check_target, pack
 from .config import TextShape, TransitionTraining, recorded, target, time_shift
 from .draws import draw
 from .loop import compile_blocks, follower, train
@@ -86,15 +88,15 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
     """Runs a `kind: tim` configuration; returns the one-file checkpoint with the averaged weights."""
     loop, folder = config.loop, Path(config.output).expanduser()
     if config.checkpoint:
-        checkpoint.check_target(config.checkpoint)
-    autoencoder: Autoencoder = checkpoint.load_autoencoder(
+        check_target(config.checkpoint)
+    autoencoder: Autoencoder = load_autoencoder(
         Path(config.autoencoder).expanduser(), dtype=torch.float32).to(memory_format=torch.channels_last)
     torch.manual_seed(loop.seed)
     model = TextToImage(config, autoencoder.config.latent_channels)
     if config.start:
         start = Path(config.start).expanduser()
-        begin_from(model.transformer, checkpoint.load_transformer(start, dtype=torch.float32, projector=True).state_dict(), str(start))
-        begin_from(model.text, checkpoint.load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
+        begin_from(model.transformer, load_transformer(start, dtype=torch.float32, projector=True).state_dict(), str(start))
+        begin_from(model.text, load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
         if model.critic is not None:
             same = model.transformer.state_dict()
             model.critic.load_state_dict({name: same[name] for name in model.critic.state_dict()})
@@ -200,7 +202,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         trained.load_state_dict({**trained.state_dict(), **mixed})
         record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
                   "preview": preview(), "training": training}
-        return checkpoint.pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder},
+        return pack({"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder},
                                target(config, training["step"]), dtype=torch.bfloat16, metadata=record, keep_projector=True)
 
     batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)

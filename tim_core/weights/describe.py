@@ -1,0 +1,165 @@
+"""Describe a weight file: what `tim inspect` prints."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import TimError
+from .load import load_autoencoder, load_text_encoder, load_transformer
+from .open import open_state_dict
+from .parts import (
+    AUTOENCODER,
+    GEMMA_1B_WIDTH,
+    TEXT_ENCODER,
+    TITLES,
+    TRANSFORMER,
+    Parts,
+    find,
+    guess,
+    read_parts,
+    resolve,
+)
+
+
+@dataclass(frozen=True)
+class PartDescription:
+    """One part of a file; `parameters` leaves out the REPA projector, which is counted apart. `problem`: why it does not load, or none."""
+
+    part: str
+    title: str
+    prefix: str
+    architecture: object  # TransformerConfig, AutoencoderConfig, or a Gemma config (a dict; None where the file has none)
+    tensors: int
+    parameters: int
+    projector_parameters: int
+    dtypes: dict[str, int]  # name -> parameters
+    problem: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `tim inspect` prints."""
+
+    path: str
+    kind: str
+    parts: tuple[PartDescription, ...]
+    latent_factor: int | None
+    escape_prompts: bool | None
+    tokenizer: bool
+    metadata: dict
+    previews: float | None = None  # share of the colours' variance that live previews explain
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.kind}"]
+        for part in self.parts:
+            dtypes = ", ".join(part.dtypes)
+            extra = f" (+ {part.projector_parameters:,} in the projector)" if part.projector_parameters else ""
+            under = f" under {part.prefix}" if part.prefix else ""
+            lines.append(f"  {part.title}: {part.parameters:,} parameters{extra}, {part.tensors} tensors, {dtypes}{under}")
+            lines.append(f"    {_summary(part)}")
+            if part.problem:
+                lines.append(f"    does not load: {part.problem}")
+        if self.latent_factor:
+            lines.append(f"  latent factor: {self.latent_factor}")
+        if any(part.part == TEXT_ENCODER for part in self.parts):
+            lines.append(f"  tokenizer: {'in the file or beside it' if self.tokenizer else 'none'}")
+            lines.append(f"  prompts: {'unicode-escaped' if self.escape_prompts else 'as they are'}")
+        if self.previews is not None:
+            lines.append(f"  live previews: {100 * self.previews:.0f} % of the colours' variance")
+        if "format" in self.metadata:
+            lines.append(f"  format: {json.dumps(self.metadata['format'])}")
+        training = self.metadata.get("training")
+        if isinstance(training, dict) and isinstance(training.get("configuration"), dict):
+            lines.append(f"  training, {json.dumps(training.get('step'))} steps of:")
+            lines += [f"    {key}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(training["configuration"].items())]
+            if isinstance(changed := training.get("changed"), dict):
+                lines.append("  changed on the way, at step: key: before, since")
+                lines += [f"    {step}: {json.dumps(keys)}" for step, keys in changed.items()]
+        elif training is not None:
+            lines.append(f"  training: {json.dumps(training, sort_keys=True)}")
+        return "\n".join(lines)
+
+
+def describe(path: str | Path) -> Description:
+    """What a file (or folder, or bundled name) holds; another model's is described as such. TimError if it cannot be opened."""
+    place = resolve(path)
+    try:
+        parts = read_parts(path)
+    except TimError:
+        if place.is_dir():
+            raise
+        tensors, metadata = open_state_dict(place)
+        if any(find(tensors, part) for part in TITLES):
+            raise
+        return Description(str(path), guess(tensors), (), None, None, False, {**metadata, **_lora_record(metadata)})
+    described = tuple(_describe_part(parts, part) for part in TITLES if part in parts)
+    kind = "TiM checkpoint" if TRANSFORMER in parts and len(described) > 1 else " + ".join(part.title for part in described)
+    if TRANSFORMER in parts:
+        to_image = "text-to-image" if parts.config(TRANSFORMER).text_dim is not None else "class-conditional"
+        kind = f"{kind}, {to_image}"
+    return Description(
+        str(path),
+        kind,
+        described,
+        parts.latent_factor if TRANSFORMER in parts or AUTOENCODER in parts else None,
+        parts.escape if TEXT_ENCODER in parts else None,
+        parts.tokenizer is not None,
+        parts.metadata,
+        (parts.record(TRANSFORMER).get("preview") or {}).get("r2") if TRANSFORMER in parts else None,
+    )
+
+
+def _lora_record(metadata: Mapping[str, str]) -> dict:
+    """How a LoRA of ours was trained, from its metadata."""
+    try:
+        return {"training": json.loads(metadata["tim_lora"])}
+    except (LookupError, ValueError, TypeError):
+        return {}
+
+
+def _describe_part(parts: Parts, part: str) -> PartDescription:
+    tensors = parts.tensors(part)
+    dtypes, projector = Counter(), 0
+    for key, tensor in tensors.items():
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        projector += tensor.numel() if part == TRANSFORMER and key.startswith("projector.") else 0
+    no_config = part == TEXT_ENCODER and parts.gemma_config is None and tensors["embed_tokens.weight"].shape[1] != GEMMA_1B_WIDTH
+    return PartDescription(
+        part,
+        TITLES[part],
+        parts.prefixes.get(part, ""),
+        None if no_config else parts.config(part),
+        len(tensors),
+        sum(dtypes.values()) - projector,
+        projector,
+        dict(dtypes.most_common()),
+        "" if no_config else _problem(parts, part),
+    )
+
+
+def _problem(parts: Parts, part: str) -> str:
+    """What loading a part would say, without its weights; empty if it loads."""
+    meta = {name: tensor.to("meta") for name, tensor in parts.tensors(part).items()}
+    try:
+        {TRANSFORMER: load_transformer, TEXT_ENCODER: load_text_encoder, AUTOENCODER: load_autoencoder}[part](
+            replace(parts, **{part: meta}), device="meta")
+    except TimError as error:
+        return str(error).removeprefix(f"{parts.source}: ")
+    return ""
+
+
+def _summary(part: PartDescription) -> str:
+    c = part.architecture
+    if c is None:
+        return "no config.json in the file or beside it"
+    if part.part == TEXT_ENCODER:
+        return f"{c['num_hidden_layers']} layers of width {c['hidden_size']}, {c['vocab_size']:,} tokens"
+    if part.part == AUTOENCODER:
+        return f"{c.latent_channels} latent channels, factor {c.factor}, scaling factor {c.scaling_factor}"
+    condition = f"text features of width {c.text_dim}" if c.text_dim is not None else f"{c.num_classes} classes"
+    return (
+        f"{c.depth} blocks of width {c.hidden_size}, {c.num_heads} heads, {c.in_channels} channels in patches of {c.patch_size}, "
+        f"{condition}, interval embedded as {c.new_condition}"
+    )

@@ -257,3 +257,15 @@ def test_what_is_no_tim_is_refused_in_one_line(change, found):
 def test_numbers_that_do_not_fit_are_refused(settings):
     with pytest.raises(TimError, match="expected"):
         replace(TEXT, **settings)
+
+
+@pytest.mark.parametrize("ratio, width", [(2, 42), (4, 85), (2.7, 57)])
+def test_the_mlp_width_is_read_from_the_weights(ratio, width):
+    network = dict(in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5, class_dropout_prob=0)
+    official = network | {"mlp_ratio": ratio, "z_dim": None, "encoder_depth": 2}
+    config = TransformerConfig.from_official(official)
+    weights = build(config).state_dict()
+    assert weights["blocks.0.mlp.fc1_g.weight"].shape == (width, 32)
+    read = TransformerConfig.from_state_dict(weights, {"num_heads": 2, "null_class": False})
+    assert read == replace(config, lora_hidden_size=config.modulation_rank)
+    TransitionTransformer(read).load_state_dict(weights)

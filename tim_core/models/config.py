@@ -35,6 +35,7 @@ class TransformerConfig:
     encoder_depth: int = 8  # the block, counted from 1, whose output the projector reads
     projector_dim: int = 2048
     z_dim: int | None = None  # width of the projected features (REPA); None for no projector
+    mlp_hidden_size: int | None = None  # of the gated MLP in the blocks; None is that of the official mlp_ratio, 4
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "patch_size"):
@@ -63,6 +64,10 @@ class TransformerConfig:
         return self.lora_hidden_size or self.hidden_size // 4 * 3
 
     @property
+    def mlp_width(self) -> int:
+        return self.mlp_hidden_size or 4 * self.hidden_size * 2 // 3
+
+    @property
     def null_label(self) -> int | None:
         """The label of the null class, None where there is none."""
         return self.num_classes if self.null_class else None
@@ -76,9 +81,10 @@ class TransformerConfig:
     def from_official(cls, network: Mapping[str, Any]) -> TransformerConfig:
         """From the network section of an official yaml; what is left out takes the official default."""
         is_class = "num_classes" in network
+        hidden, ratio = network.get("hidden_size", 1152), network.get("mlp_ratio", 4.0)
         return cls(
             in_channels=network.get("in_channels", 4),
-            hidden_size=network.get("hidden_size", 1152),
+            hidden_size=hidden,
             depth=network.get("depth", 28),
             num_heads=network.get("num_heads", 16),
             patch_size=network.get("patch_size", 2),
@@ -93,6 +99,7 @@ class TransformerConfig:
             encoder_depth=network.get("encoder_depth", 8),
             projector_dim=network.get("projector_dim", 2048),
             z_dim=network.get("z_dim", 768),
+            mlp_hidden_size=None if ratio == 4 else int(hidden * ratio) * 2 // 3,
         )
 
     @classmethod
@@ -123,7 +130,8 @@ class TransformerConfig:
         shape("final_layer.linear.weight", patch * patch * channels, hidden)
         shape("t_embedder.mlp.0.weight", hidden, 256)
         shape("blocks.0.attn.qkv.weight", 3 * hidden, hidden)
-        shape("blocks.0.mlp.fc1_g.weight", hidden * 4 * 2 // 3, hidden)
+        mlp_width, _ = shape("blocks.0.mlp.fc1_g.weight", None, hidden)
+        shape("blocks.0.mlp.fc2.weight", hidden, mlp_width)
 
         numbers = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in state_dict) if match}
         depth = max(numbers) + 1
@@ -172,6 +180,7 @@ class TransformerConfig:
             encoder_depth=number("encoder_depth", min(8, depth)),
             projector_dim=projector_dim,
             z_dim=shape("projector.4.weight", None, projector_dim)[0] if has_projector else None,
+            mlp_hidden_size=None if mlp_width == 4 * hidden * 2 // 3 else mlp_width,
         )
 
 

@@ -160,7 +160,7 @@ class Block(nn.Module):
             self.norm2_t = plain_norm()
             self.cross_attn = CrossAttention(config, operations, attention, **factory)
         self.norm3 = plain_norm()
-        self.mlp = SwiGLU(hidden, 4 * hidden * 2 // 3, hidden, operations, **factory)
+        self.mlp = SwiGLU(hidden, config.mlp_width, hidden, operations, **factory)
         self.chunks = 6 if self.cross_attn is None else 9
         self.adaLN_modulation = SwiGLU(hidden, config.modulation_rank, self.chunks * hidden, operations, **factory)
 

@@ -371,16 +371,16 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------------------------------------------- network
 
 
+def hints_of(config: TransformerConfig) -> dict[str, Any]:
+    """What shapes cannot tell of a network, with or without a projector."""
+    names = ("num_heads", "new_condition", "encoder_depth", "null_class")
+    return {name: getattr(config, name) for name in names}
+
+
 def build(network: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> TransitionTransformer:
     """The network from an official configuration; the weights alone, with what they cannot tell, must describe the same one."""
     config = TransformerConfig.from_official(network)
-    hints = {
-        "num_heads": config.num_heads,
-        "new_condition": config.new_condition,
-        "encoder_depth": config.encoder_depth,
-        "null_class": config.null_class,
-    }
-    assert TransformerConfig.from_state_dict(weights, hints) == replace(config, lora_hidden_size=config.modulation_rank)
+    assert TransformerConfig.from_state_dict(weights, hints_of(config)) == replace(config, lora_hidden_size=config.modulation_rank)
     model = TransitionTransformer(config, dtype=dtype)
     model.load_state_dict(weights)
     return model
@@ -512,12 +512,15 @@ def replay_keys(case: Case, deviated) -> None:
     assert len(ours) == entry["n_tensors"] and not [name for name, _ in model.named_buffers() if name in ours]
 
     weights = {name: torch.empty(shape, device="meta") for name, shape in entry["parameters"].items()}
-    hints = {"encoder_depth": config.encoder_depth, "new_condition": config.new_condition}
+    hints = hints_of(config)
     assert TransformerConfig.from_state_dict(weights, hints) == replace(config, lora_hidden_size=config.modulation_rank)
-    bare = TransformerConfig.from_state_dict({name: value for name, value in weights.items() if not name.startswith("projector.")})
+    bare = TransformerConfig.from_state_dict({name: value for name, value in weights.items() if not name.startswith("projector.")}, hints)
     assert bare.z_dim is None and bare.num_heads == config.num_heads
-    transport_of(entry["transport"]["target"].rsplit(".", 1)[1], entry["transport"]["params"])
-    objective_of(entry["transition_loss"], entry["transport"]["params"])
+    params = {}
+    if entry["transport"] is not None:  # a network alone names none
+        params = entry["transport"]["params"]
+        transport_of(entry["transport"]["target"].rsplit(".", 1)[1], params)
+    objective_of(entry["transition_loss"] or {}, params)
 
 
 # ------------------------------------------------------------------------------------------------------------------ transports, objective
@@ -569,19 +572,24 @@ def replay_objective(case: Case, deviated) -> None:
     assert entry["draws"] == {"normal": "torch.randn", "uniform": "torch.rand"}[transport.raw_draw]
     model = build_file(entry["model"], dtype)
     ema = build_file(entry["ema_model"], dtype) if entry["ema_model"] else None
-    losses = transition_loss(
-        model,
-        n["in/x"],
-        n["in/z"],
-        n["in/y"],
-        transport=transport,
-        config=config,
-        draws=(n["in/rnd_1"], n["in/rnd_2"]),
-        y_null=n.get("in/y_null"),
-        ema_model=ema,
-        h_target=n["in/h_target"],
-    )
-    losses.total.backward()
+
+    def losses_of(model, ema, n):
+        losses = transition_loss(
+            model,
+            n["in/x"],
+            n["in/z"],
+            n["in/y"],
+            transport=transport,
+            config=config,
+            draws=(n["in/rnd_1"], n["in/rnd_2"]),
+            y_null=n.get("in/y_null"),
+            ema_model=ema,
+            h_target=n["in/h_target"],
+        )
+        losses.total.backward()
+        return losses
+
+    losses = losses_of(model, ema, n)
     assert losses.n_diffusion == entry["n_diffusion"] and len(n["in/x"]) == entry["batch_size"]
     names = {"h_proj": "projection", "dF_dv_dt": "dF_dt", "F_t_cond": "F_cond", "F_t_uncond": "F_null"}
     fields = ("x_t", "v_t", "t", "r", "F_pred", "h_proj", "dF_dv_dt", "F_t_cond", "F_t_uncond", "F_target")
@@ -605,8 +613,26 @@ def replay_objective(case: Case, deviated) -> None:
     correct |= {"loss_dict/denoising_loss": correct["out/denoising_loss"].mean()} if correct else {}
     correct |= {"loss_dict/weighted_loss": correct["out/weighted_loss"]} if correct else {}
 
+    exact: dict[str, Tensor] = {}
+    if name == "VE_SDE" and derivative == "dde" and dtype == torch.float32 and not everything:
+        # The finite difference's float32 rounding, up to F_target's tolerance, is in these gradients: only float64 can hold them to more.
+        model64 = build_file(entry["model"], torch.float64)
+        ema64 = build_file(entry["ema_model"], torch.float64) if ema else None
+        n64 = {key: condition(value, torch.float64) for key, value in n.items() if key.startswith("in/")}
+        losses64 = losses_of(model64, ema64, n64)
+        exact = gradients(model64)
+        n64 |= {"out/t": losses64.t, "out/r": losses64.r}
+        reference = paper_objective(case, model64, ema64, n64)
+        for key, value in exact.items():
+            close(f"{key} in float64 (by the paper)", value, reference[key], 1e-6)
+
     for key, official in n.items():
         if key.startswith("in/"):
+            continue
+        if key in exact:
+            rounding = objective_tolerance("out/F_target", name, derivative, dtype)
+            close(f"{key}: official against float64", official, exact[key], rounding)
+            close(f"{key}: ours against float64", ours[key], exact[key], rounding)
             continue
         follows = key.startswith("grad/") or key in ("out/weighted_loss", "out/grad_global_norm")
         follows = follows or key in ("loss_dict/denoising_loss", "loss_dict/weighted_loss")
@@ -910,3 +936,17 @@ REPLAY: dict[str, Callable[[Case, Any], None]] = {
     "dcae": replay_dcae,
     "dcae_keys": replay_dcae_keys,
 }
+
+
+def test_keys_of_a_network_alone(tmp_path, monkeypatch):
+    """Another mlp_ratio, no qk-norm, no null class and no transport."""
+    network = dict(in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5, class_dropout_prob=0, mlp_ratio=2, z_dim=None)
+    model = TransitionTransformer(TransformerConfig.from_official(network), device="meta")
+    parameters = {name: list(value.shape) for name, value in model.state_dict().items()}
+    assert parameters["blocks.0.mlp.fc1_g.weight"] == [42, 32]
+    count = sum(value.numel() for value in model.parameters())
+    entry = {"config": network, "parameters": parameters, "n_tensors": len(parameters), "transport": None, "transition_loss": None}
+    entry |= {"param_count": count, "param_count_without_projector": count}
+    (tmp_path / "tiny.json").write_text(json.dumps(entry))
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    replay_keys(Case("keys", "tiny", None, "tiny.json"), {})

@@ -1,7 +1,6 @@
 """What the test run says at its end."""
 
 import importlib.util
-import os
 import shutil
 from collections import Counter
 
@@ -9,8 +8,6 @@ import pytest
 
 from tests import comfy_support
 from tests.comfy_support import class_files, comfyui  # noqa: F401 (fixtures)
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine; subprocesses inherit it
 
 REPLAYED = pytest.StashKey[Counter]()
 DEVIATED = pytest.StashKey[Counter]()
@@ -36,8 +33,15 @@ def no_browser() -> str | None:
     return None if find_chromium() else "no chromium found (`apt-get install chromium` gets one; Chrome will do)"
 
 
+def no_gpu() -> str | None:
+    """Reason to skip the tests marked gpu; None if torch has a CUDA device."""
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
 def pytest_collection_modifyitems(items):
-    lacking = {"comfyui": None if comfy_support.find() else "no ComfyUI found", "browser": no_browser()}
+    lacking = {"comfyui": None if comfy_support.find() else "no ComfyUI found", "browser": no_browser(), "gpu": no_gpu()}
     for item in items:
         for marker, reason in lacking.items():
             if reason and item.get_closest_marker(marker):

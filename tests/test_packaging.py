@@ -39,7 +39,7 @@ def test_the_wheel_holds_tim_core_and_the_model_only(wheel):
     assert {name.split("/")[0] for name in names} == {"tim_core", f"transition_models-{tim_core.__version__}.dist-info"}
     for source in (ROOT / "tim_core").rglob("*.py"):
         assert source.relative_to(ROOT).as_posix() in names
-    assert "tim_core/bundled/tim-shapes.safetensors" in names
+    assert {"tim_core/bundled/tim-shapes.safetensors", "tim_core/py.typed"} <= set(names)
 
 
 def test_its_metadata(wheel):
@@ -107,6 +107,16 @@ def test_every_arrow_points_down():
                 assert other != "nodes" and (other != "training" or room == "cli"), f"{source}: imports {other}"
 
 
+def test_only_the_adapters_touch_core():
+    for file in (ROOT / "nodes").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        core = {name for name in names if name.split(".")[0] in ("comfy", "folder_paths", "latent_preview", "nodes", "torch")}
+        assert core <= {"folder_paths"} if file.name == "loaders.py" else not core or file.name in (
+            "model.py", "sampler.py", "clip.py", "vae.py"), f"{file.name} imports {core}"
+
+
 def test_nodes_that_cannot_be_loaded_are_one_line(tmp_path, caplog):
     """As in a ComfyUI that is too old for what they import."""
     (tmp_path / "pack_of_tim").mkdir()
@@ -141,4 +151,16 @@ def test_ci_runs_the_readmes_commands():
     assert os.access(script, os.X_OK) or os.name == "nt"
     text, readme = script.read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
     assert 'pip install ".[test]" && pytest' in readme
-    assert text.index("torch==2.13.0") < text.index('".[test]"') < text.index("\npytest")
+    assert text.index("torch==2.13.0") < text.index('".[test]"') < text.index("\nruff check .") < text.index("\npytest")
+
+
+def test_one_ruff_version():
+    """CI, pre-commit and the extra `dev` pin the same release."""
+    pins = {
+        name: re.search(pattern, (ROOT / name).read_text(encoding="utf-8")).group(1)
+        for name, pattern in {
+            ".ci/run": r"ruff==([\d.]+)", "pyproject.toml": r'"ruff==([\d.]+)"', ".pre-commit-config.yaml": r"rev: v([\d.]+)",
+            ".github/workflows/tests.yml": r"ruff==([\d.]+)",
+        }.items()
+    }
+    assert len(set(pins.values())) == 1, pins

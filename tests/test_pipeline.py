@@ -222,7 +222,7 @@ def test_the_readmes_prompt(shapes):
     asked = Prompt("full position", (Thing("circle", "red"), Thing("square", "blue")), "left of")
     assert asked.text == PROMPT
     right = [bool(judge(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy())) for seed in range(16)]
-    assert sum(right) >= 10 and right[0], right  # the README names seed 0
+    assert sum(right) >= 10 and right[0], right  # docs/bundled-model.md names seed 0
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -233,24 +233,24 @@ def test_every_relation_is_read(shapes, relation):
     assert (gaps(shapes, relation, 48, [0.75, 0.8, 0.85, 0.9]) > 0).mean() >= 0.7
 
 
-def test_the_report_and_the_readme_are_of_this_file():
-    """And above the bars that docs/tim-shapes.md names; every point is computed again from the pictures' marks."""
-    report = json.loads((ROOT / "docs" / "tim-shapes-report.json").read_text())
+def test_the_report_and_the_model_card_are_of_this_file():
+    """And above the bars that docs/research/tim-shapes.md names; every point is computed again from the pictures' marks."""
+    report = json.loads((ROOT / "docs" / "research" / "tim-shapes-report.json").read_text())
     assert report["model"]["weights"] == Pipeline.load("tim-shapes", device="cpu", dtype=torch.bfloat16).fingerprint()
     asked = report["pictures"]
     wanted = draws(asked["tasks"], asked["prompts_per_task"], asked["images"], asked["seed"])
     points = {point["steps"]: summarise(wanted, unpack(point["right"])) for point in report["curve"]}
     assert all(points[steps]["overall"] >= bar for steps, bar in {1: 0.67, 4: 0.80, 16: 0.85, 64: 0.88}.items())
     assert list(points) == [1, 2, 4, 8, 16, 32, 64] and not falls(wanted, report["curve"]) and len(wanted) == 1440
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() in readme
+    card = (ROOT / "docs" / "bundled-model.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() in card
     for steps in (1, 4, 16, 64):
-        assert f"**{points[steps]['overall']:.3f}** ± {points[steps]['stderr']:.3f}" in readme
+        assert f"**{points[steps]['overall']:.3f}** ± {points[steps]['stderr']:.3f}" in card
 
 
 @pytest.mark.parametrize("steps, cfg, least", [(1, 1.0, 0.6), (4, 2.5, 0.75)])
 def test_a_small_score(shapes, steps, cfg, least):
-    """The README says 0.70 and 0.83; n = 60 has a standard error of 0.05."""
+    """docs/bundled-model.md says 0.70 and 0.83; n = 60 has a standard error of 0.05."""
     wanted = draws(prompts_per_task=10, images=1, seed=0)
     result = summarise(wanted, score(shapes, wanted, steps=steps, cfg=cfg))
     assert result["n"] == 10 * len(TASKS) and result["overall"] >= least, result

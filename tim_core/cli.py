@@ -130,7 +130,7 @@ examples:
   tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml
                                                              the small world's autoencoder, and a first network on it
 
-docs/tim-shapes.md has the whole list that made the bundled model."""
+docs/research/tim-shapes.md has the whole list that made the bundled model."""
 
 
 class Parser(argparse.ArgumentParser):

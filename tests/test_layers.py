@@ -25,7 +25,10 @@ def imports(file: Path) -> set[str]:
     package = file.relative_to(ROOT).parent.parts
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.Import) or not getattr(node, "level", 1):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not any(name.split(".")[0] == "tim_core" for name in names), f"{file}: import tim_core relatively"
+        elif isinstance(node, ast.ImportFrom):
             base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
             found |= {".".join([*base, name.name]) for name in node.names}
     return found

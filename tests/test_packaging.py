@@ -66,47 +66,6 @@ def test_run_time_imports_are_declared_or_optional():
             assert all(name.split(".")[0] in allowed for name in names), f"{source}: {names}"
 
 
-FLOORS = """
-    cli
-    evaluate layouts
-    pipeline training nodes
-    checkpoint upscale
-    parts
-    text_encoder
-    objective matching distillation sampler autoencoder transformer previews
-    transport schedule config attention rope shapes contact_sheet imagenet weights
-    files processes
-    errors
-"""
-FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS.split("\n"))) for room in rooms.split()}
-
-
-def imports(source: Path):
-    """The room of every import of our own in a file, at any depth; a room is a module or folder of tim_core, or `nodes`."""
-    folder = source.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            assert not any(alias.name.split(".")[0] == "tim_core" for alias in node.names), f"{source}: expected a relative import"
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level or node.module.split(".")[0] != "tim_core", f"{source}: expected a relative import"
-            if node.level:
-                start = folder[: len(folder) + 1 - node.level] + tuple(filter(None, (node.module or "").split(".")))
-                for path in (start + (alias.name,) for alias in node.names):
-                    yield path[1] if path[0] == "tim_core" else path[0]
-
-
-def test_every_arrow_points_down():
-    """From a floor to a lower one, or inside a folder; nothing imports cli or nodes, and only cli imports training."""
-    for source in (*(ROOT / "tim_core").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")):
-        room = source.relative_to(ROOT / "tim_core").with_suffix("").parts[0] if "nodes" not in source.parts else "nodes"
-        if room == "__init__" or source.stem == "__main__":
-            continue  # the doors
-        for other in imports(source):
-            if other not in ("__version__", room):
-                assert FLOOR[other] < FLOOR[room], f"{source}: imports {other}"
-                assert other != "nodes" and (other != "training" or room == "cli"), f"{source}: imports {other}"
-
-
 def test_only_the_adapters_touch_core():
     for file in (ROOT / "nodes").rglob("*.py"):
         nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Mapping
 
 from torch import Tensor
@@ -35,7 +35,8 @@ class TransformerConfig:
     encoder_depth: int = 8  # the block, counted from 1, whose output the projector reads
     projector_dim: int = 2048
     z_dim: int | None = None  # width of the projected features (REPA); None for no projector
-    mlp_hidden_size: int | None = None  # of the gated MLP in the blocks; None is that of the official mlp_ratio, 4
+    # width of the gated MLP in the blocks; None is that of the official mlp_ratio, 4. Not in repr, of which fingerprints are made
+    mlp_hidden_size: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "patch_size"):

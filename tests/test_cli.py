@@ -207,7 +207,7 @@ def test_inspect_goes_on_after_a_bad_file(run, tiny, tmp_path):
 
 
 def test_the_example_of_train_is_of_files_that_are_there():
-    names = [word for word in cli.TRAIN_EXAMPLES.split() if word.endswith(".yaml")]
+    names = [word for word in cli.train.EXAMPLES.split() if word.endswith(".yaml")]
     assert len(names) == 4 and all((ROOT / name).is_file() for name in names)
 
 
@@ -323,6 +323,6 @@ def test_verbose_adds_the_traceback(run, words):
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of a POSIX shell")
 def test_a_closed_pipe_is_no_traceback(tiny):
-    command = f"{sys.executable} -m tim_core.cli inspect {' '.join([str(tiny)] * 3)} | true"
+    command = f"{sys.executable} -m tim_core inspect {' '.join([str(tiny)] * 3)} | true"
     result = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr

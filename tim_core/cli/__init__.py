@@ -1,0 +1,77 @@
+"""The prompt line: `tim sample | sweep | upscale | evaluate | inspect | convert | pack | previews | train`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import TimError
+from . import convert, evaluate, inspect, pack, previews, sample, sweep, train, upscale
+from .failures import failed, out_of_memory
+
+COMMANDS = {
+    "sample": sample, "sweep": sweep, "upscale": upscale, "evaluate": evaluate, "inspect": inspect, "convert": convert, "pack": pack,
+    "previews": previews, "train": train,
+}
+
+EXAMPLES = """\
+examples:
+  tim sample "a red circle left of a blue square" --seed 0 -o picture.png
+  tim sweep "two green triangles" --steps 1,2,4,8,16,32 -o sweep.png
+  tim inspect tim-shapes
+  tim evaluate --steps 1,4 -o scores
+
+`tim COMMAND --help` explains a command. The bundled model, tim-shapes, needs no download.
+It knows circles, squares and triangles in six colours, one to four of a kind or two kinds: a small world, made to be scored exactly."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is one line, too."""
+
+    def error(self, message: str):
+        self.exit(2, f"tim: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = Parser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    parser = Parser(prog="tim", description="Transition Models: text to image in any number of steps.", epilog=EXAMPLES,
+                    parents=[common], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"tim {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.DESCRIPTION, epilog=module.EXAMPLES, parents=[common],
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command -> 0, or 1 after one line `tim: error: ...`; SystemExit(2) for wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may lack a prompt's characters
+    logging.basicConfig(format="tim: %(message)s")
+    args = build_parser().parse_args(argv)
+    try:
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return failed("interrupted", args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left: say nothing more
+        return 1
+    except TimError as error:
+        return failed(str(error), args)
+    except Exception as error:
+        if out_of_memory(error):
+            return failed("out of memory, expected more of it or a smaller --size or --batch", args)
+        if isinstance(error, OSError) and error.strerror:
+            return failed(": ".join(filter(None, [error.filename and str(error.filename), error.strerror])), args)
+        return failed(f"{type(error).__name__}: {error} (-v shows where)", args)

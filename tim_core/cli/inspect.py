@@ -1,0 +1,39 @@
+"""`tim inspect`: describe weight files."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import TimError
+from .failures import failed
+
+SUMMARY = "what a weight file is"
+
+DESCRIPTION = """\
+Says what weight files are: their parts, architecture, dtypes, and how they were trained. No code in a file is run.
+A file that cannot be read is an error line of its own; the others are still described."""
+
+EXAMPLES = """\
+examples:
+  tim inspect tim-shapes
+  tim inspect downloads/*.safetensors"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder in Hugging Face layout, or a bundled name")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..weights.describe import describe
+
+    code = 0
+    for file in args.files:
+        try:
+            text = str(describe(file))
+        except TimError as error:
+            code = failed(str(error), args)
+        except Exception as error:  # one strange file is no reason to leave out the others
+            code = failed(f"{file}: {type(error).__name__}: {error}", args)
+        else:
+            print(text, flush=True)
+    return code

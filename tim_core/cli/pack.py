@@ -1,0 +1,33 @@
+"""`tim pack`: join the parts of a model in one file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import options
+
+SUMMARY = "three parts in one file"
+
+DESCRIPTION = """\
+Joins a transformer, a text model and an autoencoder into one file, which `--model` and the ComfyUI loader take."""
+
+EXAMPLES = """\
+example:
+  tim pack --model t2i_model.bin --text-encoder gemma-3-1b-it --vae dc-ae-f32c32-sana-1.1-diffusers tim-t2i.safetensors --dtype bf16"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_dtype(parser)
+    parser.add_argument("--model", required=True, metavar="FILE", help="the TiM transformer")
+    parser.add_argument("--text-encoder", metavar="FILE",
+                        help="the Gemma-3 text model: a folder with its tokenizer, or a one-file checkpoint")
+    parser.add_argument("--vae", metavar="FILE", help="the DC-AE")
+    parser.add_argument("target", type=Path, metavar="DST", help="a .safetensors file")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..weights.save import pack
+
+    sources = {"model": args.model, "text-encoder": args.text_encoder, "vae": args.vae}
+    print(pack({name: source for name, source in sources.items() if source is not None}, args.target, options.storage_dtype(args.dtype)))

@@ -1,0 +1,50 @@
+"""`tim sweep`: one prompt and noise at several step counts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import TimError
+from . import options
+from .image_files import check_picture, write_picture
+
+SUMMARY = "one labelled sheet over numbers of steps"
+
+DESCRIPTION = """\
+Makes the same picture, from the same noise, at several numbers of steps, and writes one labelled sheet."""
+
+EXAMPLES = """\
+examples:
+  tim sweep "a red circle and a blue square" --steps 1,2,4,8,16,32 -o sweep.png
+  tim sweep "a circle" --steps 1,2,4,8 --mode diffusion      the same network as an ordinary flow-matching model"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_guidance(parser)
+    options.add_image(parser)
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32], metavar="LIST", help="(1,2,4,8,16,32)")
+    parser.add_argument("--columns", type=int, metavar="C", help="pictures in a row (as many as make even rows of at most 4)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("sweep.png"), metavar="FILE", help=".png, .jpg or .webp (sweep.png)")
+
+
+def run(args: argparse.Namespace) -> None:
+    check_picture(args.output)
+    if not args.steps or min(args.steps) < 1 or (args.columns is not None and args.columns < 1):
+        name, found = ("--columns", args.columns) if args.steps and min(args.steps) >= 1 else ("--steps", ",".join(map(str, args.steps)))
+        raise TimError(f"{name}: found '{found}', expected whole numbers of at least 1")
+    pipe = options.load_pipeline(args)
+    from ..images import contact_sheet, step_label
+
+    pipe([args.prompt], steps=1, **options.settings(args))  # the first run of all is slower than its steps
+    images, labels = [], []
+    for steps in args.steps:
+        image, seconds = options.timed(pipe, [args.prompt], steps=steps, **options.settings(args))
+        images.append(image[0])
+        labels.append(step_label(steps, pipe.nfe, seconds))
+    write_picture(contact_sheet(images, labels, args.columns), args.output)
+    print(args.output)
+    for label in labels:
+        print(label.replace(" · ", ", "))

@@ -1,4 +1,4 @@
-"""The prompt line: `tim sample | sweep | upscale | evaluate | inspect | convert | pack | previews | train`."""
+"""The command line: `tim COMMAND`, one module per command."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ COMMANDS = {
 
 EXAMPLES = """\
 examples:
-  tim sample "a red circle left of a blue square" --seed 0 -o picture.png
+  tim sample "a red circle left of a blue square" --seed 0 -o circle.png
   tim sweep "two green triangles" --steps 1,2,4,8,16,32 -o sweep.png
   tim inspect tim-shapes
   tim evaluate --steps 1,4 -o scores
 
-`tim COMMAND --help` explains a command. The bundled model, tim-shapes, needs no download.
-It knows circles, squares and triangles in six colours, one to four of a kind or two kinds: a small world, made to be scored exactly."""
+Run `tim COMMAND --help` for the options of a command. The included model, tim-shapes, needs no download; it draws circles, squares and
+triangles in six colours, one to four of a kind or two kinds."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,8 +39,8 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     common = Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
-    parser = Parser(prog="tim", description="Transition Models: text to image in any number of steps.", epilog=EXAMPLES,
-                    parents=[common], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="tim", description="Run, inspect and train Transition Models: text to image in any number of steps.",
+                    epilog=EXAMPLES, parents=[common], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"tim {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():

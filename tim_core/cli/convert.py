@@ -7,11 +7,11 @@ from pathlib import Path
 
 from . import options
 
-SUMMARY = "weights as safetensors"
+SUMMARY = "rewrite weights as safetensors"
 
 DESCRIPTION = """\
-Rewrites a TiM transformer, a Gemma-3 text model, a DC-AE, or a file with several of them (.bin, .pt, .safetensors, or a folder in
-Hugging Face layout) as one safetensors file. Nothing is dropped."""
+Rewrite a TiM transformer, a Gemma 3 text model, a DC-AE, or a file with several of them as one safetensors file. The source is a .bin,
+.pt or .safetensors file, or a folder in Hugging Face layout. Nothing is dropped."""
 
 EXAMPLES = """\
 example:
@@ -20,8 +20,8 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_dtype(parser)
-    parser.add_argument("source", metavar="SRC")
-    parser.add_argument("target", type=Path, metavar="DST", help="a .safetensors file")
+    parser.add_argument("source", metavar="SRC", help="file or folder to read")
+    parser.add_argument("target", type=Path, metavar="DST", help=".safetensors file to write")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,23 +9,23 @@ from .. import __version__
 from ..errors import TimError
 from . import options
 
-SUMMARY = "scores and a curve"
+SUMMARY = "score a model and draw its curve"
 
 DESCRIPTION = """\
-Scores a model in the small world as GenEval does: prompts of six tasks, several pictures a prompt, each judged by an exact detector.
+Score a model on coloured shapes as GenEval does: prompts of six tasks, several images per prompt, each checked by an exact detector.
 
-Prompts and noise are fixed by --seed and the same at every number of steps. 1 step runs without guidance.
-Writes DIR/report.json and DIR/curve.png after every point; what DIR holds of the same model and pictures already is kept.
---twin draws another model's report beside it and compares picture by picture.
+Prompts and noise depend on --seed and are the same at every step count. 1 step runs without guidance. DIR/report.json and DIR/curve.png
+are written after every step count; repeat the command to resume, results of the same model and settings are kept.
+--twin compares with the report of another model, image by image, and draws it in the same chart.
 
---prompts FILE.jsonl makes pictures for another benchmark's own evaluator instead, four a prompt, in DIR/steps-N: --layout geneval wants
-the lines of its evaluation_metadata.jsonl, --layout dpg {"item_id": ..., "prompt": ...}. The same command goes on where it was stopped.
+With --prompts FILE.jsonl, make images for the evaluator of another benchmark instead, four per prompt, in DIR/steps-N. --layout geneval
+takes its evaluation_metadata.jsonl, --layout dpg lines of {"item_id": ..., "prompt": ...}.
 
-`accelerate launch -m tim_core evaluate ...` shares the pictures among several GPUs."""
+For several GPUs run `torchrun --nproc-per-node N -m tim_core evaluate ...`; they share the images."""
 
 EXAMPLES = """\
 examples:
-  tim evaluate -o scores                                     the whole curve, 1440 pictures a point
+  tim evaluate -o scores                                     the whole curve, 1440 images per step count
   tim evaluate --steps 1,4 --prompts-per-task 10 -o quick    a quick look
   tim evaluate --model my.safetensors --tasks counting,position --size 128x128 -o large
   tim evaluate --model my.safetensors --steps 1,4 --twin scores/report.json -o mine
@@ -34,21 +34,26 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
-    parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST", help="(1,2,4,8,16,32,64)")
-    parser.add_argument("--cfg", type=float, default=2.5, help="strength of guidance, from 2 steps on (2.5)")
+    parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST",
+                        help="step counts (default: 1,2,4,8,16,32,64)")
+    parser.add_argument("--cfg", type=float, default=2.5, help="guidance scale, from 2 steps on (default: 2.5)")
     parser.add_argument("--guidance-interval", type=options.interval, default=(0.0, 1.0), metavar="LOW,HIGH", help=options.INTERVAL_HELP)
     parser.add_argument("--shift", type=float, default=1.0, metavar="S", help=options.SHIFT_HELP)
-    parser.add_argument("--prompts-per-task", type=int, metavar="P", help="drawn with replacement (60)")
-    parser.add_argument("--images", type=int, default=4, metavar="I", help="pictures a prompt (4)")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (0)")
-    parser.add_argument("--tasks", type=options.words, metavar="LIST", help="some of single,two,counting,colors,position,attribution (all)")
-    parser.add_argument("--size", type=options.size, metavar="WxH", help="in pixels (64x64; 1024x1024 with --prompts and a large model)")
-    parser.add_argument("--mode", default="transition", choices=["transition", "diffusion"], help="diffusion for ordinary flow matching")
-    parser.add_argument("--batch", type=int, metavar="B", help="pictures made together (120; 4 with --prompts)")
-    parser.add_argument("--twin", type=Path, metavar="REPORT", help="another model's report.json of the same pictures")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a .jsonl of prompts, in place of the small world's")
-    parser.add_argument("--layout", choices=["geneval", "dpg"], help="of the folder that --prompts makes")
-    parser.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="folder for the report (evaluation)")
+    parser.add_argument("--prompts-per-task", type=int, metavar="P", help="prompts per task, drawn with replacement (default: 60)")
+    parser.add_argument("--images", type=int, default=4, metavar="I", help="images per prompt (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise (default: 0)")
+    parser.add_argument("--tasks", type=options.words, metavar="LIST",
+                        help="some of single,two,counting,colors,position,attribution (default: all)")
+    parser.add_argument("--size", type=options.size, metavar="WxH",
+                        help="image size (default: 64x64; 1024x1024 with --prompts and a large model)")
+    parser.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
+                        help="diffusion runs the network as ordinary flow matching (default: transition)")
+    parser.add_argument("--batch", type=int, metavar="B", help="images made together (default: 120; 4 with --prompts)")
+    parser.add_argument("--twin", type=Path, metavar="REPORT", help="report.json of another model, same prompts and noise (default: none)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=".jsonl file of prompts (default: coloured shapes)")
+    parser.add_argument("--layout", choices=["geneval", "dpg"], help="folder layout, with --prompts")
+    parser.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR",
+                        help="folder to write to (default: evaluation)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,11 +7,11 @@ import argparse
 from ..errors import TimError
 from .failures import failed
 
-SUMMARY = "what a weight file is"
+SUMMARY = "describe weight files"
 
 DESCRIPTION = """\
-Says what weight files are: their parts, architecture, dtypes, and how they were trained. No code in a file is run.
-A file that cannot be read is an error line of its own; the others are still described."""
+Describe weight files: parts, architecture, dtypes, and how they were trained. No code in a file is run.
+A file that cannot be read gets an error line of its own; the others are still described."""
 
 EXAMPLES = """\
 examples:
@@ -20,7 +20,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder in Hugging Face layout, or a bundled name")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="file, folder in Hugging Face layout, or bundled name")
 
 
 def run(args: argparse.Namespace) -> int:

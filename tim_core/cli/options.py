@@ -8,8 +8,8 @@ import time
 
 from ..errors import TimError
 
-INTERVAL_HELP = "times between which guidance acts, ends excluded; an upper end above 1 takes in time 1, the first step (0,1)"
-SHIFT_HELP = "more than 1: times nearer to noise (1, equal steps)"
+INTERVAL_HELP = "guide only between these times, ends excluded (default: 0,1; use 0,1.1 to guide the first step too)"
+SHIFT_HELP = "above 1: denser steps at high noise (default: 1, equal steps)"
 
 
 # Types
@@ -45,33 +45,34 @@ def words(text: str) -> list[str]:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the model")
-    group.add_argument("--model", default="tim-shapes", metavar="M", help="a bundled name or a one-file checkpoint (tim-shapes)")
-    group.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1, mps")
-    group.add_argument("--dtype", default="auto", help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16")
-    group.add_argument("--attention", default="auto", choices=["auto", "sdpa", "flash"], help="flash needs the flash-attn package")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="tim-shapes", metavar="M", help="bundled name or one-file checkpoint (default: tim-shapes)")
+    group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 or mps (default: auto, the GPU if there is one)")
+    group.add_argument("--dtype", default="auto", metavar="T",
+                       help="float32, bfloat16 or float16 (default: auto, float32 on a CPU, bfloat16 on a GPU)")
+    group.add_argument("--attention", default="auto", choices=["auto", "sdpa", "flash"],
+                       help="attention kernel; flash needs the flash-attn package (default: auto)")
 
 
 def add_guidance(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--negative", default="", metavar="N", help="what guidance leads away from (nothing)")
-    group.add_argument("--cfg", type=float, default=2.5, help="strength of guidance, 1 is none (2.5)")
-    group.add_argument("--seed", type=int, default=0, help="of the noise (0)")
-    group.add_argument("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH",
-                       help=INTERVAL_HELP)
-    group.add_argument("--stochasticity", type=float, default=0.0, metavar="S", help="share of fresh noise at each step (0)")
+    group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt (default: empty)")
+    group.add_argument("--cfg", type=float, default=2.5, help="guidance scale; 1 is no guidance (default: 2.5)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="noise seed (default: 0)")
+    group.add_argument("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH", help=INTERVAL_HELP)
+    group.add_argument("--stochasticity", type=float, default=0.0, metavar="S", help="share of fresh noise per step, 0 to 1 (default: 0)")
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the picture")
-    group.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (64x64)")
+    group = parser.add_argument_group("image")
+    group.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (default: 64x64)")
     group.add_argument("--shift", type=float, default=1.0, metavar="S", help=SHIFT_HELP)
     group.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
-                       help="diffusion: the network is not told where it jumps to, as in ordinary flow matching")
+                       help="diffusion runs the network as ordinary flow matching (default: transition)")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (fp32, bf16, fp16); as stored if not given")
+    parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
 
 
 # Use

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from . import options
 
-SUMMARY = "three parts in one file"
+SUMMARY = "join three parts in one file"
 
 DESCRIPTION = """\
-Joins a transformer, a text model and an autoencoder into one file, which `--model` and the ComfyUI loader take."""
+Join a transformer, a text model and an autoencoder in one file, for `--model` and for Load TiM Checkpoint in ComfyUI."""
 
 EXAMPLES = """\
 example:
@@ -19,11 +19,11 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_dtype(parser)
-    parser.add_argument("--model", required=True, metavar="FILE", help="the TiM transformer")
+    parser.add_argument("--model", required=True, metavar="FILE", help="TiM transformer")
     parser.add_argument("--text-encoder", metavar="FILE",
-                        help="the Gemma-3 text model: a folder with its tokenizer, or a one-file checkpoint")
-    parser.add_argument("--vae", metavar="FILE", help="the DC-AE")
-    parser.add_argument("target", type=Path, metavar="DST", help="a .safetensors file")
+                        help="Gemma 3 text model: folder with its tokenizer, or one-file checkpoint (default: none)")
+    parser.add_argument("--vae", metavar="FILE", help="DC-AE (default: none)")
+    parser.add_argument("target", type=Path, metavar="DST", help=".safetensors file to write")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SUMMARY = "live previews for a model file"
+SUMMARY = "add live-preview colours to a model file"
 
 DESCRIPTION = """\
-Fits what ComfyUI's live previews show of a latent, and writes it into a model file (which is written whole or stays as it is).
-Where the autoencoder is not in the same file, --vae names it. --images names a folder of pictures such as the model makes; without it
-the small world's are taken, which suits tim-shapes."""
+Add live-preview colours to a model file, for ComfyUI. The file is replaced whole or not at all.
+
+The colours are fitted on the images of --images, which should look like what the model makes; without it on rendered shapes, which suit
+tim-shapes only."""
 
 EXAMPLES = """\
 example:
@@ -18,9 +19,9 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file with a TiM transformer")
-    parser.add_argument("--vae", metavar="FILE", help="the DC-AE, if it is not in FILE")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures to fit on, up to 200")
+    parser.add_argument("file", type=Path, metavar="FILE", help=".safetensors file with a TiM transformer")
+    parser.add_argument("--vae", metavar="FILE", help="DC-AE (default: the one in FILE)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to fit on, at most 200 are read (default: rendered shapes)")
 
 
 def run(args: argparse.Namespace) -> None:

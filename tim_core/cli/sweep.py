@@ -9,25 +9,27 @@ from ..errors import TimError
 from . import options
 from .image_files import check_picture, write_picture
 
-SUMMARY = "one labelled sheet over numbers of steps"
+SUMMARY = "compare step counts on one labelled sheet"
 
 DESCRIPTION = """\
-Makes the same picture, from the same noise, at several numbers of steps, and writes one labelled sheet."""
+Make the same image, from the same noise, at several step counts, and write one labelled sheet."""
 
 EXAMPLES = """\
 examples:
   tim sweep "a red circle and a blue square" --steps 1,2,4,8,16,32 -o sweep.png
-  tim sweep "a circle" --steps 1,2,4,8 --mode diffusion      the same network as an ordinary flow-matching model"""
+  tim sweep "a circle" --steps 1,2,4,8 --mode diffusion      run the network as an ordinary flow-matching model"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_guidance(parser)
     options.add_image(parser)
-    parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32], metavar="LIST", help="(1,2,4,8,16,32)")
-    parser.add_argument("--columns", type=int, metavar="C", help="pictures in a row (as many as make even rows of at most 4)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("sweep.png"), metavar="FILE", help=".png, .jpg or .webp (sweep.png)")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to draw")
+    parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32], metavar="LIST",
+                        help="step counts (default: 1,2,4,8,16,32)")
+    parser.add_argument("--columns", type=int, metavar="C", help="images per row (default: even rows of at most 4)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("sweep.png"), metavar="FILE",
+                        help="image to write, .png, .jpg or .webp (default: sweep.png)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,25 +7,25 @@ from pathlib import Path
 
 from ..errors import TimError
 
-SUMMARY = "weights from a configuration"
+SUMMARY = "train from configurations"
 
 DESCRIPTION = """\
-Trains from YAML configurations, one after another: `kind: finetune` (your pictures; all weights, or a LoRA), `kind: tim` and `kind:
-autoencoder` (the small world). A run that was stopped goes on from its last checkpoint when the same command is given again.
+Train from YAML configurations, one after another: `kind: finetune` (your images; all weights or a LoRA), `kind: tim` and `kind:
+autoencoder` (coloured shapes). To resume an interrupted run, repeat the command.
 
-`accelerate launch -m tim_core.training CONFIG.yaml` runs on several GPUs. docs/training.md says what is read and written."""
+For several GPUs run `torchrun --nproc-per-node N -m tim_core train CONFIG.yaml`. See docs/training.md for the keys and the files."""
 
 EXAMPLES = """\
 examples:
-  tim train configs/t2i-lora.yaml                            a LoRA on a folder of pictures with captions
+  tim train configs/t2i-lora.yaml                            a LoRA on a folder of images with captions
   tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml
-                                                             the small world's autoencoder, and a first network on it
+                                                             the autoencoder of the demo model, and a first network on it
 
-docs/research/tim-shapes.md has the whole list that made the bundled model."""
+docs/research/tim-shapes.md lists all runs that made the included model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.yaml", help="configuration to run")
 
 
 def run(args: argparse.Namespace) -> None:

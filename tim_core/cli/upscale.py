@@ -9,32 +9,34 @@ from pathlib import Path
 from . import options
 from .image_files import check_picture, read_picture, write_picture
 
-SUMMARY = "a picture at a larger size"
+SUMMARY = "re-render an image at a larger size"
 
 DESCRIPTION = """\
-Draws a picture again at a larger size, by the same prompt: it is enlarged, noised to the time --strength, and sampled at the new size
-as a whole, no tiles. A low strength keeps more of the picture, a high one draws more of it anew; all steps run either way."""
+Re-render an image at a larger size, without tiles: enlarge it, add noise up to the time --strength, and sample it with the same prompt.
+A low strength keeps the image, a high one redraws more of it; all steps run either way."""
 
 EXAMPLES = """\
 examples:
-  tim upscale picture.png "a red circle left of a blue square" -o large.png            twice as large
-  tim upscale picture.png "a red circle left of a blue square" --size 128x128 --strength 0.3 --steps 8 -o large.png
+  tim upscale small.png "a red circle left of a blue square" --strength 0.3 -o large.png    twice as large
+  tim upscale small.png "a red circle left of a blue square" --size 128x128 --strength 0.3 --steps 8 -o large.png
 
-The bundled model was trained little beyond 64x64: strength 0.3 suits it, and sizes up to 128x128."""
+For the included model keep the strength at or below 0.3 and the size at or below 128x128."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_guidance(parser)
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture of any kind that Pillow reads")
-    parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("--size", type=options.size, metavar="WxH", help="in pixels; what other proportions leave over is cut off")
-    parser.add_argument("--factor", type=float, default=2.0, metavar="F", help="in place of --size (2)")
-    parser.add_argument("--steps", default="4", metavar="N", help="number of transitions, or one for each stage: 8,4 (4)")
-    parser.add_argument("--stages", type=int, default=1, metavar="K", help="enlargements on the way, by equal factors (1)")
-    parser.add_argument("--strength", type=float, default=0.5, metavar="T", help="the time that the picture is noised to, up to 1 (0.5)")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="image to enlarge, in any format that Pillow reads")
+    parser.add_argument("prompt", metavar="PROMPT", help="text that describes the image")
+    parser.add_argument("--size", type=options.size, metavar="WxH",
+                        help="target size in pixels; cropped if the aspect ratio differs (default: --factor)")
+    parser.add_argument("--factor", type=float, default=2.0, metavar="F", help="enlargement, without --size (default: 2)")
+    parser.add_argument("--steps", default="4", metavar="N", help="number of steps, or one per stage: 8,4 (default: 4)")
+    parser.add_argument("--stages", type=int, default=1, metavar="K", help="number of enlargements, by equal factors (default: 1)")
+    parser.add_argument("--strength", type=float, default=0.5, metavar="T",
+                        help="noise added to the enlarged image, above 0, up to 1 (default: 0.5)")
     parser.add_argument("-o", "--output", type=Path, default=Path("upscaled.png"), metavar="FILE",
-                        help=".png, .jpg or .webp (upscaled.png)")
+                        help="image to write, .png, .jpg or .webp (default: upscaled.png)")
 
 
 def run(args: argparse.Namespace) -> None:

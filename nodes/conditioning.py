@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..tim_core.imagenet import class_number
-from .compat import Schema
-from .model import class_label
+from .adapters.compat import Schema
+from .adapters.model import class_label
 
 
 class TiMClassLabel(io.ComfyNode):

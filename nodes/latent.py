@@ -3,9 +3,9 @@
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
-from .compat import Schema
+from .adapters.compat import Schema
+from .adapters.sampling import empty_latent
 from .inputs import MAX_SIDE, side_input
-from .sampler import empty_latent
 
 NAMES = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "5:2", "2:5")
 RATIOS = {name: tuple(map(int, name.split(":"))) for name in NAMES}

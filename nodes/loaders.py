@@ -7,10 +7,10 @@ from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
 from ..tim_core.weights.parts import AUTOENCODER, BUNDLED, TEXT_ENCODER, TRANSFORMER, read_parts
-from .clip import build_clip
-from .compat import Schema
-from .model import WEIGHT_DTYPES, build_model
-from .vae import TiMVAE
+from .adapters.clip import build_clip
+from .adapters.compat import Schema
+from .adapters.model import WEIGHT_DTYPES, build_model
+from .adapters.vae import TiMVAE
 
 BUNDLED_NAMES = {f"{name} (bundled)": name for name in BUNDLED}
 

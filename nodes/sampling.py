@@ -5,10 +5,10 @@ from comfy_api.latest import io
 from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.sampler import MODES
-from .compat import Schema
+from .adapters.compat import Schema
+from .adapters.model import tim_model, with_interval
+from .adapters.sampling import sample_latent, transition_sampler
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input, steps_input, stochasticity_input, time_inputs
-from .model import tim_model, with_interval
-from .sampler import sample_latent, transition_sampler
 
 
 class TiMSampler(io.ComfyNode):

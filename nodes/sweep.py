@@ -7,9 +7,9 @@ from comfy_api.latest import io
 from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.images import contact_sheet, step_label, to_tensor
-from .compat import Schema
+from .adapters.compat import Schema
+from .adapters.sampling import counted, first, sample_latent, shared_progress, stacked
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
-from .sampler import counted, first, sample_latent, shared_progress, stacked
 
 
 def step_counts(text: str) -> list[int]:

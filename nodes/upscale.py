@@ -6,10 +6,10 @@ from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
 from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size, upscale
-from .compat import Schema
+from .adapters.compat import Schema
+from .adapters.model import unit
+from .adapters.sampling import sample_latent, shared_progress
 from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, interval_inputs, seed_input, side_input, stochasticity_input
-from .model import unit
-from .sampler import sample_latent, shared_progress
 
 
 class TiMNativeUpscale(io.ComfyNode):

@@ -50,6 +50,11 @@ def test_a_room_imports_only_what_lies_below(file):
 
 
 def test_nodes_import_the_inference_rooms_alone():
-    files = list((ROOT / "nodes").glob("*.py"))
+    files = list((ROOT / "nodes").rglob("*.py"))
     found = {room(name) for file in files for name in imports(file) if name.startswith("tim_core.")}
     assert files and found and found <= INFERENCE - {"pipeline", "processes"}
+
+
+def test_adapters_import_no_node_file():
+    for file in (ROOT / "nodes" / "adapters").glob("*.py"):
+        assert all(name.startswith(("tim_core.", "nodes.adapters.")) for name in imports(file)), file

@@ -399,7 +399,7 @@ def count_evaluations(model, clip, vae):
     sweep.contact_sheet = lambda images, texts: labels.extend(texts) or real(images, texts)
     try:
         conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a red circle", "")]
-        latent = sys.modules[sweep.__name__.replace(".sweep", ".sampler")].empty_latent(model, 64, 64, 1)
+        latent = sys.modules[sweep.__name__.replace(".sweep", ".adapters.sampling")].empty_latent(model, 64, 64, 1)
         sweep.TiMStepSweep.execute(model, vae, *conds, latent, 0, "1, 2, 5", 2.5, 0.0, 1.0)
     finally:
         sweep.contact_sheet = real
@@ -526,7 +526,7 @@ def labels_as_the_network_reads_them(model):
 
     import torch
 
-    adapter = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.model"))
+    adapter = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.model"))
     labels = torch.cat([adapter.class_label(label) for label in range(-1, 1000)])
     return {str(dtype): model.model.diffusion_model._condition(labels.to(dtype)).tolist()
             for dtype in (torch.float32, torch.bfloat16, torch.float16)}

@@ -10,10 +10,10 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..tim_core.models.autoencoder import Autoencoder
-from ..tim_core.weights.load import load_autoencoder
-from ..tim_core.weights.parts import AUTOENCODER, Parts, read_parts
-from ..tim_core.weights.save import json_tensor
+from ...tim_core.models.autoencoder import Autoencoder
+from ...tim_core.weights.load import load_autoencoder
+from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
+from ...tim_core.weights.save import json_tensor
 from .model import WholePatcher, is_dynamic, patcher_class
 
 TILE, OVERLAP = 1024, 128  # pixels: smaller tiles show, since the deep stages look at the whole tile

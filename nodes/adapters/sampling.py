@@ -12,8 +12,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..tim_core.errors import TimError
-from ..tim_core.sampler import MODES, fresh_noise, sample
+from ...tim_core.errors import TimError
+from ...tim_core.sampler import MODES, fresh_noise, sample
 from .compat import accepted
 from .model import TARGET, tim_model, unit, with_interval
 

@@ -16,12 +16,12 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ..tim_core.errors import TimError
-from ..tim_core.models.config import TransformerConfig
-from ..tim_core.models.transformer import TransitionTransformer
-from ..tim_core.weights.load import load_transformer
-from ..tim_core.weights.parts import TRANSFORMER, Parts, read_parts
-from ..tim_core.weights.save import json_tensor
+from ...tim_core.errors import TimError
+from ...tim_core.models.config import TransformerConfig
+from ...tim_core.models.transformer import TransitionTransformer
+from ...tim_core.weights.load import load_transformer
+from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
+from ...tim_core.weights.save import json_tensor
 
 PADDED = "tim_padded"  # conditioning key: the 256 rows of a prompt, its padding included
 TARGET = "tim_target"  # transformer option: the time that our own sampler goes to

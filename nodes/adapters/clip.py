@@ -8,10 +8,10 @@ import torch
 from comfy.cli_args import args
 from torch import Tensor
 
-from ..tim_core.models.text_encoder import MAX_LENGTH, TextEncoder
-from ..tim_core.weights.load import load_text_encoder
-from ..tim_core.weights.parts import Parts, read_parts
-from ..tim_core.weights.save import json_tensor
+from ...tim_core.models.text_encoder import MAX_LENGTH, TextEncoder
+from ...tim_core.weights.load import load_text_encoder
+from ...tim_core.weights.parts import Parts, read_parts
+from ...tim_core.weights.save import json_tensor
 from .compat import accepted
 from .model import PADDED, WholePatcher
 

@@ -1,48 +1,14 @@
 """Files to MODEL, CLIP and VAE."""
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
-from ..tim_core.weights.parts import AUTOENCODER, BUNDLED, TEXT_ENCODER, TRANSFORMER, read_parts
+from ..tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER
 from .adapters.clip import build_clip
 from .adapters.compat import Schema
+from .adapters.files import list_files, list_folders, open_parts
 from .adapters.model import WEIGHT_DTYPES, build_model
 from .adapters.vae import TiMVAE
-
-BUNDLED_NAMES = {f"{name} (bundled)": name for name in BUNDLED}
-
-
-def files(folder: str) -> list[str]:
-    """The bundled models first, then what ComfyUI lists of a models folder."""
-    return [*BUNDLED_NAMES, *folder_paths.get_filename_list(folder)]
-
-
-def folders(folder: str) -> list[str]:
-    """Folders in Hugging Face layout (weights and their config.json) inside a models folder, by relative name with a / behind."""
-    found = set()
-    for root in map(Path, folder_paths.get_folder_paths(folder)):
-        for config in root.glob("*/config.json"):
-            if any(config.parent.glob("*.safetensors")) or any(config.parent.glob("*.bin")):
-                found.add(f"{config.parent.name}/")
-    return sorted(found)
-
-
-def parts_of(folder: str, name: str, *wanted: str):
-    """The parts of a listed file or folder; TimError naming it unless all `wanted` ones are in it."""
-    if name.endswith("/"):
-        places = [Path(root) / name for root in folder_paths.get_folder_paths(folder)]
-        source = next((str(place) for place in places if place.is_dir()), None)
-    else:
-        source = BUNDLED_NAMES.get(name) or folder_paths.get_full_path(folder, name)
-    if source is None:
-        raise TimError(f"{name}: found no such file, expected one in models/{folder} or {', '.join(BUNDLED_NAMES)}")
-    parts = read_parts(source)
-    for part in wanted:
-        parts.tensors(part)
-    return parts
 
 
 class TiMCheckpointLoader(io.ComfyNode):
@@ -57,7 +23,7 @@ class TiMCheckpointLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
-                    options=files("checkpoints"),
+                    options=list_files("checkpoints"),
                     tooltip="The bundled model, which draws simple shapes at 64x64, or a one-file TiM checkpoint in models/checkpoints "
                     "(`tim pack` makes one of the released weights).",
                 ),
@@ -71,7 +37,7 @@ class TiMCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name) -> io.NodeOutput:
-        parts = parts_of("checkpoints", ckpt_name, TRANSFORMER, TEXT_ENCODER, AUTOENCODER)
+        parts = open_parts("checkpoints", ckpt_name, TRANSFORMER, TEXT_ENCODER, AUTOENCODER)
         parts.check_fit()
         return io.NodeOutput(build_model(parts), build_clip(parts), TiMVAE(parts))
 
@@ -88,7 +54,7 @@ class TiMModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=files("diffusion_models"),
+                    options=list_files("diffusion_models"),
                     tooltip="A transformer in models/diffusion_models: t2i_model.bin and c2i_model_*.safetensors as released, what `tim "
                     "convert` made of them, or the bundled model's.",
                 ),
@@ -106,7 +72,7 @@ class TiMModelLoader(io.ComfyNode):
     def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
         if weight_dtype not in WEIGHT_DTYPES:
             raise TimError(f"weight dtype: found '{weight_dtype}', expected {', '.join(WEIGHT_DTYPES)}")
-        return io.NodeOutput(build_model(parts_of("diffusion_models", model_name, TRANSFORMER), WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(build_model(open_parts("diffusion_models", model_name, TRANSFORMER), WEIGHT_DTYPES[weight_dtype]))
 
 
 class TiMTextEncoderLoader(io.ComfyNode):
@@ -121,7 +87,7 @@ class TiMTextEncoderLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "text_encoder_name",
-                    options=[*files("text_encoders"), *folders("text_encoders")],
+                    options=[*list_files("text_encoders"), *list_folders("text_encoders")],
                     tooltip="In models/text_encoders: the folder gemma-3-1b-it as Hugging Face has it, or one file with the tokenizer in "
                     "it or beside it.",
                 ),
@@ -131,7 +97,7 @@ class TiMTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder_name) -> io.NodeOutput:
-        return io.NodeOutput(build_clip(parts_of("text_encoders", text_encoder_name, TEXT_ENCODER)))
+        return io.NodeOutput(build_clip(open_parts("text_encoders", text_encoder_name, TEXT_ENCODER)))
 
 
 class TiMVAELoader(io.ComfyNode):
@@ -146,7 +112,7 @@ class TiMVAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=[*files("vae"), *folders("vae")],
+                    options=[*list_files("vae"), *list_folders("vae")],
                     tooltip="In models/vae: the folder dc-ae-f32c32-sana-1.1-diffusers, or its diffusion_pytorch_model.safetensors.",
                 ),
             ],
@@ -155,4 +121,4 @@ class TiMVAELoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name) -> io.NodeOutput:
-        return io.NodeOutput(TiMVAE(parts_of("vae", vae_name, AUTOENCODER)))
+        return io.NodeOutput(TiMVAE(open_parts("vae", vae_name, AUTOENCODER)))

@@ -12,9 +12,9 @@ def conditioning_inputs() -> list[io.Conditioning.Input]:
     ]
 
 
-def side_input(name: str, default: int, least: int, tooltip: str) -> io.Int.Input:
+def side_input(name: str, default: int, minimum: int, tooltip: str) -> io.Int.Input:
     """A width or height in pixels."""
-    return io.Int.Input(name, default=default, min=least, max=MAX_SIDE, step=8, tooltip=tooltip)
+    return io.Int.Input(name, default=default, min=minimum, max=MAX_SIDE, step=8, tooltip=tooltip)
 
 
 def steps_input(tooltip: str) -> io.Int.Input:

@@ -18,8 +18,8 @@ def preset(ratio: str, megapixels: str) -> tuple[int, int]:
     if ratio not in RATIOS or megapixels not in MEGAPIXELS:
         raise TimError(f"preset: found {ratio} at {megapixels} megapixels, expected one of {', '.join(RATIOS)} at {', '.join(MEGAPIXELS)}")
     across, down = RATIOS[ratio]
-    unit = min((MEGAPIXELS[megapixels] / (across * down)) ** 0.5, MAX_SIDE / max(across, down))
-    return round(across * unit), round(down * unit)
+    scale = min((MEGAPIXELS[megapixels] / (across * down)) ** 0.5, MAX_SIDE / max(across, down))
+    return round(across * scale), round(down * scale)
 
 
 class TiMEmptyLatent(io.ComfyNode):

@@ -8,7 +8,7 @@ from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.images import contact_sheet, step_label, to_tensor
 from .adapters.compat import Schema
-from .adapters.sampling import counted, first, sample_latent, shared_progress, stacked
+from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
 
 
@@ -51,19 +51,19 @@ class TiMStepSweep(io.ComfyNode):
         cls, model, vae, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high
     ) -> io.NodeOutput:
         counts = step_counts(steps)
-        model, rows = counted(model)
-        latent, interval = first(latent_image), (guidance_low, guidance_high)
+        model, rows = count_evaluations(model)
+        latent, interval = first_of_batch(latent_image), (guidance_low, guidance_high)
         progress = shared_progress(model, 1 + sum(counts))
 
         def run(count: int, done: int):
             rows.clear()
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             sampled = sample_latent(
                 model, positive, negative, latent, seed, cfg, schedule.uniform(count), interval, callback=progress(done)
             )
-            return vae.decode(sampled["samples"])[0], step_label(count, sum(rows), time.perf_counter() - began)
+            return vae.decode(sampled["samples"])[0], step_label(count, sum(rows), time.perf_counter() - start_time)
 
         run(1, 0)  # the first run of all loads the model, and would count as slow
         shown = [run(count, 1 + sum(counts[:i])) for i, count in enumerate(counts)]
         images = [image for image, _ in shown]
-        return io.NodeOutput(to_tensor(contact_sheet(images, [label for _, label in shown])), stacked(images))
+        return io.NodeOutput(to_tensor(contact_sheet(images, [label for _, label in shown])), as_batch(images))

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..tim_core.errors import TimError
 from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size, upscale
 from .adapters.compat import Schema
-from .adapters.model import unit
+from .adapters.model import size_multiple
 from .adapters.sampling import sample_latent, shared_progress
 from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, interval_inputs, seed_input, side_input, stochasticity_input
 
@@ -86,7 +86,7 @@ class TiMNativeUpscale(io.ComfyNode):
         if (image is None) == (latent is None):
             found = "neither" if image is None else "both"
             raise TimError(f"TiMNativeUpscale: found {found} of image and latent connected, expected one of them")
-        multiple, counts = unit(model), stage_steps(steps, stages)
+        multiple, counts = size_multiple(model), stage_steps(steps, stages)
         images = (vae.decode(latent["samples"]) if image is None else image)[..., :3]
         images = images.expand(*images.shape[:3], 3)  # of a mask or a depth map
         places = {"batch_index": latent["batch_index"]} if latent and "batch_index" in latent else {}

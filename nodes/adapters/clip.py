@@ -12,7 +12,7 @@ from ...tim_core.models.text_encoder import MAX_LENGTH, TextEncoder
 from ...tim_core.weights.load import load_text_encoder
 from ...tim_core.weights.parts import Parts, read_parts
 from ...tim_core.weights.save import json_tensor
-from .compat import accepted
+from .compat import supported_kwargs
 from .model import PADDED, WholePatcher
 
 
@@ -85,8 +85,8 @@ def build_clip(parts: Parts) -> TiMCLIP:
         tokenizer=lambda **kwargs: TiMTokenizer(encoder),
     )
     parameters = sum(weight.numel() for weight in encoder.parameters())
-    plain = accepted(comfy.sd.CLIP.__init__, disable_dynamic=True)
-    clip = TiMCLIP(target, parameters=parameters, model_options={"dtype": dtype}, **plain)
+    no_offload = supported_kwargs(comfy.sd.CLIP.__init__, disable_dynamic=True)
+    clip = TiMCLIP(target, parameters=parameters, model_options={"dtype": dtype}, **no_offload)
     clip.patcher.__class__ = WholePatcher  # CLIP makes its patcher itself; clones are of the same class
     clip.patcher.cached_patcher_init = (_reload_clip, (parts.source,))
     return clip

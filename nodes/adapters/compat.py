@@ -5,7 +5,7 @@ import inspect
 from comfy_api.latest import io
 
 
-def accepted(function, **keywords) -> dict:
+def supported_kwargs(function, **keywords) -> dict:
     """Those of the keywords that this version's function knows."""
     known = inspect.signature(function).parameters
     return {name: value for name, value in keywords.items() if name in known}
@@ -13,4 +13,4 @@ def accepted(function, **keywords) -> dict:
 
 def Schema(**keywords) -> io.Schema:
     """io.Schema without the keywords that an older version does not know (search_aliases). Named so that the Manager finds the node ids."""
-    return io.Schema(**accepted(io.Schema, **keywords))
+    return io.Schema(**supported_kwargs(io.Schema, **keywords))

@@ -298,7 +298,7 @@ def class_label(label: int) -> Tensor:
     return torch.tensor([[[label // LABEL_BASE, label % LABEL_BASE]]], dtype=torch.float32)
 
 
-def unit(model) -> int:
+def size_multiple(model) -> int:
     """Pixels that the sides of a picture are multiples of."""
     inner = tim_model(model)
     return inner.latent_format.spacial_downscale_ratio * inner.diffusion_model.config.patch_size

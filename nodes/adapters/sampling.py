@@ -1,4 +1,4 @@
-"""TiM's own sampler as a SAMPLER, the LATENTs that it samples through core's guider, and what is counted and shown meanwhile."""
+"""TiM's own sampler as a SAMPLER, the LATENTs that it samples through core's guider, progress and counts."""
 
 import logging
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...tim_core.errors import TimError
 from ...tim_core.sampler import MODES, fresh_noise, sample
-from .compat import accepted
-from .model import TARGET, tim_model, unit, with_interval
+from .compat import supported_kwargs
+from .model import TARGET, size_multiple, tim_model, with_interval
 
 
 def with_target(extra_args: dict, r: float) -> dict:
@@ -70,7 +70,7 @@ def sample_latent(
     model = with_interval(model, *interval)
     ratio = {"downscale_ratio_spacial": latent.get("downscale_ratio_spacial")}
     samples = latent["samples"]
-    samples = comfy.sample.fix_empty_latent_channels(model, samples, **accepted(comfy.sample.fix_empty_latent_channels, **ratio))
+    samples = comfy.sample.fix_empty_latent_channels(model, samples, **supported_kwargs(comfy.sample.fix_empty_latent_channels, **ratio))
     samples = comfy.sample.sample_custom(
         model,
         comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if add_noise else torch.zeros_like(samples),
@@ -95,7 +95,7 @@ def shared_progress(model, steps: int):
     return lambda done: lambda step, x0, x, total: shown(done + step, x0, x, steps)
 
 
-def counted(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int]]:
+def count_evaluations(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int]]:
     """A clone of the model, and a list to which each of its network calls adds the number of pictures that it evaluated."""
     rows: list[int] = []
 
@@ -111,7 +111,7 @@ def counted(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int]]:
 def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
     """A LATENT of zeros for pictures of width x height pixels, rounded to what the model can draw, with a line in the log."""
     inner = tim_model(model)
-    factor, multiple = inner.latent_format.spacial_downscale_ratio, unit(model)
+    factor, multiple = inner.latent_format.spacial_downscale_ratio, size_multiple(model)
     rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
     if rounded != [width, height]:
         logging.info(f"TiMEmptyLatent: {width}x{height} becomes {rounded[0]}x{rounded[1]}, multiples of {multiple}")
@@ -119,12 +119,12 @@ def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
     return {"samples": torch.zeros(shape, device=mm.intermediate_device()), "downscale_ratio_spacial": factor}
 
 
-def first(latent: dict) -> dict:
+def first_of_batch(latent: dict) -> dict:
     """The first of a batch of latents, with its own noise."""
-    own = {name: latent[name][:1] for name in ("samples", "noise_mask", "batch_index") if name in latent}
-    return {**latent, **own}
+    first = {name: latent[name][:1] for name in ("samples", "noise_mask", "batch_index") if name in latent}
+    return {**latent, **first}
 
 
-def stacked(images: list[Tensor]) -> Tensor:
+def as_batch(images: list[Tensor]) -> Tensor:
     """Pictures (H, W, 3) as an IMAGE."""
     return torch.stack(images)

@@ -43,8 +43,8 @@ class TiMVAE(comfy.sd.VAE):
         self.device = device or mm.vae_device()
         self.working_dtypes = [torch.bfloat16, torch.float32]
         dtype = dtype or mm.vae_dtype(self.device, self.working_dtypes)
-        self.exact = bool(parts.record(AUTOENCODER).get("force_upcast"))
-        self.vae_dtype = torch.float32 if dtype == torch.float16 or self.exact else dtype
+        self.needs_float32 = bool(parts.record(AUTOENCODER).get("force_upcast"))
+        self.vae_dtype = torch.float32 if dtype == torch.float16 or self.needs_float32 else dtype
         self.output_device = mm.intermediate_device()
 
         # Loaded by plain layers, which checks every name and shape; then by core's, which can be offloaded.
@@ -72,7 +72,7 @@ class TiMVAE(comfy.sd.VAE):
 
     def get_sd(self):
         config = self.first_stage_model.config
-        return {**super().get_sd(), "config_json": json_tensor({**config.record(), "force_upcast": self.exact})}
+        return {**super().get_sd(), "config_json": json_tensor({**config.record(), "force_upcast": self.needs_float32})}
 
     def decode_tiled_(self, samples, tile_x=None, tile_y=None, overlap=None):
         factor = self.upscale_ratio

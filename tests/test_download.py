@@ -6,10 +6,12 @@ import re
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from tim_core import TimError
+from tim_core.cli import main
 from tim_core.weights import download
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -264,3 +266,21 @@ def test_another_version_does_not_grow_on_the_old_one(hub, tmp_path):
     hub.files[path] = bytes(1000)
     (file, _), *_ = download.fetch(download.plan("c2i-256", to=tmp_path))
     assert file.read_bytes() == bytes(1000)
+
+
+def test_the_command_lists_terms_and_then_sums(hub, tmp_path, capsys):
+    assert main(["download", "c2i-256", "--to", str(tmp_path), "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "GoodEnough/TiM-C2I" in said.err and "MIT" in said.err and not paths(tmp_path)
+    assert len(said.out.splitlines()) == 2 and str(tmp_path / "transformer" / "c2i_model_256.safetensors") in said.out
+    assert main(["download", "c2i-256", "--to", str(tmp_path)]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        sha256, file = line.split("  ")
+        assert hashlib.sha256(Path(file).read_bytes()).hexdigest() == sha256
+
+
+def test_a_refused_command_is_one_line(hub, tmp_path, capsys):
+    hub.status["/google/gemma-3-1b-it/resolve/main/config.json"] = 401, "GatedRepo"
+    assert main(["download", "t2i", "--to", str(tmp_path / "tim")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("tim: error: google/gemma-3-1b-it/config.json: ") and "hf auth login" in last

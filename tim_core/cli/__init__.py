@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import TimError
-from . import convert, evaluate, inspect, pack, previews, sample, sweep, train, upscale
+from . import convert, download, evaluate, inspect, pack, previews, sample, sweep, train, upscale
 from .failures import failed, out_of_memory
 
 COMMANDS = {
     "sample": sample, "sweep": sweep, "upscale": upscale, "evaluate": evaluate, "inspect": inspect, "convert": convert, "pack": pack,
-    "previews": previews, "train": train,
+    "previews": previews, "download": download, "train": train,
 }
 
 EXAMPLES = """\

@@ -1,0 +1,43 @@
+"""`tim download`: fetch the released weights."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+SUMMARY = "download released weights"
+
+DESCRIPTION = """\
+Download the released weights from the Hugging Face Hub: t2i (text to image, 1024 and up), c2i-256 or c2i-512 (classes of ImageNet).
+The licences are listed first. Files are checked before they get their names. To resume an interrupted download, repeat the command."""
+
+EXAMPLES = """\
+examples:
+  tim download t2i --comfyui ComfyUI
+  tim download t2i --to tim-t2i --mirror
+  tim download c2i-512 --comfyui ComfyUI --dry-run
+
+HF_ENDPOINT names another server of the Hub's protocol, HF_TOKEN a token in place of `hf auth login`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("release", choices=("t2i", "c2i-256", "c2i-512"), help="weights to download")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--comfyui", type=Path, metavar="FOLDER", help="ComfyUI folder; each file goes into its models folder")
+    place.add_argument("--to", type=Path, metavar="FOLDER", help="folder to write into, made if it is not there")
+    parser.add_argument("--mirror", action="store_true", help="take gated files from an ungated copy (default: off); the same terms apply")
+    parser.add_argument("--dry-run", action="store_true", help="list licences, files and sizes only (default: off)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..weights import download
+
+    print(download.terms(args.release, args.mirror), file=sys.stderr)
+    downloads = download.plan(args.release, to=args.to, comfyui=args.comfyui, mirror=args.mirror)
+    if args.dry_run:
+        for one in downloads:
+            print(f"{one.target}  {one.size}  {'present' if one.present else one.name}")
+        return
+    for file, sha256 in download.fetch(downloads, report=lambda line: print(line, file=sys.stderr)):
+        print(f"{sha256}  {file}")

@@ -7,20 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import TimError
+from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .load import load_autoencoder, load_text_encoder, load_transformer
 from .open import open_state_dict
-from .parts import (
-    AUTOENCODER,
-    GEMMA_1B_WIDTH,
-    TEXT_ENCODER,
-    TITLES,
-    TRANSFORMER,
-    Parts,
-    find,
-    guess,
-    read_parts,
-    resolve,
-)
+from .parts import GEMMA_1B_WIDTH, Parts, read_parts, resolve
 
 
 @dataclass(frozen=True)
@@ -91,9 +81,9 @@ def describe(path: str | Path) -> Description:
         if place.is_dir():
             raise
         tensors, metadata = open_state_dict(place)
-        if any(find(tensors, part) for part in TITLES):
+        if any(find_part(tensors, part) for part in TITLES):
             raise
-        return Description(str(path), guess(tensors), (), None, None, False, {**metadata, **_lora_record(metadata)})
+        return Description(str(path), describe_unknown(tensors), (), None, None, False, {**metadata, **_lora_record(metadata)})
     described = tuple(_describe_part(parts, part) for part in TITLES if part in parts)
     kind = "TiM checkpoint" if TRANSFORMER in parts and len(described) > 1 else " + ".join(part.title for part in described)
     if TRANSFORMER in parts:

@@ -9,14 +9,9 @@ from torch import Tensor
 
 from ..errors import TimError, misfits, one_line
 from ..models.text_encoder import TextEncoder, Tokenizer
+from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
-from .parts import (
-    AUTOENCODER,
-    TEXT_ENCODER,
-    TITLES,
-    TRANSFORMER,
-    read_parts,
-)
+from .parts import read_parts
 
 
 @dataclass

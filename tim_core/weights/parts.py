@@ -22,13 +22,12 @@ from torch import Tensor
 from ..errors import TimError, one_line
 from ..models.config import AutoencoderConfig, TransformerConfig
 from ..models.text_encoder import normalise_config, tokenizer_file
+from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
 
 FORMAT = 1
 BUNDLED = {"tim-shapes": Path(__file__).parents[1] / "bundled" / "tim-shapes.safetensors"}
 
-TRANSFORMER, TEXT_ENCODER, AUTOENCODER = "transformer", "text_encoder", "autoencoder"
-TITLES = {TRANSFORMER: "TiM transformer", TEXT_ENCODER: "Gemma-3 text model", AUTOENCODER: "DC-AE"}
 PREFIXES = {TRANSFORMER: "model.diffusion_model.", TEXT_ENCODER: "text_encoders.transformer.", AUTOENCODER: "vae."}
 CONFIG_KEYS = {
     TRANSFORMER: "model.diffusion_model.config_json",
@@ -37,44 +36,9 @@ CONFIG_KEYS = {
 }
 PART_NAMES = {"model": TRANSFORMER, "text-encoder": TEXT_ENCODER, "clip": TEXT_ENCODER, "vae": AUTOENCODER} | {n: n for n in TITLES}
 
-# A part is where all of these are; what stands before them is its prefix.
-SIGNATURES = {
-    TRANSFORMER: (
-        "x_embedder.proj.weight",
-        "t_embedder.mlp.0.weight",
-        "blocks.0.attn.qkv.weight",
-        "blocks.0.adaLN_modulation.fc1_g.weight",
-        "final_layer.linear.weight",
-    ),
-    TEXT_ENCODER: ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.pre_feedforward_layernorm.weight", "norm.weight"),
-    AUTOENCODER: ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight", "decoder.up_blocks.1.0.conv.weight"),
-}
-ROOTS = {TEXT_ENCODER: ("embed_tokens.", "layers.", "norm."), AUTOENCODER: ("encoder.", "decoder.")}
-BYTE_KEYS = ("config_json", "tokenizer_json", "spiece_model")
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 GEMMA_1B_WIDTH = 1152
 LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
-
-# Key names for the message that says what a file is: one key that begins or ends so tells the first, all of them together the others.
-TELLING = (
-    (("optimizers.state",), "the state of a training run, to go on with and not to use"),
-    (("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight"), "a LoRA"),
-)
-STRANGERS = (
-    (("input_blocks.0.0.weight", "label_emb.0.0.weight"), "an SDXL UNet-like state dict"),
-    (("input_blocks.0.0.weight",), "a Stable Diffusion UNet-like state dict"),
-    (("add_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"), "an SDXL UNet-like state dict (diffusers)"),
-    (("mid_block.attentions.0.proj_in.weight",), "a Stable Diffusion UNet-like state dict (diffusers)"),
-    (("double_blocks.0.img_attn.qkv.weight",), "a Flux-like transformer"),
-    (("joint_blocks.0.x_block.attn.qkv.weight",), "an SD3-like transformer"),
-    (("blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight"), "a DiT- or SiT-like transformer"),
-    (("transformer_blocks.0.attn1.to_q.weight",), "a diffusers transformer"),
-    (("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), "a KL autoencoder"),
-    (("encoder.down_blocks.0.resnets.0.conv1.weight",), "a KL autoencoder (diffusers)"),
-    (("encoder.block.0.layer.0.SelfAttention.q.weight",), "a T5 text encoder"),
-    (("text_model.encoder.layers.0.self_attn.q_proj.weight",), "a CLIP text encoder"),
-    (("layers.0.self_attn.q_proj.weight", "embed_tokens.weight"), "a language model other than Gemma 3"),
-)
 
 
 @dataclass
@@ -156,50 +120,6 @@ class Parts:
         return LATENT_FACTORS.get(channels, 8)
 
 
-# Recognising
-
-
-def find(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict] | None:
-    """The part's prefix and its tensors under their official names; None if it is not there.
-
-    Any wrapping is understood (`model.`, `state_dict.`, `module.`, `model.diffusion_model.`, ...). Where a training checkpoint holds
-    both the trained weights and their moving average, the average (`ema`) is taken: it is what the authors sample with.
-    """
-    first, *others = SIGNATURES[part]
-    prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
-    prefixes = {prefix for prefix in prefixes if all(prefix + name in tensors for name in others)}
-    if not prefixes:
-        return None
-    best = min(prefixes, key=lambda p: (_is_optimizers(p), not any("ema" in word.split("_") for word in p.split(".")), len(p), p))
-    foreign = tuple(p for p in prefixes if p != best and p.startswith(best))
-    roots = ROOTS.get(part, ("",))
-    return best, {
-        key[len(best) :]: tensor
-        for key, tensor in tensors.items()
-        if key.startswith(best)
-        and "." in key[len(best) :]  # no module's: a step, a decay
-        and key[len(best) :].startswith(roots)
-        and key.rpartition(".")[2] not in BYTE_KEYS
-        and not (foreign and key.startswith(foreign))
-    }
-
-
-def _is_optimizers(prefix: str) -> bool:
-    """Whether a prefix is that of an optimiser's moments, which have the names and shapes of the weights."""
-    return any(word.startswith(("exp_avg", "optim", "momentum")) for word in prefix.split("."))
-
-
-def guess(tensors: Mapping[str, Tensor]) -> str:
-    """What a state dict that is none of ours looks like, in words."""
-    names = set(tensors)
-    suffixes = {key.partition(".")[2] for key in names} | {key.split(".", 2)[-1] for key in names} | names
-    told = [title for marks, title in TELLING if any(key.startswith(marks) or key.endswith(marks) for key in names)]
-    told += [title for marks, title in STRANGERS if all(mark in suffixes for mark in marks)]
-    title = told[0] if told else "an unknown state dict"
-    shown = ", ".join(list(tensors)[:3])
-    return f"{title}: {len(tensors)} tensors" + (f", first keys {shown}" if shown else "")
-
-
 # Taking apart
 
 
@@ -231,7 +151,8 @@ def read_parts(source) -> Parts:
     parts = _take_apart(tensors, str(source))
     parts.metadata = _tim_record(metadata, str(source))
     if not any(part in parts for part in TITLES):
-        raise TimError(f"{source}: found {guess(tensors)}, expected a TiM transformer, a Gemma-3 text model, a DC-AE, or several of them")
+        found = describe_unknown(tensors)
+        raise TimError(f"{source}: found {found}, expected a TiM transformer, a Gemma-3 text model, a DC-AE, or several of them")
     _read_beside(parts, folder)
     return parts
 
@@ -240,7 +161,7 @@ def _take_apart(tensors: Mapping[str, Tensor], source: str) -> Parts:
     parts = Parts(source)
     rest = dict(tensors)
     for part in (AUTOENCODER, TEXT_ENCODER, TRANSFORMER):  # the transformer, which takes all that stands under its prefix, last
-        if (found := find(rest, part)) is None:
+        if (found := find_part(rest, part)) is None:
             continue
         prefix, own = found
         setattr(parts, part, own)
@@ -288,7 +209,7 @@ def _gather(sources: Mapping) -> Parts:
 
 def _from_module(module: torch.nn.Module, part: str) -> Parts:
     parts = Parts(type(module).__name__)
-    found = find(flatten(module.state_dict(), parts.source), part)  # without a compiled or distributed module's wrapping
+    found = find_part(flatten(module.state_dict(), parts.source), part)  # without a compiled or distributed module's wrapping
     if found is None:
         raise TimError(f"{parts.source}: found a module without the tensors of one, expected a {TITLES[part]}")
     setattr(parts, part, found[1])

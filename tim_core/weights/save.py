@@ -9,18 +9,9 @@ from torch import Tensor
 from ..errors import TimError
 from ..files import write_whole
 from ..models.text_encoder import is_json
+from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
-from .parts import (
-    AUTOENCODER,
-    CONFIG_KEYS,
-    FORMAT,
-    PREFIXES,
-    TEXT_ENCODER,
-    TITLES,
-    TRANSFORMER,
-    Parts,
-    read_parts,
-)
+from .parts import CONFIG_KEYS, FORMAT, PREFIXES, Parts, read_parts
 
 
 def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_projector: bool = False) -> Path:

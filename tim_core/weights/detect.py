@@ -1,0 +1,88 @@
+"""What a state dict is: parts of ours and other models, recognised by key names."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .open import StateDict
+
+TRANSFORMER, TEXT_ENCODER, AUTOENCODER = "transformer", "text_encoder", "autoencoder"
+TITLES = {TRANSFORMER: "TiM transformer", TEXT_ENCODER: "Gemma-3 text model", AUTOENCODER: "DC-AE"}
+
+# A part is where all of these are; what stands before them is its prefix.
+SIGNATURES = {
+    TRANSFORMER: (
+        "x_embedder.proj.weight",
+        "t_embedder.mlp.0.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.adaLN_modulation.fc1_g.weight",
+        "final_layer.linear.weight",
+    ),
+    TEXT_ENCODER: ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.pre_feedforward_layernorm.weight", "norm.weight"),
+    AUTOENCODER: ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight", "decoder.up_blocks.1.0.conv.weight"),
+}
+ROOTS = {TEXT_ENCODER: ("embed_tokens.", "layers.", "norm."), AUTOENCODER: ("encoder.", "decoder.")}
+BYTE_KEYS = ("config_json", "tokenizer_json", "spiece_model")
+
+LORA_SIGNATURES = ("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight")  # a key that ends so
+# All of these keys, with or without one or two words before them.
+FOREIGN_SIGNATURES = (
+    (("input_blocks.0.0.weight", "label_emb.0.0.weight"), "an SDXL UNet-like state dict"),
+    (("input_blocks.0.0.weight",), "a Stable Diffusion UNet-like state dict"),
+    (("add_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"), "an SDXL UNet-like state dict (diffusers)"),
+    (("mid_block.attentions.0.proj_in.weight",), "a Stable Diffusion UNet-like state dict (diffusers)"),
+    (("double_blocks.0.img_attn.qkv.weight",), "a Flux-like transformer"),
+    (("joint_blocks.0.x_block.attn.qkv.weight",), "an SD3-like transformer"),
+    (("blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight"), "a DiT- or SiT-like transformer"),
+    (("transformer_blocks.0.attn1.to_q.weight",), "a diffusers transformer"),
+    (("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), "a KL autoencoder"),
+    (("encoder.down_blocks.0.resnets.0.conv1.weight",), "a KL autoencoder (diffusers)"),
+    (("encoder.block.0.layer.0.SelfAttention.q.weight",), "a T5 text encoder"),
+    (("text_model.encoder.layers.0.self_attn.q_proj.weight",), "a CLIP text encoder"),
+    (("layers.0.self_attn.q_proj.weight", "embed_tokens.weight"), "a language model other than Gemma 3"),
+)
+
+
+def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict] | None:
+    """The part's prefix and its tensors under their official names; None if it is not there.
+
+    Any wrapping is understood (`model.`, `state_dict.`, `module.`, `model.diffusion_model.`, ...). Where a training checkpoint holds
+    both the trained weights and their moving average, the average (`ema`) is taken: it is what the authors sample with.
+    """
+    first, *others = SIGNATURES[part]
+    prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
+    prefixes = {prefix for prefix in prefixes if all(prefix + name in tensors for name in others)}
+    if not prefixes:
+        return None
+    best = min(prefixes, key=lambda p: (_is_optimizers(p), not any("ema" in word.split("_") for word in p.split(".")), len(p), p))
+    foreign = tuple(p for p in prefixes if p != best and p.startswith(best))
+    roots = ROOTS.get(part, ("",))
+    return best, {
+        key[len(best) :]: tensor
+        for key, tensor in tensors.items()
+        if key.startswith(best)
+        and "." in key[len(best) :]  # no module's: a step, a decay
+        and key[len(best) :].startswith(roots)
+        and key.rpartition(".")[2] not in BYTE_KEYS
+        and not (foreign and key.startswith(foreign))
+    }
+
+
+def _is_optimizers(prefix: str) -> bool:
+    """Whether a prefix is that of an optimiser's moments, which have the names and shapes of the weights."""
+    return any(word.startswith(("exp_avg", "optim", "momentum")) for word in prefix.split("."))
+
+
+def describe_unknown(tensors: Mapping[str, Tensor]) -> str:
+    """What a state dict that is none of ours looks like, in words."""
+    names = set(tensors)
+    suffixes = {key.partition(".")[2] for key in names} | {key.split(".", 2)[-1] for key in names} | names
+    if any(key.startswith("optimizers.state") for key in names):
+        title = "the state of a training run, to go on with and not to use"
+    elif any(key.endswith(LORA_SIGNATURES) for key in names):
+        title = "a LoRA"
+    else:
+        titles = (title for keys, title in FOREIGN_SIGNATURES if all(key in suffixes for key in keys))
+        title = next(titles, "an unknown state dict")
+    shown = ", ".join(list(tensors)[:3])
+    return f"{title}: {len(tensors)} tensors" + (f", first keys {shown}" if shown else "")

@@ -301,7 +301,7 @@ def test_what_shapes_cannot_tell_of_an_autoencoder(modules, tmp_path):
     with torch.no_grad():
         picture = expected.decode(expected.encode(x))
         for source in (one, tmp_path / "lost.safetensors", lone, again, loaded):
-            assert read_parts(source).record("autoencoder")["force_upcast"] is True
+            assert read_parts(source)["autoencoder"].record["force_upcast"] is True
             found = load_autoencoder(source)
             assert asdict(found.config) == asdict(expected.config)
             assert torch.equal(found.decode(found.encode(x)), picture)
@@ -487,6 +487,43 @@ def test_bundled_names(tmp_path, monkeypatch):
     (tmp_path / "absent.safetensors").write_bytes(b"x")
     assert resolve("tim-shapes") == tmp_path / "absent.safetensors"
     assert isinstance(read_parts(Parts("x")), Parts)
+
+
+def test_a_record_in_the_tensors_goes_before_the_metadata_and_that_before_a_file_beside(modules, tmp_path):
+    """The same order for every part."""
+    from tim_core.weights.save import json_tensor
+
+    def written(name, embedded=None, metadata=None, beside=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors = dict(modules["autoencoder"].state_dict())
+        if embedded:
+            tensors["config_json"] = json_tensor(embedded)
+        save_file(tensors, folder / "vae.safetensors", metadata={"tim": json.dumps(metadata)} if metadata else None)
+        if beside:
+            (folder / "config.json").write_text(json.dumps(beside))
+        return folder / "vae.safetensors"
+
+    stages = {"block_out_channels": [8, 8, 16, 16], "block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"],
+              "layers_per_block": [1] * 4, "qkv_multiscales": [[], [], [], [5]]}
+    diffusers = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in stages.items()}
+    diffusers |= {"latent_channels": 16, "attention_head_dim": 8, "scaling_factor": 0.1}
+    two, three = {"scaling_factor": 0.2}, {"scaling_factor": 0.3}
+    assert load_autoencoder(written("a", None, None, diffusers)).config.scaling_factor == 0.1
+    assert load_autoencoder(written("b", None, two, diffusers)).config.scaling_factor == 0.2
+    assert load_autoencoder(written("c", three, two, diffusers)).config.scaling_factor == 0.3
+    gemma, folder = modules["text_encoder"].transformer.state_dict(), tmp_path / "text"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**GEMMA, "model_type": "gemma3_text", "sliding_window": 1}))
+    for number, embedded in enumerate([None, {**GEMMA, "escape_prompts": True}]):
+        tensors = {**gemma, **({"config_json": json_tensor(embedded)} if embedded else {})}
+        save_file(tensors, folder / f"{number}.safetensors", metadata={"tim": '{"escape_prompts": false}'})
+        parts = read_parts(folder / f"{number}.safetensors")
+        assert parts.escape is bool(embedded) and parts["text_encoder"].config["sliding_window"] == (512 if embedded else 1)
+    for number, (embedded, metadata) in enumerate([(None, {"latent_factor": 4}), ({"latent_factor": 2}, {"latent_factor": 4})]):
+        tensors = {**modules["transformer"].state_dict(), **({"config_json": json_tensor(embedded)} if embedded else {})}
+        save_file(tensors, tmp_path / f"{number}.safetensors", metadata={"tim": json.dumps(metadata)})
+        assert read_parts(tmp_path / f"{number}.safetensors").latent_factor == (2 if embedded else 4)
 
 
 # What a careless hand leaves

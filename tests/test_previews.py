@@ -47,7 +47,7 @@ def test_the_command_writes_into_the_file_and_nothing_else(tiny, tmp_path, capsy
         Image.fromarray(rng.integers(0, 255, (40, 70, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     assert main(["previews", str(file), "--images", str(tmp_path)]) == 0
     assert "explained" in capsys.readouterr().out
-    record = read_parts(file).record("transformer")["preview"]
+    record = read_parts(file)["transformer"].record["preview"]
     assert len(record["factors"]) == 16 and all(len(row) == 3 for row in record["factors"])
     before, after = load_file(tiny), load_file(file)
     assert before.keys() == after.keys()
@@ -61,7 +61,7 @@ def test_a_lone_transformer_takes_another_files_vae(tiny, tmp_path):
     save_file(lone, tmp_path / "lone.safetensors", metadata={"tim": json.dumps({"latent_factor": 8})})
     assert main(["previews", str(tmp_path / "lone.safetensors")]) == 1
     assert main(["previews", str(tmp_path / "lone.safetensors"), "--vae", str(tiny)]) == 0
-    assert read_parts(tmp_path / "lone.safetensors").record("transformer")["preview"]
+    assert read_parts(tmp_path / "lone.safetensors")["transformer"].record["preview"]
     assert load_transformer(tmp_path / "lone.safetensors").config.in_channels == 16
 
 
@@ -80,12 +80,12 @@ def test_folders_without_pictures_are_refused(tmp_path):
 
 def test_inspect_says_what_previews_are_worth(capsys):
     assert main(["inspect", "tim-shapes"]) == 0
-    share = round(100 * read_parts("tim-shapes").record("transformer")["preview"]["r2"])
+    share = round(100 * read_parts("tim-shapes")["transformer"].record["preview"]["r2"])
     assert f"live previews: {share} % of the colours' variance" in capsys.readouterr().out
 
 
 def test_the_bundled_model_has_previews():
-    preview = read_parts("tim-shapes").record("transformer")["preview"]
+    preview = read_parts("tim-shapes")["transformer"].record["preview"]
     fitted = previews.fit(load_autoencoder(BUNDLED["tim-shapes"], dtype=torch.float32), render_samples(60, 64, seed=1))
     assert preview["r2"] == pytest.approx(fitted["r2"], abs=0.1) and preview["r2"] > 0.4
 

@@ -53,12 +53,11 @@ class Pipeline:
         dtype = pick_dtype(dtype, device)
         kernel = get_attention(attention)
         parts = read_parts(source)
-        if parts.config(TRANSFORMER).text_dim is None:
+        if parts[TRANSFORMER].config.text_dim is None:
             raise TimError(f"{parts.source}: found a class-conditional model, expected a text-to-image model")
-        for part in (TEXT_ENCODER, AUTOENCODER):
-            parts.tensors(part)
+        parts.require(TEXT_ENCODER, AUTOENCODER)
         parts.check_fit()
-        exact = dtype == torch.float16 or parts.record(AUTOENCODER).get("force_upcast")
+        exact = dtype == torch.float16 or parts[AUTOENCODER].config.force_upcast
         return cls(
             load_transformer(parts, attention=kernel, dtype=dtype, device=device),
             load_text_encoder(parts, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device),

@@ -35,6 +35,5 @@ def open_parts(folder: str, name: str, *wanted: str):
     if source is None:
         raise TimError(f"{name}: found no such file, expected one in models/{folder} or {', '.join(BUNDLED_NAMES)}")
     parts = read_parts(source)
-    for part in wanted:
-        parts.tensors(part)
+    parts.require(*wanted)
     return parts

@@ -1,7 +1,5 @@
 """TiM as a MODEL: core's BaseModel around our network, and the wrappers that make core's samplers sample it as published."""
 
-from dataclasses import replace
-
 import comfy.k_diffusion.sampling
 import comfy.latent_formats
 import comfy.ldm.common_dit
@@ -19,7 +17,7 @@ from torch import Tensor
 from ...tim_core.errors import TimError
 from ...tim_core.models.config import TransformerConfig
 from ...tim_core.models.transformer import TransitionTransformer
-from ...tim_core.weights.load import load_transformer
+from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
 
@@ -150,8 +148,10 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
 
     model_options: dtype, fp8_optimizations, load_device, offload_device as in core's loaders.
     """
-    weights, config = _checked(parts)
-    record = {**parts.record(TRANSFORMER), **config.record(), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
+    part = parts[TRANSFORMER]
+    weights, config = dict(part.tensors), part.config
+    check_tensors(part, TransitionTransformer(config, device="meta"))  # plain layers: core's may be without weights until they load
+    record = {**part.record, **config.record(), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
     model_config = TiMConfig(config, parts.latent_factor, record)
 
     load_device = model_options.get("load_device", mm.get_torch_device())
@@ -179,13 +179,6 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
 def _reload_model(source: str, model_options: dict = {}, disable_dynamic: bool = False):
     """How core makes a second patcher of the same file, for hooks and for several GPUs."""
     return build_model(read_parts(source), model_options, disable_dynamic)
-
-
-def _checked(parts: Parts) -> tuple[dict[str, Tensor], TransformerConfig]:
-    """The network's weights without REPA's projector, and its config. TimError unless every name and shape agrees."""
-    weights = {name: tensor for name, tensor in parts.tensors(TRANSFORMER).items() if not name.startswith("projector.")}
-    shapes = {name: tensor.to("meta") for name, tensor in weights.items()}
-    return weights, load_transformer(replace(parts, transformer=shapes), device="meta").config
 
 
 def patcher_class(disable_dynamic: bool = False) -> type[comfy.model_patcher.ModelPatcher]:

@@ -43,7 +43,7 @@ class TiMVAE(comfy.sd.VAE):
         self.device = device or mm.vae_device()
         self.working_dtypes = [torch.bfloat16, torch.float32]
         dtype = dtype or mm.vae_dtype(self.device, self.working_dtypes)
-        self.needs_float32 = bool(parts.record(AUTOENCODER).get("force_upcast"))
+        self.needs_float32 = parts[AUTOENCODER].config.force_upcast
         self.vae_dtype = torch.float32 if dtype == torch.float16 or self.needs_float32 else dtype
         self.output_device = mm.intermediate_device()
 

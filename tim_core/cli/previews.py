@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_target(args.file)
     parts = read_parts(args.file)
-    parts.tensors(TRANSFORMER)
+    parts.require(TRANSFORMER)
     autoencoder = load_autoencoder(args.vae or parts)
     side = 8 * autoencoder.config.factor
     pictures = previews.photographs(args.images, side) if args.images else render_samples(200, side)

@@ -140,7 +140,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
             return save_lora(weights, config.lora, to, json.dumps(training))
         trained = plain.to_empty(device="cpu")
         trained.load_state_dict(weights)
-        record = {**parts.record(TRANSFORMER), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape,
+        record = {**parts[TRANSFORMER].record, "latent_factor": parts.latent_factor, "escape_prompts": parts.escape,
                   "training": training}
         return pack({"transformer": trained}, to, dtype=torch.bfloat16, metadata=record, keep_projector=True)
 

@@ -84,10 +84,10 @@ def describe(path: str | Path) -> Description:
         if any(find_part(tensors, part) for part in TITLES):
             raise
         return Description(str(path), describe_unknown(tensors), (), None, None, False, {**metadata, **_lora_record(metadata)})
-    described = tuple(_describe_part(parts, part) for part in TITLES if part in parts)
+    described = tuple(_describe_part(parts, kind) for kind in TITLES if kind in parts)
     kind = "TiM checkpoint" if TRANSFORMER in parts and len(described) > 1 else " + ".join(part.title for part in described)
     if TRANSFORMER in parts:
-        to_image = "text-to-image" if parts.config(TRANSFORMER).text_dim is not None else "class-conditional"
+        to_image = "text-to-image" if parts[TRANSFORMER].config.text_dim is not None else "class-conditional"
         kind = f"{kind}, {to_image}"
     return Description(
         str(path),
@@ -95,9 +95,9 @@ def describe(path: str | Path) -> Description:
         described,
         parts.latent_factor if TRANSFORMER in parts or AUTOENCODER in parts else None,
         parts.escape if TEXT_ENCODER in parts else None,
-        parts.tokenizer is not None,
+        TEXT_ENCODER in parts and parts[TEXT_ENCODER].tokenizer is not None,
         parts.metadata,
-        (parts.record(TRANSFORMER).get("preview") or {}).get("r2") if TRANSFORMER in parts else None,
+        (parts[TRANSFORMER].record.get("preview") or {}).get("r2") if TRANSFORMER in parts else None,
     )
 
 
@@ -109,34 +109,34 @@ def _lora_record(metadata: Mapping[str, str]) -> dict:
         return {}
 
 
-def _describe_part(parts: Parts, part: str) -> PartDescription:
-    tensors = parts.tensors(part)
-    dtypes, projector = Counter(), 0
-    for key, tensor in tensors.items():
+def _describe_part(parts: Parts, kind: str) -> PartDescription:
+    part, dtypes = parts[kind], Counter()
+    for tensor in part.tensors.values():
         dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-        projector += tensor.numel() if part == TRANSFORMER and key.startswith("projector.") else 0
-    no_config = part == TEXT_ENCODER and parts.gemma_config is None and tensors["embed_tokens.weight"].shape[1] != GEMMA_1B_WIDTH
+    unknown = kind == TEXT_ENCODER and part.record.keys() <= {"escape_prompts"}
+    no_config = unknown and part.tensors["embed_tokens.weight"].shape[1] != GEMMA_1B_WIDTH
     return PartDescription(
-        part,
-        TITLES[part],
-        parts.prefixes.get(part, ""),
-        None if no_config else parts.config(part),
-        len(tensors),
-        sum(dtypes.values()) - projector,
-        projector,
+        kind,
+        TITLES[kind],
+        part.prefix,
+        None if no_config else part.config,
+        len(part.tensors) + len(part.projector),
+        sum(dtypes.values()),
+        sum(tensor.numel() for tensor in part.projector.values()),
         dict(dtypes.most_common()),
-        "" if no_config else _problem(parts, part),
+        "" if no_config else _problem(parts, kind),
     )
 
 
-def _problem(parts: Parts, part: str) -> str:
+def _problem(parts: Parts, kind: str) -> str:
     """What loading a part would say, without its weights; empty if it loads."""
-    meta = {name: tensor.to("meta") for name, tensor in parts.tensors(part).items()}
+    part = parts[kind]
+    shapes = replace(part, tensors={name: tensor.to("meta") for name, tensor in part.tensors.items()})
     try:
-        {TRANSFORMER: load_transformer, TEXT_ENCODER: load_text_encoder, AUTOENCODER: load_autoencoder}[part](
-            replace(parts, **{part: meta}), device="meta")
+        {TRANSFORMER: load_transformer, TEXT_ENCODER: load_text_encoder, AUTOENCODER: load_autoencoder}[kind](
+            replace(parts, parts={**parts.parts, kind: shapes}), device="meta")
     except TimError as error:
-        return str(error).removeprefix(f"{parts.source}: ")
+        return str(error).removeprefix(f"{part.source}: ")
     return ""
 
 

@@ -1,8 +1,8 @@
 """Load the parts of a checkpoint as models."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..errors import TimError, misfits, one_line
 from ..models.text_encoder import TextEncoder, Tokenizer
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
-from .parts import read_parts
+from .parts import Part, read_parts
 
 
 @dataclass
@@ -30,26 +30,22 @@ def load_transformer(source, operations=torch.nn, attention=None, dtype=None, de
     from ..models.attention import sdpa
     from ..models.transformer import TransitionTransformer
 
-    parts = read_parts(source)
-    tensors = {key: tensor for key, tensor in parts.tensors(TRANSFORMER).items() if projector or not key.startswith("projector.")}
-    config = replace(parts, transformer=tensors).config(TRANSFORMER)
-    dtype = dtype or _main_dtype(tensors)
-    model = TransitionTransformer(config, operations, attention or sdpa, device="meta", dtype=dtype)
-    return _fill(model, tensors, dtype, device, parts.source, TRANSFORMER)
+    part = read_parts(source)[TRANSFORMER]
+    part = part.with_projector() if projector else part
+    dtype = dtype or _main_dtype(part.tensors)
+    return _fill(TransitionTransformer(part.config, operations, attention or sdpa, device="meta", dtype=dtype), part, dtype, device)
 
 
 def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
     """Autoencoder from a file, a folder in diffusers' layout, a bundled name or Parts. Never float16: the deep stages overflow."""
     from ..models.autoencoder import Autoencoder
 
-    parts = read_parts(source)
-    tensors = parts.tensors(AUTOENCODER)
+    part = read_parts(source)[AUTOENCODER]
     if dtype == torch.float16:
         raise TimError("autoencoder: float16 overflows in its deep stages, expected float32 or bfloat16")
-    dtype = dtype or _main_dtype(tensors)
+    dtype = dtype or _main_dtype(part.tensors)
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    model = Autoencoder(parts.config(AUTOENCODER), operations, device="meta", dtype=dtype)
-    return _fill(model, tensors, dtype, device, parts.source, AUTOENCODER)
+    return _fill(Autoencoder(part.config, operations, device="meta", dtype=dtype), part, dtype, device)
 
 
 def load_text_encoder(source, dtype=None, device="cpu", escape=None):
@@ -58,28 +54,26 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
     escape None takes what the file says, and True where it says nothing (the released weights were trained so).
     """
     parts = read_parts(source)
-    tensors = parts.tensors(TEXT_ENCODER)
-    if parts.tokenizer is None:
-        raise TimError(f"{parts.source}: found no tokenizer in the file or beside it, expected tokenizer.json or tokenizer.model")
-    tokenizer = Tokenizer.from_bytes(parts.tokenizer, f"{parts.source}: tokenizer")
-    config = parts.config(TEXT_ENCODER)
+    part = parts[TEXT_ENCODER]
+    if part.tokenizer is None:
+        raise TimError(f"{part.source}: found no tokenizer in the file or beside it, expected tokenizer.json or tokenizer.model")
+    tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
     try:
-        model = TextEncoder(config, tokenizer, parts.escape if escape is None else escape, device="meta")
+        model = TextEncoder(part.config, tokenizer, parts.escape if escape is None else escape, device="meta")
     except TimError:
         raise
     except Exception as error:  # transformers' own checks, of many kinds
-        raise TimError(f"{parts.source}: found a Gemma config that cannot be built ({one_line(error)}), expected gemma3_text's") from None
+        raise TimError(f"{part.source}: found a Gemma config that cannot be built ({one_line(error)}), expected gemma3_text's") from None
     try:
         # .to, for what is no weight: the rotary tables and the embedding scale
-        return model.load(_placed(tensors, dtype or _main_dtype(tensors), device)).to(device).eval()
+        return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()
     except TimError as error:
-        raise TimError(f"{parts.source}: {error}") from None
+        raise TimError(f"{part.source}: {error}") from None
 
 
 def load_checkpoint(source, operations=torch.nn, attention=None, dtype=None, device="cpu") -> Checkpoint:
     """All parts of a one-file checkpoint (or of a dict of parts); text encoder and autoencoder are None where there is none."""
     parts = read_parts(source)
-    parts.tensors(TRANSFORMER)
     parts.check_fit()
     return Checkpoint(
         load_transformer(parts, operations, attention, dtype, device),
@@ -90,14 +84,23 @@ def load_checkpoint(source, operations=torch.nn, attention=None, dtype=None, dev
     )
 
 
-def _fill(model: torch.nn.Module, tensors: StateDict, dtype, device, source: str, part: str) -> torch.nn.Module:
-    """A model built on the meta device takes over the tensors; TimError unless every key and shape agrees."""
+def check_tensors(part: Part, model: torch.nn.Module) -> None:
+    """TimError unless every name and shape of a part is the model's; `model` may be on the meta device."""
     own = model.state_dict()
-    optional = {key for key in own if key.endswith("num_batches_tracked")}
-    if wrong := misfits(own, tensors, optional):
-        raise TimError(f"{source}: found {wrong}, expected the tensors of the {TITLES[part]} that its shapes describe")
-    tensors = _placed(tensors, dtype, device)
-    tensors |= {key: torch.zeros((), dtype=torch.int64, device=device) for key in optional - tensors.keys()}
+    if wrong := misfits(own, part.tensors, _counters(own)):
+        raise TimError(f"{part.source}: found {wrong}, expected the tensors of the {TITLES[part.kind]} that its shapes describe")
+
+
+def _counters(names: Iterable[str]) -> set[str]:
+    """Batch norm's counters of batches, which a file need not have."""
+    return {name for name in names if name.endswith("num_batches_tracked")}
+
+
+def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
+    """A model built on the meta device takes over the tensors; TimError unless every key and shape agrees."""
+    check_tensors(part, model)
+    tensors = _placed(part.tensors, dtype, device)
+    tensors |= {name: torch.zeros((), dtype=torch.int64, device=device) for name in _counters(model.state_dict()) - tensors.keys()}
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 

@@ -11,9 +11,13 @@ and beside each part a `config_json` (uint8): what its shapes cannot tell. The t
 how the model was trained, is the safetensors metadata "tim"; a file whose metadata was lost (ComfyUI's CheckpointSave) loads alike.
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -41,66 +45,76 @@ GEMMA_1B_WIDTH = 1152
 LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One model of a checkpoint: its tensors under their official names, as the file stores them, and what shapes cannot tell.
+
+    record: the part's own `config_json`, else the file's metadata, else a config.json beside the file. A transformer's REPA projector is
+    kept apart from its tensors.
+    """
+
+    kind: str
+    source: str  # a file, folder, bundled name or class, for error messages
+    tensors: StateDict
+    record: dict = field(default_factory=dict)
+    prefix: str = ""  # where it stood in the file
+    projector: StateDict = field(default_factory=dict)
+    tokenizer: bytes | None = None
+
+    def with_projector(self) -> Part:
+        """The same with the REPA projector among its tensors."""
+        return replace(self, tensors=self.tensors | self.projector, projector={})
+
+    @cached_property
+    def config(self):
+        """TransformerConfig, AutoencoderConfig, or the Gemma config as a dict; TimError naming the source if it cannot be read."""
+        with _naming(self.source, self.kind):
+            if self.kind == TRANSFORMER:
+                return TransformerConfig.from_state_dict(self.tensors, self.record)
+            if self.kind == AUTOENCODER:
+                return AutoencoderConfig.from_state_dict(self.tensors, self.record)
+            gemma = {key: value for key, value in self.record.items() if key != "escape_prompts"}
+            return normalise_config(gemma or _gemma_config(self.tensors))
+
+
 @dataclass
 class Parts:
-    """What one or several files hold, taken apart: official key names, tensors still as the file stores them (memory-mapped)."""
+    """The parts of one or several files; `parts[kind]` is a Part, or a TimError that names the source."""
 
     source: str
-    transformer: StateDict | None = None
-    text_encoder: StateDict | None = None
-    autoencoder: StateDict | None = None
-    records: dict[str, dict] = field(default_factory=dict)  # part -> what its shapes cannot tell
-    prefixes: dict[str, str] = field(default_factory=dict)  # part -> where it stood in the file
-    gemma_config: dict | None = None
-    tokenizer: bytes | None = None
-    metadata: dict = field(default_factory=dict)  # the "tim" record
+    parts: dict[str, Part] = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)  # the "tim" record of the file
 
-    def __contains__(self, part: str) -> bool:
-        return getattr(self, part) is not None
+    def __contains__(self, kind: str) -> bool:
+        return kind in self.parts
 
-    def tensors(self, part: str) -> StateDict:
-        """The tensors of a part; TimError if the file has none of it."""
-        if part not in self:
-            there = ", ".join(f"a {TITLES[p]}" for p in TITLES if p in self)
-            raise TimError(f"{self.source}: found {there or 'nothing'} and no {TITLES[part]}, expected one")
-        return getattr(self, part)
+    def __getitem__(self, kind: str) -> Part:
+        if kind not in self.parts:
+            there = ", ".join(f"a {TITLES[kind]}" for kind in TITLES if kind in self.parts)
+            raise TimError(f"{self.source}: found {there or 'nothing'} and no {TITLES[kind]}, expected one")
+        return self.parts[kind]
 
-    def record(self, part: str) -> dict:
-        return {**self.metadata, **self.records.get(part, {})}
-
-    def config(self, part: str):
-        """TransformerConfig, AutoencoderConfig, or the Gemma config as a dict; TimError naming the file if it cannot be read."""
-        tensors, record = self.tensors(part), self.record(part)
-        if part == TRANSFORMER and not {"projector.0.weight", "projector.2.weight", "projector.4.weight"} <= tensors.keys():
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("projector.")}  # none, or half of one
-        try:
-            if part == TEXT_ENCODER:
-                return normalise_config(self.gemma_config or _gemma_config(tensors))
-            if part == AUTOENCODER and "attention_head_dim" in record:  # a diffusers config.json
-                return AutoencoderConfig.from_diffusers(record)
-            return (TransformerConfig if part == TRANSFORMER else AutoencoderConfig).from_state_dict(tensors, record)
-        except TimError as error:
-            raise TimError(f"{self.source}: {error}") from None
-        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-            found = f"found keys or a record that make no sense ({type(error).__name__}: {one_line(error)})"
-            raise TimError(f"{self.source}: {found}, expected those of a {TITLES[part]}") from None
+    def require(self, *kinds: str) -> None:
+        """TimError naming the first of them that is not there."""
+        for kind in kinds:
+            self[kind]
 
     def check_fit(self) -> None:
         """TimError if the transformer cannot read the text model's features or the autoencoder cannot decode its latents."""
-        if self.transformer is None:
+        if TRANSFORMER not in self:
             return
-        config = self.config(TRANSFORMER)
-        if self.autoencoder is not None and (channels := self.config(AUTOENCODER).latent_channels) != config.in_channels:
+        config = self[TRANSFORMER].config
+        if AUTOENCODER in self and (channels := self[AUTOENCODER].config.latent_channels) != config.in_channels:
             wanted = f"the transformer's {config.in_channels}"
             raise TimError(f"{self.source}: found an autoencoder of {channels} latent channels, expected {wanted}")
-        if self.text_encoder is not None and (width := self.text_encoder["embed_tokens.weight"].shape[1]) != config.text_dim:
+        if TEXT_ENCODER in self and (width := self[TEXT_ENCODER].tensors["embed_tokens.weight"].shape[1]) != config.text_dim:
             wanted = "none: the transformer is class-conditional" if config.text_dim is None else f"the transformer's {config.text_dim}"
             raise TimError(f"{self.source}: found a text model of width {width}, expected {wanted}")
 
     @property
     def escape(self) -> bool:
         """Whether prompts are unicode-escaped: as the transformer was trained, which for the released weights is yes."""
-        records = (self.records.get(TRANSFORMER, {}), self.metadata, self.records.get(TEXT_ENCODER, {}))
+        records = (self.parts[kind].record for kind in (TRANSFORMER, TEXT_ENCODER) if kind in self)
         escape = next((r["escape_prompts"] for r in records if r.get("escape_prompts") is not None), True)
         if not isinstance(escape, bool):
             raise TimError(f"{self.source}: escape_prompts is {escape!r}, expected true or false")
@@ -108,16 +122,27 @@ class Parts:
 
     @property
     def latent_factor(self) -> int:
-        """Pixels per latent cell: from the metadata, else the autoencoder in the same file, else the latent's channels."""
-        record = self.record(TRANSFORMER)
-        if (factor := record.get("latent_factor")) is not None:
+        """Pixels per latent cell: from the transformer's record, else the autoencoder, else the latent's channels."""
+        factor = self.parts[TRANSFORMER].record.get("latent_factor") if TRANSFORMER in self else None
+        if factor is not None:
             if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
                 raise TimError(f"{self.source}: latent_factor is {factor!r}, expected a whole number of at least 1")
             return factor
-        if self.autoencoder is not None:
-            return self.config(AUTOENCODER).factor
-        channels = self.tensors(TRANSFORMER)["x_embedder.proj.weight"].shape[1]
-        return LATENT_FACTORS.get(channels, 8)
+        if AUTOENCODER in self:
+            return self[AUTOENCODER].config.factor
+        return LATENT_FACTORS.get(self[TRANSFORMER].tensors["x_embedder.proj.weight"].shape[1], 8)
+
+
+@contextmanager
+def _naming(source: str, kind: str) -> Iterator[None]:
+    """Errors inside become a TimError that names the source."""
+    try:
+        yield
+    except TimError as error:
+        raise TimError(f"{source}: {error}") from None
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        found = f"found keys or a record that make no sense ({type(error).__name__}: {one_line(error)})"
+        raise TimError(f"{source}: {found}, expected those of a {TITLES[kind]}") from None
 
 
 # Taking apart
@@ -148,38 +173,48 @@ def read_parts(source) -> Parts:
         return _gather(source)
     path = resolve(source)
     tensors, metadata, folder = _open_folder(path) if path.is_dir() else (*open_state_dict(path), path.parent)
-    parts = _take_apart(tensors, str(source))
-    parts.metadata = _tim_record(metadata, str(source))
-    if not any(part in parts for part in TITLES):
+    parts = _take_apart(tensors, _tim_record(metadata, str(source)), str(source))
+    if not parts.parts:
         found = describe_unknown(tensors)
         raise TimError(f"{source}: found {found}, expected a TiM transformer, a Gemma-3 text model, a DC-AE, or several of them")
-    _read_beside(parts, folder)
+    parts.parts = {kind: _complete(part, folder) for kind, part in parts.parts.items()}
     return parts
 
 
-def _take_apart(tensors: Mapping[str, Tensor], source: str) -> Parts:
-    parts = Parts(source)
+def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> Parts:
+    parts = Parts(source, metadata=metadata)
     rest = dict(tensors)
-    for part in (AUTOENCODER, TEXT_ENCODER, TRANSFORMER):  # the transformer, which takes all that stands under its prefix, last
-        if (found := find_part(rest, part)) is None:
+    for kind in (AUTOENCODER, TEXT_ENCODER, TRANSFORMER):  # the transformer, which takes all that stands under its prefix, last
+        if (found := find_part(rest, kind)) is None:
             continue
         prefix, own = found
-        setattr(parts, part, own)
-        parts.prefixes[part] = prefix
         for name in own:
             del rest[prefix + name]
-        places = (prefix, prefix.removesuffix("transformer.")) if part == TEXT_ENCODER else (prefix,)
+        places = (prefix, prefix.removesuffix("transformer.")) if kind == TEXT_ENCODER else (prefix,)
         config = next((rest.pop(place + "config_json") for place in places if place + "config_json" in rest), None)
+        record = _record_of(kind, metadata)
         if config is not None:
-            parts.records[part] = _json(_bytes(config), f"{source}: {prefix}config_json")
-    if TEXT_ENCODER in parts and TEXT_ENCODER in parts.records:
-        record = parts.records[TEXT_ENCODER]
-        parts.gemma_config = {k: v for k, v in record.items() if k != "escape_prompts"}
-        parts.records[TEXT_ENCODER] = {k: v for k, v in record.items() if k == "escape_prompts"}
-    for key, tensor in rest.items():
-        if key.rpartition(".")[2] in ("tokenizer_json", "spiece_model"):
-            parts.tokenizer = _bytes(tensor)
+            record |= _json(_bytes(config), f"{source}: {prefix}config_json")
+        parts.parts[kind] = _part(kind, source, own, record, prefix)
+    tokenizers = [_bytes(tensor) for key, tensor in rest.items() if key.rpartition(".")[2] in ("tokenizer_json", "spiece_model")]
+    if tokenizers and TEXT_ENCODER in parts:
+        parts.parts[TEXT_ENCODER] = replace(parts[TEXT_ENCODER], tokenizer=tokenizers[-1])
     return parts
+
+
+def _part(kind: str, source: str, tensors: StateDict, record: dict, prefix: str = "", tokenizer: bytes | None = None) -> Part:
+    """A Part, with a transformer's projector apart."""
+    projector = {name: tensor for name, tensor in tensors.items() if kind == TRANSFORMER and name.startswith("projector.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in projector}
+    return Part(kind, source, tensors, record, prefix, projector, tokenizer)
+
+
+def _record_of(kind: str, metadata: dict) -> dict:
+    """What a file's metadata says of one of its parts."""
+    if kind == TRANSFORMER:
+        return {key: value for key, value in metadata.items() if key not in AutoencoderConfig.RECORD}
+    keys = AutoencoderConfig.RECORD if kind == AUTOENCODER else ("escape_prompts",)
+    return {key: metadata[key] for key in keys if key in metadata}
 
 
 def _gather(sources: Mapping) -> Parts:
@@ -187,39 +222,30 @@ def _gather(sources: Mapping) -> Parts:
     for name, source in sources.items():
         if name not in PART_NAMES:
             raise TimError(f"parts: found '{name}', expected {', '.join(map(repr, PART_NAMES))}")
-        part = PART_NAMES[name]
-        if source is None:
-            continue
-        one = _from_module(source, part) if isinstance(source, torch.nn.Module) else read_parts(source)
-        if part not in one:
-            held = ", ".join(f"a {TITLES[p]}" for p in TITLES if p in one)
-            raise TimError(f"{one.source}: found {held}, expected a {TITLES[part]}")
-        setattr(parts, part, getattr(one, part))
-        parts.records[part] = one.records.get(part, {})
-        if part == TEXT_ENCODER:
-            parts.gemma_config, parts.tokenizer = one.gemma_config, one.tokenizer
-            if "escape_prompts" in one.metadata:
-                parts.records[part] = {"escape_prompts": one.metadata["escape_prompts"], **parts.records[part]}
-        elif part == AUTOENCODER:
-            parts.records[part] = {k: v for k, v in one.metadata.items() if k in AutoencoderConfig.RECORD} | parts.records[part]
-        else:
-            parts.metadata = {k: v for k, v in one.metadata.items() if k not in AutoencoderConfig.RECORD}
+        kind = PART_NAMES[name]
+        if isinstance(source, torch.nn.Module):
+            parts.parts[kind] = _from_module(source, kind)
+        elif source is not None:
+            one = read_parts(source)
+            if kind not in one:
+                held = ", ".join(f"a {TITLES[k]}" for k in TITLES if k in one)
+                raise TimError(f"{one.source}: found {held}, expected a {TITLES[kind]}")
+            parts.parts[kind] = one[kind]
+            if kind == TRANSFORMER:
+                parts.metadata = _record_of(kind, one.metadata)
     return parts
 
 
-def _from_module(module: torch.nn.Module, part: str) -> Parts:
-    parts = Parts(type(module).__name__)
-    found = find_part(flatten(module.state_dict(), parts.source), part)  # without a compiled or distributed module's wrapping
+def _from_module(module: torch.nn.Module, kind: str) -> Part:
+    source = type(module).__name__
+    found = find_part(flatten(module.state_dict(), source), kind)  # without a compiled or distributed module's wrapping
     if found is None:
-        raise TimError(f"{parts.source}: found a module without the tensors of one, expected a {TITLES[part]}")
-    setattr(parts, part, found[1])
+        raise TimError(f"{source}: found a module without the tensors of one, expected a {TITLES[kind]}")
     module = getattr(module, "module", module)
-    if part == TEXT_ENCODER:
-        parts.gemma_config, parts.tokenizer = module.gemma_config, module.tokenizer.data
-        parts.records[part] = {"escape_prompts": module.escape}
-    else:
-        parts.records[part] = module.config.record()
-    return parts
+    if kind == TEXT_ENCODER:
+        record = {**module.gemma_config, "escape_prompts": module.escape}
+        return _part(kind, source, found[1], record, tokenizer=module.tokenizer.data)
+    return _part(kind, source, found[1], module.config.record())
 
 
 def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
@@ -240,20 +266,22 @@ def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
     return (*open_state_dict(files[0]), folder)
 
 
-def _read_beside(parts: Parts, folder: Path) -> None:
-    """What a text model or an autoencoder lacks of its own: config.json and the tokenizer in the same folder."""
-    file = folder / "config.json"
-    text = TEXT_ENCODER in parts and parts.gemma_config is None
-    pixels = AUTOENCODER in parts and AUTOENCODER not in parts.records and not parts.metadata
-    if (text or pixels) and file.is_file():
+def _complete(part: Part, folder: Path) -> Part:
+    """A text model or an autoencoder with what its file does not hold: config.json and the tokenizer in the same folder."""
+    file, record, tokenizer = folder / "config.json", part.record, part.tokenizer
+    if part.kind == TEXT_ENCODER and record.keys() <= {"escape_prompts"} and file.is_file():
         config = _json(file.read_bytes(), str(file))
         inner = config.get("text_config", config)
-        if text and isinstance(inner, dict) and inner.get("model_type") == "gemma3_text":
-            parts.gemma_config = config
-        if pixels and config.get("_class_name", "AutoencoderDC") == "AutoencoderDC" and "encoder_block_out_channels" in config:
-            parts.records[AUTOENCODER] = config
-    if TEXT_ENCODER in parts and parts.tokenizer is None and (tokenizer := tokenizer_file(folder)):
-        parts.tokenizer = tokenizer.read_bytes()
+        if isinstance(inner, dict) and inner.get("model_type") == "gemma3_text":
+            record = {**inner, **record}
+    if part.kind == AUTOENCODER and not record and file.is_file():
+        config = _json(file.read_bytes(), str(file))
+        if config.get("_class_name", "AutoencoderDC") == "AutoencoderDC" and "encoder_block_out_channels" in config:
+            with _naming(str(file), part.kind):
+                record = AutoencoderConfig.from_diffusers(config).record()
+    if part.kind == TEXT_ENCODER and tokenizer is None and (found := tokenizer_file(folder)):
+        tokenizer = found.read_bytes()
+    return replace(part, record=record, tokenizer=tokenizer)
 
 
 # Small things

@@ -11,7 +11,7 @@ from ..files import write_whole
 from ..models.text_encoder import is_json
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
-from .parts import CONFIG_KEYS, FORMAT, PREFIXES, Parts, read_parts
+from .parts import CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
 
 
 def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_projector: bool = False) -> Path:
@@ -22,17 +22,18 @@ def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_
     parts = read_parts(parts)
     parts.check_fit()
     tensors: StateDict = {}
-    records = {part: _record_of(parts, part, metadata or {}) for part in TITLES if part in parts}
-    for part in records:
-        for key, tensor in parts.tensors(part).items():
-            if keep_projector or part != TRANSFORMER or not key.startswith("projector."):
-                tensors[PREFIXES[part] + key] = tensor
+    records = {}
+    for kind in TITLES:
+        if kind in parts:
+            part = parts[kind].with_projector() if keep_projector else parts[kind]
+            records[kind] = _record_of(part, parts, metadata or {})
+            tensors |= {PREFIXES[kind] + name: tensor for name, tensor in part.tensors.items()}
     tensors = _cast(tensors, dtype)
-    for part, record in records.items():
-        tensors[CONFIG_KEYS[part]] = json_tensor(record)
-    if parts.tokenizer is not None and TEXT_ENCODER in parts:
-        name = "tokenizer_json" if is_json(parts.tokenizer) else "spiece_model"
-        tensors[f"text_encoders.{name}"] = torch.frombuffer(bytearray(parts.tokenizer), dtype=torch.uint8)
+    for kind, record in records.items():
+        tensors[CONFIG_KEYS[kind]] = json_tensor(record)
+    if TEXT_ENCODER in parts and (tokenizer := parts[TEXT_ENCODER].tokenizer) is not None:
+        name = "tokenizer_json" if is_json(tokenizer) else "spiece_model"
+        tensors[f"text_encoders.{name}"] = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     return _write(tensors, dst, _whole_record(parts, records, metadata or {}))
 
 
@@ -42,11 +43,11 @@ def convert(src, dst: str | Path, dtype=None, metadata: dict | None = None) -> P
     `metadata` adds to the record.
     """
     parts, extra = read_parts(src), metadata or {}
-    there = [part for part in TITLES if part in parts]
-    if len(there) > 1 or there == [TEXT_ENCODER]:  # a lone text model keeps its tokenizer with it
+    if len(parts.parts) > 1 or TEXT_ENCODER in parts:  # a lone text model keeps its tokenizer with it
         return pack(parts, dst, dtype, extra, keep_projector=True)
-    records = {part: _record_of(parts, part, extra) for part in there}
-    return _write(_cast(dict(parts.tensors(there[0])), dtype), dst, _whole_record(parts, records, extra))
+    (part,) = (part.with_projector() for part in parts.parts.values())
+    records = {part.kind: _record_of(part, parts, extra)}
+    return _write(_cast(part.tensors, dtype), dst, _whole_record(parts, records, extra))
 
 
 def json_tensor(record: dict) -> Tensor:
@@ -54,14 +55,15 @@ def json_tensor(record: dict) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(record, sort_keys=True).encode("utf-8")), dtype=torch.uint8)
 
 
-def _record_of(parts: Parts, part: str, extra: dict) -> dict:
-    config = parts.config(part)
-    if part == TEXT_ENCODER:
+def _record_of(part: Part, parts: Parts, extra: dict) -> dict:
+    """What is written beside a part: what its shapes cannot tell; `extra` goes before what its file said."""
+    config = part.config
+    if part.kind == TEXT_ENCODER:
         return {**config, "escape_prompts": bool(extra.get("escape_prompts", parts.escape))}
     record = config.record()
-    if part == TRANSFORMER:
+    if part.kind == TRANSFORMER:
         record["latent_factor"] = int(extra.get("latent_factor") or parts.latent_factor)
-        if preview := extra.get("preview", parts.record(TRANSFORMER).get("preview")):
+        if preview := extra.get("preview", part.record.get("preview")):
             record["preview"] = preview
         if config.text_dim is not None:
             record["escape_prompts"] = bool(extra.get("escape_prompts", parts.escape))

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.support import load_all
 from tim_core.errors import TimError
 from tim_core.files import write_whole
 from tim_core.models.autoencoder import Autoencoder
@@ -21,7 +22,7 @@ from tim_core.models.text_encoder import TextEncoder, Tokenizer
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 from tim_core.weights.describe import describe
-from tim_core.weights.load import load_autoencoder, load_checkpoint, load_text_encoder, load_transformer
+from tim_core.weights.load import load_autoencoder, load_text_encoder, load_transformer
 from tim_core.weights.open import flatten, open_state_dict
 from tim_core.weights.parts import BUNDLED, Parts, read_parts, resolve
 from tim_core.weights.save import convert, pack
@@ -180,7 +181,7 @@ STRANGERS = {
 def test_other_models_are_named(title, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({key: torch.zeros(2, 2) for key in STRANGERS[title]}, path)
-    for function in (load_transformer, load_checkpoint, load_autoencoder, load_text_encoder):
+    for function in (load_transformer, load_all, load_autoencoder, load_text_encoder):
         message = refused(function, path)
         assert str(path) in message and title in message and "tensors, first keys" in message
     assert title in str(describe(path))
@@ -237,7 +238,7 @@ def test_nothing_stays_behind_on_the_cpu(one_file):
 
 
 def check_whole(path, modules):
-    loaded = load_checkpoint(path)
+    loaded = load_all(path)
     assert same(loaded.transformer, modules["transformer"]) and same(loaded.autoencoder, modules["autoencoder"])
     assert loaded.latent_factor == 8 and loaded.autoencoder.config == modules["autoencoder"].config
     assert loaded.text_encoder.escape is False
@@ -317,7 +318,7 @@ def test_casting_leaves_bytes_alone(one_file, tmp_path):
     half = load_file(pack(one_file, tmp_path / "half.safetensors", torch.bfloat16))
     assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16, torch.uint8}
     assert half["text_encoders.tokenizer_json"].numpy().tobytes() == small_world_tokenizer()
-    assert load_checkpoint(tmp_path / "half.safetensors").transformer.dtype == torch.bfloat16
+    assert load_all(tmp_path / "half.safetensors").transformer.dtype == torch.bfloat16
 
 
 def test_pack_from_files_and_folders(modules, tmp_path):
@@ -336,10 +337,10 @@ def test_pack_from_files_and_folders(modules, tmp_path):
     save_file(modules["autoencoder"].state_dict(), vae / "diffusion_pytorch_model.safetensors")
 
     sources = {"model": tmp_path / "t2i_model.bin", "text-encoder": folder, "vae": vae}
-    loaded = load_checkpoint(pack(sources, tmp_path / "one.safetensors"))
+    loaded = load_all(pack(sources, tmp_path / "one.safetensors"))
     assert same(loaded.transformer, modules["transformer"]) and loaded.latent_factor == 8
     assert loaded.text_encoder.escape is True  # nothing says otherwise: as the released weights
-    assert same(load_checkpoint(sources).text_encoder, modules["text_encoder"])
+    assert same(load_all(sources).text_encoder, modules["text_encoder"])
     assert "'lora'" in refused(read_parts, {"lora": "x"})
     assert "expected a DC-AE" in refused(read_parts, {"vae": folder})
 
@@ -361,7 +362,7 @@ def test_folder_errors(modules, tmp_path):
 
 def test_pack_wrapped_modules(modules, tmp_path):
     wrapped = {"transformer": torch.compile(modules["transformer"], backend="eager"), "vae": torch.nn.DataParallel(modules["autoencoder"])}
-    loaded = load_checkpoint(pack(wrapped, tmp_path / "one.safetensors"))
+    loaded = load_all(pack(wrapped, tmp_path / "one.safetensors"))
     assert same(loaded.transformer, modules["transformer"]) and loaded.autoencoder.config.scaling_factor == 0.7
     assert "expected a TiM transformer" in refused(pack, {"model": torch.nn.Linear(2, 2)}, tmp_path / "x.safetensors")
 
@@ -370,7 +371,7 @@ def test_parts_that_do_not_fit(modules, tmp_path):
     narrow = TransitionTransformer(TransformerConfig(**{**TIM, "text_dim": 48}))
     assert "text model of width 32" in refused(pack, {**modules, "transformer": narrow}, tmp_path / "x.safetensors")
     channels = TransitionTransformer(TransformerConfig(**{**TIM, "in_channels": 32}))
-    assert "16 latent channels" in refused(load_checkpoint, {**modules, "transformer": channels})
+    assert "16 latent channels" in refused(load_all, {**modules, "transformer": channels})
 
 
 @pytest.mark.parametrize("channels, factor", [(32, 32), (4, 8), (16, 8)])
@@ -389,7 +390,7 @@ def test_class_conditional(tmp_path):
     path = pack({"transformer": model}, tmp_path / "c2i.safetensors")
     save_file(load_file(path), tmp_path / "lost.safetensors")
     for name in ("c2i.safetensors", "lost.safetensors"):
-        loaded = load_checkpoint(tmp_path / name)
+        loaded = load_all(tmp_path / name)
         assert loaded.transformer.config == config and loaded.text_encoder is None and loaded.latent_factor == 8
     assert "class-conditional" in describe(path).kind
 
@@ -533,7 +534,7 @@ def test_a_record_in_the_tensors_goes_before_the_metadata_and_that_before_a_file
 def test_a_stray_config_beside_a_whole_file_is_not_read(stray, one_file, tmp_path):
     path = shutil.copy(one_file, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(stray)
-    assert load_checkpoint(path).text_encoder is not None
+    assert load_all(path).text_encoder is not None
 
 
 def test_a_broken_config_that_is_needed_is_named(modules, tmp_path):
@@ -601,7 +602,7 @@ def test_records_that_make_no_sense_are_refused(part, record, one_file, tmp_path
     key = CONFIG_KEYS[part]
     tensors[key] = json_tensor({**json.loads(bytes(tensors[key].tolist())), **record})
     save_file(tensors, path)
-    message = refused(load_checkpoint, path)
+    message = refused(load_all, path)
     assert "odd.safetensors" in message
     from tim_core.cli import main
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.comfy_graph import BUNDLED_NAME, Graph, run_pictures
+from tests.support import load_all
 from tim_core.errors import TimError
 from tim_core.images import to_pil
 from tim_core.models.config import TransformerConfig
@@ -27,7 +28,7 @@ from tim_core.training.finetune import padded
 from tim_core.training.folder import Item, native_size, scan
 from tim_core.training.lora import add_lora
 from tim_core.weights.describe import describe
-from tim_core.weights.load import load_checkpoint, load_transformer
+from tim_core.weights.load import load_transformer
 from tim_core.weights.parts import read_parts
 from tim_core.weights.save import pack
 
@@ -195,7 +196,7 @@ def test_a_class_conditional_model_learns_from_folders(tmp_path, tiny, more):
 
 def test_another_text_model_finds_nothing_in_the_cache(tmp_path, tiny, data):
     for escape in (False, True):
-        parts = load_checkpoint(tiny)
+        parts = load_all(tiny)
         parts.text_encoder.escape = escape
         model = pack({"transformer": parts.transformer, "text_encoder": parts.text_encoder, "vae": parts.autoencoder},
                                 tmp_path / f"{escape}.safetensors", metadata={"escape_prompts": escape, "latent_factor": 8})

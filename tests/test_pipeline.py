@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support import load_all
 from tim_core import Pipeline, TimError
 from tim_core.evaluation.curve import draws, falls, score, summarise, unpack
 from tim_core.models.config import TransformerConfig
@@ -18,7 +19,6 @@ from tim_core.models.transformer import TransitionTransformer
 from tim_core.sampler import sample
 from tim_core.schedule import uniform
 from tim_core.shapes.scenes import RELATIONS, TASKS, Prompt, Thing, judge
-from tim_core.weights.load import load_checkpoint
 from tim_core.weights.parts import BUNDLED
 from tim_core.weights.save import pack
 
@@ -263,7 +263,7 @@ def test_words_out_of_the_world_give_pictures(shapes):
 
 def test_a_fingerprint_is_of_the_weights_and_not_of_their_file(tiny, tmp_path):
     pipe = Pipeline.load(tiny, device="cpu")
-    parts = load_checkpoint(tiny)
+    parts = load_all(tiny)
     made = {"model": parts.transformer, "text-encoder": parts.text_encoder, "vae": parts.autoencoder}
     copy = pack(made, tmp_path / "copy.safetensors", metadata={"latent_factor": 8, "escape_prompts": False})
     assert Pipeline.load(copy, device="cpu").fingerprint() == pipe.fingerprint()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.support import official_config
 from tim_core import schedule
 from tim_core.errors import TimError
 from tim_core.images import to_pil
@@ -379,7 +380,7 @@ def hints_of(config: TransformerConfig) -> dict[str, Any]:
 
 def build(network: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> TransitionTransformer:
     """The network from an official configuration; the weights alone, with what they cannot tell, must describe the same one."""
-    config = TransformerConfig.from_official(network)
+    config = official_config(network)
     assert TransformerConfig.from_state_dict(weights, hints_of(config)) == replace(config, lora_hidden_size=config.modulation_rank)
     model = TransitionTransformer(config, dtype=dtype)
     model.load_state_dict(weights)
@@ -502,7 +503,7 @@ def replay_rope_tables(case: Case, deviated) -> None:
 
 def replay_keys(case: Case, deviated) -> None:
     entry = read(case.file)
-    config = TransformerConfig.from_official(entry["config"])
+    config = official_config(entry["config"])
     model = TransitionTransformer(config, device="meta")
     ours = {name: list(value.shape) for name, value in model.state_dict().items()}
     assert ours == entry["parameters"]
@@ -813,9 +814,9 @@ BFLOAT16_TEXT = 0.15
 
 @lru_cache(maxsize=4)
 def text_encoder(folder: str, escape: bool, dtype: torch.dtype):
-    from tim_core.models.text_encoder import TextEncoder, Tokenizer
+    from tim_core.models.text_encoder import TextEncoder, Tokenizer, tokenizer_file
 
-    tokenizer = Tokenizer.from_folder(ROOT / folder)
+    tokenizer = Tokenizer.from_bytes(tokenizer_file(ROOT / folder).read_bytes())
     encoder = TextEncoder(json.loads((ROOT / folder / "config.json").read_text()), tokenizer, escape=escape)
     weights = {key.removeprefix("model."): value for key, value in load(f"{folder}/model.safetensors").items() if key != "lm_head.weight"}
     return encoder.load(weights, dtype)
@@ -942,7 +943,7 @@ REPLAY: dict[str, Callable[[Case, Any], None]] = {
 def test_keys_of_a_network_alone(tmp_path, monkeypatch):
     """Another mlp_ratio, no qk-norm, no null class and no transport."""
     network = dict(in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5, class_dropout_prob=0, mlp_ratio=2, z_dim=None)
-    model = TransitionTransformer(TransformerConfig.from_official(network), device="meta")
+    model = TransitionTransformer(official_config(network), device="meta")
     parameters = {name: list(value.shape) for name, value in model.state_dict().items()}
     assert parameters["blocks.0.mlp.fc1_g.weight"] == [42, 32]
     count = sum(value.numel() for value in model.parameters())

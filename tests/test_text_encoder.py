@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tim_core.errors import TimError
-from tim_core.models.text_encoder import MAX_LENGTH, TextEncoder, Tokenizer, normalise_config
+from tim_core.models.text_encoder import MAX_LENGTH, TextEncoder, Tokenizer, normalise_config, tokenizer_file
 from tim_core.shapes.tokenizer import VOCABULARY_SIZE, WORDS, small_world_tokenizer, vocabulary
 
 ROOT = Path(__file__).parent.parent
@@ -133,11 +133,11 @@ def test_a_prompt_that_is_too_long_is_cut_and_said(tokenizer, caplog):
     assert not caplog.text
 
 
-def test_tokenizer_from_folder(tmp_path, tokenizer):
-    with pytest.raises(TimError, match="tokenizer.json"):
-        Tokenizer.from_folder(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(small_world_tokenizer())
-    assert torch.equal(Tokenizer.from_folder(tmp_path)(["a red circle"])[0], tokenizer(["a red circle"])[0])
+def test_the_tokenizer_of_a_folder(tmp_path):
+    assert tokenizer_file(tmp_path) is None
+    for name in ("tokenizer.model", "tokenizer.json"):  # the second goes first
+        (tmp_path / name).write_bytes(small_world_tokenizer())
+        assert tokenizer_file(tmp_path) == tmp_path / name
 
 
 def test_sentencepiece_folder(tmp_path):
@@ -147,7 +147,7 @@ def test_sentencepiece_folder(tmp_path):
         sentence_iterator=iter(sentences), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320, model_type="bpe", byte_fallback=True,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2,
     )
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_bytes(tokenizer_file(tmp_path).read_bytes())
     ids, mask = tokenizer(["a red circle", ""])
     direct = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert ids[0][mask[0]].tolist() == [2] + direct.encode("a red circle")

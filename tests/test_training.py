@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.support import load_all
 from tim_core.cli import main
 from tim_core.errors import TimError
 from tim_core.models import attention
@@ -33,7 +34,6 @@ from tim_core.training.config import (
     recorded,
 )
 from tim_core.weights.describe import describe
-from tim_core.weights.load import load_checkpoint
 from tim_core.weights.open import open_state_dict
 from tim_core.weights.parts import read_parts
 
@@ -736,7 +736,7 @@ def test_a_run_may_begin_from_another_ones_weights(tmp_path):
 
 def test_the_made_file_is_a_whole_model(tmp_path):
     files = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
-    parts = load_checkpoint(files[1])
+    parts = load_all(files[1])
     made = parts.metadata["training"]["configuration"]
     assert made["objective"]["epsilon"] == 0.01 and made["p_std"] == 1.6 and made["loop"]["lr"] == 1e-3 and "output" not in made
     assert parts.latent_factor == 8 and parts.autoencoder.config.latent_channels == 4

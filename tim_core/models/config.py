@@ -68,40 +68,10 @@ class TransformerConfig:
     def mlp_width(self) -> int:
         return self.mlp_hidden_size or 4 * self.hidden_size * 2 // 3
 
-    @property
-    def null_label(self) -> int | None:
-        """The label of the null class, None where there is none."""
-        return self.num_classes if self.null_class else None
-
     def record(self) -> dict[str, Any]:
         """What shapes cannot tell, for from_state_dict's metadata."""
         names = ("num_heads", "new_condition", "null_class") + (("encoder_depth",) if self.z_dim is not None else ())
         return {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def from_official(cls, network: Mapping[str, Any]) -> TransformerConfig:
-        """From the network section of an official yaml; what is left out takes the official default."""
-        is_class = "num_classes" in network
-        hidden, ratio = network.get("hidden_size", 1152), network.get("mlp_ratio", 4.0)
-        return cls(
-            in_channels=network.get("in_channels", 4),
-            hidden_size=hidden,
-            depth=network.get("depth", 28),
-            num_heads=network.get("num_heads", 16),
-            patch_size=network.get("patch_size", 2),
-            text_dim=None if is_class else network.get("cap_feat_dim", 2048),
-            num_classes=network["num_classes"] if is_class else None,
-            null_class=network.get("class_dropout_prob", 0.1) > 0,
-            qk_norm=network.get("qk_norm", False),
-            new_condition=network.get("new_condition", "t-r"),
-            use_new_embed=network.get("use_new_embed", False),
-            distance_aware=network.get("distance_aware", False),
-            lora_hidden_size=network.get("lora_hidden_size"),
-            encoder_depth=network.get("encoder_depth", 8),
-            projector_dim=network.get("projector_dim", 2048),
-            z_dim=network.get("z_dim", 768),
-            mlp_hidden_size=None if ratio == 4 else int(hidden * ratio) * 2 // 3,
-        )
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> TransformerConfig:
@@ -258,16 +228,26 @@ class AutoencoderConfig:
             blocks, norms, activations = ([c] * len(widths) if isinstance(c, str) else c for c in columns)
             layers = config.get(f"{side}_layers_per_block", layers)
             kernels = map(tuple, config.get(f"{side}_qkv_multiscales", multiscales))
-            return tuple(map(StageConfig, widths, layers, blocks, kernels, norms, activations))
+            columns = zip(widths, layers, blocks, kernels, norms, activations)
+            return tuple(
+                StageConfig(width=width, layers=count, block=block, kernels=sizes, norm=norm, activation=activation)
+                for width, count, block, sizes, norm, activation in columns
+            )
 
+        decoder_norms, decoder_activations = config.get("decoder_norm_types", "rms_norm"), config.get("decoder_act_fns", "silu")
         return cls(
-            stages("encoder", (2, 2, 2, 3, 3, 3)),
-            stages("decoder", (3, 3, 3, 3, 3, 3), config.get("decoder_norm_types", "rms_norm"), config.get("decoder_act_fns", "silu")),
-            config.get("in_channels", 3), config.get("latent_channels", 32), config.get("attention_head_dim", 32),
-            "pixel_unshuffle" if config.get("downsample_block_type", "pixel_unshuffle") == "pixel_unshuffle" else "conv",
-            "interpolate" if config.get("upsample_block_type", "pixel_shuffle") == "interpolate" else "pixel_shuffle",
-            config.get("encoder_out_shortcut", True), config.get("decoder_in_shortcut", True),
-            config.get("decoder_conv_act_fn", "relu"), config.get("scaling_factor", 1.0), bool(config.get("force_upcast")),
+            encoder=stages("encoder", (2, 2, 2, 3, 3, 3)),
+            decoder=stages("decoder", (3, 3, 3, 3, 3, 3), decoder_norms, decoder_activations),
+            in_channels=config.get("in_channels", 3),
+            latent_channels=config.get("latent_channels", 32),
+            head_dim=config.get("attention_head_dim", 32),
+            downsample="pixel_unshuffle" if config.get("downsample_block_type", "pixel_unshuffle") == "pixel_unshuffle" else "conv",
+            upsample="interpolate" if config.get("upsample_block_type", "pixel_shuffle") == "interpolate" else "pixel_shuffle",
+            out_shortcut=config.get("encoder_out_shortcut", True),
+            in_shortcut=config.get("decoder_in_shortcut", True),
+            out_activation=config.get("decoder_conv_act_fn", "relu"),
+            scaling_factor=config.get("scaling_factor", 1.0),
+            force_upcast=bool(config.get("force_upcast")),
         )
 
     @classmethod
@@ -291,17 +271,19 @@ class AutoencoderConfig:
                 layers = [j for j in sorted(depth) if f"{prefix}{j}.conv.weight" not in shapes]
                 first = f"{prefix}{layers[0]}." if layers else None
                 if first is None:
-                    found.append(StageConfig(0, 0))
+                    found.append(StageConfig(width=0, layers=0))
                 elif f"{first}conv1.weight" in shapes:
                     batch_norm = f"{first}norm.running_mean" in shapes
-                    found.append(StageConfig(shapes[f"{first}conv1.weight"][0], len(layers), "ResBlock", (),
-                                             *(("batch_norm", "relu") if batch_norm else ("rms_norm", "silu"))))
+                    norm, activation = ("batch_norm", "relu") if batch_norm else ("rms_norm", "silu")
+                    width = shapes[f"{first}conv1.weight"][0]
+                    found.append(StageConfig(width=width, layers=len(layers), norm=norm, activation=activation))
                 elif f"{first}attn.to_q.weight" in shapes:
                     kernels = []
                     while (key := f"{first}attn.to_qkv_multiscale.{len(kernels)}.proj_in.weight") in shapes:
                         kernels.append(shapes[key][-1])
                     norm = "batch_norm" if f"{first}attn.norm_out.running_mean" in shapes else "rms_norm"
-                    found.append(StageConfig(shapes[f"{first}attn.to_q.weight"][1], len(layers), "EfficientViTBlock", tuple(kernels), norm))
+                    width = shapes[f"{first}attn.to_q.weight"][1]
+                    found.append(StageConfig(width=width, layers=len(layers), block="EfficientViTBlock", kernels=tuple(kernels), norm=norm))
                 else:
                     raise TimError(f"DC-AE: found an unknown block under {first}, expected a ResBlock or an EfficientViTBlock")
             activations = metadata.get(f"{side.partition('.')[0]}_activations") or [stage.activation for stage in found]
@@ -320,8 +302,16 @@ class AutoencoderConfig:
         if first not in shapes:
             raise TimError(f"DC-AE: found no key {first} among {len(shapes)}, expected the keys of diffusers' AutoencoderDC")
         return cls(
-            encoder, decoder, shapes[first][1], channels, metadata.get("head_dim", heads[0] if heads else 32),
-            "conv" if all(down) else "pixel_unshuffle", "interpolate" if all(up) else "pixel_shuffle",
-            metadata.get("out_shortcut", True), metadata.get("in_shortcut", True), metadata.get("out_activation", "relu"),
-            metadata.get("scaling_factor", 0.41407 if channels == 32 else 1.0), bool(metadata.get("force_upcast")),
+            encoder=encoder,
+            decoder=decoder,
+            in_channels=shapes[first][1],
+            latent_channels=channels,
+            head_dim=metadata.get("head_dim", heads[0] if heads else 32),
+            downsample="conv" if all(down) else "pixel_unshuffle",
+            upsample="interpolate" if all(up) else "pixel_shuffle",
+            out_shortcut=metadata.get("out_shortcut", True),
+            in_shortcut=metadata.get("in_shortcut", True),
+            out_activation=metadata.get("out_activation", "relu"),
+            scaling_factor=metadata.get("scaling_factor", 0.41407 if channels == 32 else 1.0),
+            force_upcast=bool(metadata.get("force_upcast")),
         )

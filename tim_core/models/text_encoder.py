@@ -72,14 +72,6 @@ class Tokenizer:
         """Either kind of file, told apart by its first character."""
         return (cls.from_json if is_json(data) else cls.from_sentencepiece)(data, name)
 
-    @classmethod
-    def from_folder(cls, path) -> "Tokenizer":
-        """From a folder in Hugging Face layout: tokenizer.json, else tokenizer.model."""
-        file = tokenizer_file(path)
-        if file is None:
-            raise TimError(f"{path}: found no tokenizer, expected {' or '.join(TOKENIZER_FILES)} in the folder")
-        return cls.from_bytes(file.read_bytes(), str(file))
-
     @property
     def is_json(self) -> bool:
         return is_json(self.data)

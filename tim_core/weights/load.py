@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,17 +11,6 @@ from ..models.text_encoder import TextEncoder, Tokenizer
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
 from .parts import Part, read_parts
-
-
-@dataclass
-class Checkpoint:
-    """The loaded parts of a model; None for a part that the file does not have."""
-
-    transformer: torch.nn.Module
-    text_encoder: torch.nn.Module | None
-    autoencoder: torch.nn.Module | None
-    latent_factor: int
-    metadata: dict
 
 
 def load_transformer(source, operations=torch.nn, attention=None, dtype=None, device="cpu", projector=False):
@@ -69,19 +57,6 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
         return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
-
-
-def load_checkpoint(source, operations=torch.nn, attention=None, dtype=None, device="cpu") -> Checkpoint:
-    """All parts of a one-file checkpoint (or of a dict of parts); text encoder and autoencoder are None where there is none."""
-    parts = read_parts(source)
-    parts.check_fit()
-    return Checkpoint(
-        load_transformer(parts, operations, attention, dtype, device),
-        load_text_encoder(parts, dtype, device) if TEXT_ENCODER in parts else None,
-        load_autoencoder(parts, operations, dtype, device) if AUTOENCODER in parts else None,
-        parts.latent_factor,
-        parts.metadata,
-    )
 
 
 def check_tensors(part: Part, model: torch.nn.Module) -> None:

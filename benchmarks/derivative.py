@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tim_core.models.attention import math  # noqa: E402
+from tim_core.models.attention import eager  # noqa: E402
 from tim_core.training.objectives.transition import ObjectiveConfig, transition_loss  # noqa: E402
 from tim_core.transport import OTFM  # noqa: E402
 from tim_core.weights.load import load_transformer  # noqa: E402
@@ -36,7 +36,7 @@ KINDS = {
 class Bench:
     def __init__(self, args: argparse.Namespace):
         self.device = torch.device(args.device)
-        self.model = load_transformer(args.model, attention=math, dtype=torch.float32, device=args.device).train()
+        self.model = load_transformer(args.model, attention=eager, dtype=torch.float32, device=args.device).train()
         self.model.requires_grad_(True)
         config = self.model.config
         factor = read_parts(args.model).latent_factor

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import load_all
 from tim_core.errors import TimError
-from tim_core.files import write_whole
+from tim_core.files import atomic_write
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
 from tim_core.models.text_encoder import TextEncoder, Tokenizer
@@ -435,17 +435,17 @@ def test_a_full_disk_as_safetensors_says_it(one_file, tmp_path, monkeypatch):
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "note.txt"
-    write_whole(path, lambda beside: beside.write_text("first"))
+    atomic_write(path, lambda tmp: tmp.write_text("first"))
 
-    def interrupted(beside):
-        beside.write_text("half")
+    def interrupted(tmp):
+        tmp.write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, interrupted)
+        atomic_write(path, interrupted)
     assert path.read_text() == "first" and [file.name for file in tmp_path.iterdir()] == ["note.txt"]
     for place in (tmp_path / "nowhere" / "x", path / "x", tmp_path / ("x" * 254)):
-        assert str(place) in refused(write_whole, place, lambda beside: beside.write_text("x"))
+        assert str(place) in refused(atomic_write, place, lambda tmp: tmp.write_text("x"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")

@@ -371,7 +371,7 @@ def test_flash_attention_runs_where_its_numbers_are_half(tmp_path, monkeypatch):
     monkeypatch.setitem(attention.BACKENDS, "flash", halves_only)
     assert run([path])[0].is_file() and (tmp_path / "tim" / "sample-00000006.png").is_file()
     path.write_text(path.read_text().replace("steps: 6", "autocast: false, steps: 6"))
-    with pytest.raises(TimError, match="attention: found 'flash', expected math or sdpa with autocast: false"):
+    with pytest.raises(TimError, match="attention: found 'flash', expected eager or sdpa with autocast: false"):
         run([path])
 
 

@@ -164,7 +164,7 @@ def test_attention_by_name(monkeypatch):
     assert attention.get_attention("auto") is attention.get_attention("sdpa") is attention.sdpa
     q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
     weights = (q @ k.transpose(-1, -2) / 2).softmax(-1)
-    for kernel in (attention.sdpa, attention.math):
+    for kernel in (attention.sdpa, attention.eager):
         assert torch.allclose(kernel(q, k, v), (weights @ v).transpose(1, 2).reshape(2, 5, 12), atol=1e-6)
     with pytest.raises(TimError, match="found 'xformers'"):
         attention.get_attention("xformers")

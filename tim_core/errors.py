@@ -10,7 +10,7 @@ def one_line(error: Exception, limit: int | None = 160) -> str:
     return " ".join(str(error).split())[:limit]
 
 
-def misfits(own: Mapping, found: Mapping, optional: Collection[str] = ()) -> str:
+def state_dict_mismatch(own: Mapping, found: Mapping, optional: Collection[str] = ()) -> str:
     """How the tensors `found` differ from a model's `own`; empty if they agree. `optional` ones may be missing.
 
     They must agree in names and shapes, and be floating where the model's are.

@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Calls write(beside) and renames: a reader never sees half a file, and a failure leaves what was there. OSErrors become TimError."""
+def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Calls write(tmp) and renames: a reader never sees half a file, and a failure leaves what was there. OSErrors become TimError."""
     path = Path(path)
-    beside = path.with_name(f"{path.name}.part")
+    tmp = path.with_name(f"{path.name}.part")
     try:
-        beside.unlink(missing_ok=True)
-        beside.touch()
-        mode = stat.S_IMODE(beside.stat().st_mode)
-        write(beside)
-        beside.chmod(mode)  # some writers (safetensors) leave the file to its owner alone
-        os.replace(beside, path)
+        tmp.unlink(missing_ok=True)
+        tmp.touch()
+        mode = stat.S_IMODE(tmp.stat().st_mode)
+        write(tmp)
+        tmp.chmod(mode)  # some writers (safetensors) leave the file to its owner alone
+        os.replace(tmp, path)
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise TimError(f"{path}: cannot be written ({reason}), expected a writable place with room for it") from error
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            tmp.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:

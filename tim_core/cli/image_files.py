@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..errors import TimError
-from ..files import write_whole
+from ..files import atomic_write
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -40,4 +40,4 @@ def read_picture(path: Path):
 
 def write_picture(picture, path: Path) -> None:
     kind = FORMATS[path.suffix.lower()]
-    write_whole(path, lambda beside: picture.save(beside, format=kind, **({} if kind == "PNG" else {"quality": 95})))
+    atomic_write(path, lambda tmp: picture.save(tmp, format=kind, **({} if kind == "PNG" else {"quality": 95})))

@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> None:
     from ..weights import previews
     from ..weights.load import load_autoencoder
     from ..weights.parts import TRANSFORMER, read_parts
-    from ..weights.save import check_target, convert
+    from ..weights.save import check_output_path, convert
 
-    check_target(args.file)
+    check_output_path(args.file)
     parts = read_parts(args.file)
     parts.require(TRANSFORMER)
     autoencoder = load_autoencoder(args.vae or parts)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import TimError
-from ..files import make_folder, write_whole
+from ..files import atomic_write, make_folder
 from ..images import to_pil
 from ..processes import ALONE, Processes
 
@@ -68,8 +68,8 @@ def write_geneval(folder: Path, line: Line, pictures: Sequence) -> None:
     own = folder / f"{line.number:05d}"
     make_folder(own / "samples")
     for k, picture in enumerate(pictures):
-        write_whole(own / "samples" / f"{k:05d}.png", lambda beside: picture.save(beside, format="PNG"))
-    write_whole(own / "metadata.jsonl", lambda beside: beside.write_text(json.dumps(line.metadata), encoding="utf-8"))
+        atomic_write(own / "samples" / f"{k:05d}.png", lambda tmp: picture.save(tmp, format="PNG"))
+    atomic_write(own / "metadata.jsonl", lambda tmp: tmp.write_text(json.dumps(line.metadata), encoding="utf-8"))
 
 
 def write_dpg(folder: Path, line: Line, pictures: Sequence) -> None:
@@ -82,8 +82,8 @@ def write_dpg(folder: Path, line: Line, pictures: Sequence) -> None:
     square = Image.new("RGB", (2 * width, 2 * height))
     for k, picture in enumerate(pictures):
         square.paste(picture, (k % 2 * width, k // 2 * height))
-    write_whole(folder / "metadata" / f"{line.name}.json", lambda beside: beside.write_text(json.dumps(line.metadata), encoding="utf-8"))
-    write_whole(folder / "pictures" / f"{line.name}.png", lambda beside: square.save(beside, format="PNG"))
+    atomic_write(folder / "metadata" / f"{line.name}.json", lambda tmp: tmp.write_text(json.dumps(line.metadata), encoding="utf-8"))
+    atomic_write(folder / "pictures" / f"{line.name}.png", lambda tmp: square.save(tmp, format="PNG"))
 
 
 def make_pictures(
@@ -147,4 +147,4 @@ def _keep_settings(path: Path, settings: dict, processes: Processes) -> None:
             raise TimError(f"{path}: {wrong[0]}: found {found.get(wrong[0])}, expected {settings[wrong[0]]}, or another folder for it")
     processes.wait()
     if processes.first:
-        write_whole(path, lambda beside: beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))
+        atomic_write(path, lambda tmp: tmp.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))

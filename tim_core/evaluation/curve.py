@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import TimError
-from ..files import make_folder, write_whole
+from ..files import atomic_write, make_folder
 from ..processes import ALONE, Processes
 from ..shapes.scenes import TASKS, Prompt, judge, scoring_prompts
 
@@ -224,8 +224,8 @@ def write_report(report: dict, folder: Path, twin: dict | None = None) -> None:
     """report.json and curve.png; TimError if they cannot be written."""
     text = json.dumps(report, indent=2) + "\n"
     picture = draw_curve(report["curve"], twin["curve"] if twin else ())
-    write_whole(folder / "report.json", lambda beside: beside.write_text(text, encoding="utf-8"))
-    write_whole(folder / "curve.png", lambda beside: picture.save(beside, format="PNG"))
+    atomic_write(folder / "report.json", lambda tmp: tmp.write_text(text, encoding="utf-8"))
+    atomic_write(folder / "curve.png", lambda tmp: picture.save(tmp, format="PNG"))
 
 
 def draw_curve(curve: Sequence[dict], twin: Sequence[dict] = (), width: int = 900, height: int = 600):

@@ -18,7 +18,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention written out: it has forward-mode derivatives, and on a CPU a bfloat16 training step is a third shorter."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (weights.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
@@ -32,13 +32,13 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).flatten(2)
 
 
-BACKENDS: dict[str, Attention] = {"math": math, "sdpa": sdpa, "flash": flash}
+BACKENDS: dict[str, Attention] = {"eager": eager, "sdpa": sdpa, "flash": flash}
 
 
 def get_attention(name: str) -> Attention:
     """The backend of a name; "auto" is "sdpa". TimError for another name, or flash without its package."""
     if name != "auto" and name not in BACKENDS:
-        raise TimError(f"attention: found '{name}', expected 'auto', 'sdpa', 'flash' or 'math'")
+        raise TimError(f"attention: found '{name}', expected 'auto', 'sdpa', 'flash' or 'eager'")
     if name == "flash":
         _flash_attn_func()
     return sdpa if name == "auto" else BACKENDS[name]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import TimError, misfits, one_line
+from ..errors import TimError, one_line, state_dict_mismatch
 from ..files import digest
 
 MAX_LENGTH = 256  # tokens of a prompt, <bos> included
@@ -168,7 +168,7 @@ class TextEncoder(nn.Module):
 
     def load(self, state_dict: dict, dtype=None) -> "TextEncoder":
         """Takes over the tensors of `state_dict` (names of Gemma3TextModel); TimError unless every key and shape agrees."""
-        if wrong := misfits(self.transformer.state_dict(), state_dict):
+        if wrong := state_dict_mismatch(self.transformer.state_dict(), state_dict):
             raise TimError(f"text encoder: found {wrong}, expected the tensors of the Gemma-3 text model its config describes")
         tensors = {name: value if dtype is None else value.to(dtype) for name, value in state_dict.items()}
         self.transformer.load_state_dict(tensors, assign=True)

@@ -281,15 +281,15 @@ class TransitionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        narrow = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        normal_init = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
         if self.config.text_dim is not None:
-            narrow += [self.y_embedder.mlp.fc1_g, self.y_embedder.mlp.fc1_x, self.y_embedder.mlp.fc2]
+            normal_init += [self.y_embedder.mlp.fc1_g, self.y_embedder.mlp.fc1_x, self.y_embedder.mlp.fc2]
         else:
-            narrow += [self.y_embedder.embedding_table]
-        for module in narrow:
+            normal_init += [self.y_embedder.embedding_table]
+        for module in normal_init:
             nn.init.normal_(module.weight, std=0.02)
-        closed = [block.adaLN_modulation.fc2 for block in self.blocks] + [self.final_layer.adaLN_modulation.fc2, self.final_layer.linear]
-        for module in closed:
+        zero_init = [block.adaLN_modulation.fc2 for block in self.blocks] + [self.final_layer.adaLN_modulation.fc2, self.final_layer.linear]
+        for module in zero_init:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 

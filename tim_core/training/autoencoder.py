@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import TimError, one_line
-from ..files import write_whole
+from ..files import atomic_write
 from ..models.autoencoder import Autoencoder
 from ..models.config import AutoencoderConfig, StageConfig
 from ..processes import find_processes
@@ -78,7 +78,7 @@ def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
     def export(average, training):
         tensors = {name: value.contiguous() for name, value in average.items()}
         record = {"format": 1, **model.config.record()}
-        write_whole(path, lambda to: save_file(tensors, to, metadata={"tim": json.dumps(record)}))
+        atomic_write(path, lambda to: save_file(tensors, to, metadata={"tim": json.dumps(record)}))
         return path
 
     batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)

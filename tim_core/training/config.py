@@ -29,9 +29,9 @@ def _check_times(p_mean: float, p_std: float, shift_base: int | None) -> None:
 
 def _check_attention(attention: str, objective: ObjectiveConfig, autocast: bool) -> None:
     _check(attention in BACKENDS, "attention", attention, " or ".join(BACKENDS))
-    _check(attention != "flash" or autocast, "attention", attention, "math or sdpa with autocast: false, since flash-attn has no float32")
+    _check(attention != "flash" or autocast, "attention", attention, "eager or sdpa with autocast: false, since flash-attn has no float32")
     _check(attention != "flash" or objective.derivative == "dde" or objective.target != "differential", "attention", attention,
-           "math or sdpa with derivative: jvp, which flash-attn does not have")
+           "eager or sdpa with derivative: jvp, which flash-attn does not have")
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class TransitionTraining:
     freeze_text: bool = False                    # the text model stays what it is in `start`
     text_dropout: float = 0.1
     shift_base: int | None = None                # pixels a side at which times are not shifted (Eq. 50: 1024); none: never shifted
-    attention: str = "math"                      # the fastest on a CPU; or "sdpa" or, on a GPU, "flash"
+    attention: str = "eager"                     # the fastest on a CPU; or "sdpa" or, on a GPU, "flash"
     loop: LoopConfig = LoopConfig()
     data: SizesConfig = SizesConfig()
 
@@ -307,7 +307,7 @@ class FineTuning:
     p_std: float = 1.6
     shift_base: int | None = 1024                # pixels a side at which times are not shifted (Eq. 50); none: never shifted
     objective: ObjectiveConfig = ObjectiveConfig()
-    attention: str = "sdpa"                      # or "flash" on a GPU, or "math"
+    attention: str = "sdpa"                      # or "flash" on a GPU, or "eager"
     dropout: float = 0.1                         # share of captions, or classes, left out
     loop: LoopConfig = LoopConfig()
 

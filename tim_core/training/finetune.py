@@ -16,7 +16,7 @@ from ..processes import Part, find_processes
 from ..transport import OTFM
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
 from ..weights.parts import TRANSFORMER, read_parts
-from ..weights.save import check_target, pack
+from ..weights.save import check_output_path, pack
 from .config import FineTuning, recorded, target, time_shift
 from .draws import draw
 from .folder import VERSION, Encoder, FolderBatches, Kept, class_folders, prepare
@@ -49,7 +49,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     """Runs a `kind: finetune` configuration; returns the safetensors file of the transformer, or of the LoRA."""
     loop, folder, processes = config.loop, Path(config.output).expanduser(), find_processes()
     if config.checkpoint:
-        check_target(config.checkpoint)
+        check_output_path(config.checkpoint)
     sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
     parts = read_parts({name: place for name, place in sources.items() if place} if config.text_encoder or config.autoencoder
                                   else config.model)

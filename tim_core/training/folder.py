@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import TimError, one_line
-from ..files import write_whole
+from ..files import atomic_write
 from ..processes import Processes
 from .config import FolderConfig
 
@@ -217,7 +217,7 @@ class Encoder:
                 raise Broken(str(error)) from error
             tensors = {name: value[0] for name, value in self.look(picture).items()} | {"told": self.told(item.told)}
             tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            write_whole(place, lambda beside: save_file(tensors, beside))
+            atomic_write(place, lambda tmp: save_file(tensors, tmp))
 
 
 def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, processes: Processes) -> list[Item]:

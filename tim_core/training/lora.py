@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import TimError
-from ..files import write_whole
+from ..files import atomic_write
 from .config import LoraConfig
 
 
@@ -48,5 +48,5 @@ def save_lora(weights: dict[str, Tensor], config: LoraConfig, path: Path, record
         if found:
             tensors[f"diffusion_model.{layer}.lora_{rest}"] = value.to(torch.bfloat16).contiguous()
             tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(config.alpha or float(config.rank))
-    write_whole(path, lambda beside: save_file(tensors, beside, metadata={"tim_lora": record}))
+    atomic_write(path, lambda tmp: save_file(tensors, tmp, metadata={"tim_lora": record}))
     return path

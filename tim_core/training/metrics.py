@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from ..files import write_whole
+from ..files import atomic_write
 
 NAME = "metrics.csv"
 
@@ -18,7 +18,7 @@ def log(folder: Path, row: dict, board=None) -> None:
         before = list(rows) if more else []
     if more:  # of a run that another version began
         columns += more
-        write_whole(path, lambda beside: _write_rows(beside, columns, before))
+        atomic_write(path, lambda tmp: _write_rows(tmp, columns, before))
     with path.open("a", newline="") as file:
         csv.DictWriter(file, columns).writerow(row)
     if board is not None:
@@ -35,7 +35,7 @@ def forget_after(folder: Path, step: int) -> None:
         with path.open(newline="") as file:
             columns = (rows := csv.DictReader(file)).fieldnames or []
             kept = [row for row in rows if None not in (*row, *row.values()) and row["step"].isdecimal() and int(row["step"]) <= step]
-        write_whole(path, lambda beside: _write_rows(beside, columns, kept))
+        atomic_write(path, lambda tmp: _write_rows(tmp, columns, kept))
 
 
 def tensorboard(folder: Path, start: int):

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
-from ..errors import TimError, misfits, one_line
-from ..files import write_whole
+from ..errors import TimError, one_line, state_dict_mismatch
+from ..files import atomic_write
 from ..processes import Processes
 from . import metrics
 from .config import LoopConfig
@@ -65,7 +65,7 @@ def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str, option
 
     `optional` ones may be missing, and stay as they are.
     """
-    if wrong := misfits(model.state_dict(), tensors, optional):
+    if wrong := state_dict_mismatch(model.state_dict(), tensors, optional):
         raise TimError(f"{source}: found another architecture ({wrong}), expected that of the training configuration")
     set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
 
@@ -91,7 +91,7 @@ def save(folder: Path, config: LoopConfig, step: int, progress: dict, model, opt
              AVERAGED: {name: value for name, value in weights.items() if name not in names},
              "optimizers": get_optimizer_state_dict(model, optims, options=options)}
     if processes.first:
-        write_whole(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
+        atomic_write(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
         for old in checkpoints(folder)[:-config.keep]:
             old.unlink()
     processes.wait()

@@ -23,7 +23,7 @@ from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenize
 from ..transport import OTFM
 from ..weights import previews
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
-from ..weights.save import check_target, pack
+from ..weights.save import check_output_path, pack
 from .config import TextShape, TransitionTraining, recorded, target, time_shift
 from .draws import draw
 from .loop import compile_blocks, follower, train
@@ -88,7 +88,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
     """Runs a `kind: tim` configuration; returns the one-file checkpoint with the averaged weights."""
     loop, folder = config.loop, Path(config.output).expanduser()
     if config.checkpoint:
-        check_target(config.checkpoint)
+        check_output_path(config.checkpoint)
     autoencoder: Autoencoder = load_autoencoder(
         Path(config.autoencoder).expanduser(), dtype=torch.float32).to(memory_format=torch.channels_last)
     torch.manual_seed(loop.seed)

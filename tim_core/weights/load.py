@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..errors import TimError, misfits, one_line
+from ..errors import TimError, one_line, state_dict_mismatch
 from ..models.text_encoder import TextEncoder, Tokenizer
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
@@ -62,7 +62,7 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
 def check_tensors(part: Part, model: torch.nn.Module) -> None:
     """TimError unless every name and shape of a part is the model's; `model` may be on the meta device."""
     own = model.state_dict()
-    if wrong := misfits(own, part.tensors, _counters(own)):
+    if wrong := state_dict_mismatch(own, part.tensors, _counters(own)):
         raise TimError(f"{part.source}: found {wrong}, expected the tensors of the {TITLES[part.kind]} that its shapes describe")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TimError
-from ..files import write_whole
+from ..files import atomic_write
 from ..models.text_encoder import is_json
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
@@ -90,7 +90,7 @@ def _cast(tensors: StateDict, dtype) -> StateDict:
     return out
 
 
-def check_target(dst: str | Path) -> Path:
+def check_output_path(dst: str | Path) -> Path:
     """A path that a checkpoint can be written to; TimError for a folder, another ending, or a folder that is not there."""
     dst = Path(dst).expanduser()
     if dst.is_dir():
@@ -106,12 +106,12 @@ def _write(tensors: StateDict, dst: str | Path, record: dict) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    def save(beside: Path) -> None:
+    def save(tmp: Path) -> None:
         try:
-            save_file(tensors, beside, metadata={"format": "pt", "tim": json.dumps(record, sort_keys=True)})
+            save_file(tensors, tmp, metadata={"format": "pt", "tim": json.dumps(record, sort_keys=True)})
         except SafetensorError as error:  # so it reports a full disk
             raise OSError(str(error)) from error
 
-    dst = check_target(dst)
-    write_whole(dst, save)
+    dst = check_output_path(dst)
+    atomic_write(dst, save)
     return dst

@@ -292,6 +292,15 @@ def test_presets(comfyui, ratio, megapixels, size):
     assert run_latents(comfyui, graph, latent)[0].shape == (1, 16, size[1] // 8, size[0] // 8)
 
 
+def test_an_aspect_ratio_that_is_not_offered_is_refused_once(comfyui):
+    """The editor's first name for "custom" among them, which workflows saved with it still hold."""
+    for ratio in ("as below", "7:5"):
+        graph = Graph()
+        sizes = dict(megapixels="1", width=64, height=64, batch_size=1)
+        message = refusal(comfyui, graph, graph.add("TiMEmptyLatent", model=graph.model, aspect_ratio=ratio, **sizes))
+        assert ratio in message and "custom" in message and "16:9" in message
+
+
 # Upscaling
 
 

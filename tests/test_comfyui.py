@@ -414,6 +414,14 @@ def test_wrong_file_is_one_line(comfyui, tiny, tmp_path):
     assert "\n" not in message and "web page" in message
 
 
+def test_an_error_names_its_kind_without_the_path_of_the_pack(comfyui):
+    graph = Graph()
+    graph.save(graph.tim(start=0.2, end=0.8))
+    messages = comfyui.wait(comfyui.queue(graph.prompt))["status"]["messages"]
+    (error,) = (message for kind, message in messages if kind == "execution_error")
+    assert error["exception_type"] == "tim_core.errors.TimError" and error["node_type"] == "TiMSampler"
+
+
 def test_unknown_file_is_refused(comfyui):
     message = refusal(comfyui, graph := Graph("nowhere.safetensors"), graph.empty())
     assert "nowhere.safetensors" in message

@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 class TimError(ValueError):
     """Something the user gave cannot be used; the message is one line: the thing, what was found, what was expected."""
 
+    __module__ = "tim_core.errors"  # ComfyUI imports the pack under its path, and shows an error's module to the user
+
 
 def one_line(error: Exception, limit: int | None = 160) -> str:
     """Another library's message, fit to stand inside ours."""

@@ -114,7 +114,7 @@ def test_shapes_tell_the_architecture(pair):
 @pytest.mark.parametrize("seed", range(3))
 def test_overlap_leaves_no_seam(seed):
     """A picture of flat areas, in the bundled model's own world: blended tiles are the whole decode within 0.2 of its range of 2."""
-    from tim_core.shapes import scenes
+    from tim_core.shapes import detector, scenes
     from tim_core.weights.load import load_autoencoder
 
     rng = np.random.default_rng(seed)
@@ -125,14 +125,14 @@ def test_overlap_leaves_no_seam(seed):
     whole, blended, cut = model.decode(z), model.tiled_decode(z, tile=128, stride=96), model.tiled_decode(z, tile=128, stride=128)
     assert 0 < (whole - blended).abs().max() < 0.2 and (whole - blended).abs().mean() < 0.003
     assert (whole - cut).abs().max() > 3 * (whole - blended).abs().max()   # what the overlap is for
-    assert scenes.judge(prompt, ((blended[0] + 1) / 2).clamp(0, 1).movedim(0, -1).numpy())
+    assert detector.judge(prompt, ((blended[0] + 1) / 2).clamp(0, 1).movedim(0, -1).numpy())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["single", "two", "counting", "colors", "position", "attribution"])
 def test_the_bundled_autoencoder_keeps_pictures_right(task):
     """shapes-task: the detector passes at least 97 % of reconstructed truth. n = 120 a task, seed 5, 64 x 64."""
-    from tim_core.shapes import scenes
+    from tim_core.shapes import detector, scenes
     from tim_core.weights.load import load_autoencoder
 
     rng = np.random.default_rng(5)
@@ -140,7 +140,7 @@ def test_the_bundled_autoencoder_keeps_pictures_right(task):
     prompts = [scenes.sample_prompt(rng, task) for _ in range(120)]
     truth = np.stack([scenes.render(scenes.place(rng, prompt)) for prompt in prompts])
     shown = model.decode(model.encode(torch.from_numpy(truth).movedim(-1, 1) * 2 - 1)).add(1).div(2).clamp(0, 1).movedim(1, -1).numpy()
-    assert np.mean([scenes.judge(prompt, picture) for prompt, picture in zip(prompts, shown)]) >= 0.97
+    assert np.mean([detector.judge(prompt, picture) for prompt, picture in zip(prompts, shown)]) >= 0.97
 
 
 def test_the_wrong_sizes_are_named(pair):

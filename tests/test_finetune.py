@@ -20,7 +20,7 @@ from tim_core.errors import TimError
 from tim_core.images import to_pil
 from tim_core.models.config import TransformerConfig
 from tim_core.models.transformer import TransitionTransformer
-from tim_core.shapes import scenes
+from tim_core.shapes import detector, scenes
 from tim_core.training import folder as pictures
 from tim_core.training import loop, run
 from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
@@ -286,7 +286,7 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
         if strength is not None:
             graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=name, strength_model=strength)
         pictures = run_pictures(comfyui, graph, graph.stock(graph.empty(batch_size=8), graph.text(prompt), seed=3, steps=8))
-        found = [scenes.detect(picture.numpy().astype(np.uint8)) for picture in pictures]
+        found = [detector.detect(picture.numpy().astype(np.uint8)) for picture in pictures]
         return [max(objects, key=lambda one: one.radius).color if objects else None for objects in found]
 
     assert colors("a amber circle", 1.0).count("yellow") >= 7

@@ -18,7 +18,8 @@ from tim_core.models.text_encoder import TextEncoder
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.sampler import sample
 from tim_core.schedule import uniform
-from tim_core.shapes.scenes import RELATIONS, TASKS, Prompt, Thing, judge
+from tim_core.shapes.detector import judge
+from tim_core.shapes.scenes import RELATIONS, TASKS, Prompt, Thing
 from tim_core.weights.parts import BUNDLED
 from tim_core.weights.save import pack
 

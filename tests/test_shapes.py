@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from tim_core.shapes.detector import detect, judge
 from tim_core.shapes.scenes import (
     BACKGROUND,
     COLORS,
@@ -17,8 +18,6 @@ from tim_core.shapes.scenes import (
     Prompt,
     Thing,
     coverage,
-    detect,
-    judge,
     place,
     render,
     sample_prompt,

@@ -14,7 +14,8 @@ import torch
 from ..errors import TimError
 from ..files import atomic_write, make_folder
 from ..processes import ALONE, Processes
-from ..shapes.scenes import TASKS, Prompt, judge, scoring_prompts
+from ..shapes.detector import judge
+from ..shapes.scenes import TASKS, Prompt, scoring_prompts
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 NAMES = ("name", "version")  # of what a report says of the model: nothing that pictures depend on

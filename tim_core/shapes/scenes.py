@@ -1,4 +1,4 @@
-"""The small world TiM-Shapes: scenes, captions, a renderer, and an exact detector that scores pictures as GenEval does."""
+"""The small world TiM-Shapes: scenes, captions and a renderer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ TRAINING_FORMS = {
 
 MIN_RADIUS, MAX_RADIUS = 0.12, {1: 0.30, 2: 0.24, 3: 0.20, 4: 0.17}  # of the shorter side, by number of objects
 GAP = 0.03                                                           # between bounding boxes, of the shorter side
-SPECK = 8 / (64 * 64)                                                # components below this share of the picture are ignored
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def place(rng: np.random.Generator, prompt: Prompt, width: int = 64, height: int
         x, y = rng.uniform(r, width - r), rng.uniform(r, height - r)
         fits = _apart(x, y, r, side * GAP)
         if prompt.relation is not None:
-            fits &= _related(prompt.relation, x, y, r.max(-1))
+            fits &= relation_holds(prompt.relation, x, y, r.max(-1))
         if fits.any():
             i = fits.argmax()
             return [Placed(t.shape, t.color or c, *map(float, p)) for t, c, *p in zip(prompt.things, free, x[i], y[i], r[i])]
@@ -107,7 +106,7 @@ def _apart(x, y, r, gap: float) -> np.ndarray:
     return np.all(distance - (r[..., i] + r[..., j]) >= gap, axis=-1)
 
 
-def _related(relation: str, x, y, margin):
+def relation_holds(relation: str, x, y, margin):
     dx, dy = x[..., 1] - x[..., 0], y[..., 1] - y[..., 0]
     return {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation] >= margin
 
@@ -131,80 +130,6 @@ def render(scene: list[Placed], width: int = 64, height: int = 64) -> np.ndarray
         alpha = coverage(thing.shape, thing.x, thing.y, thing.radius, width, height)[..., None].astype(np.float32)
         image += alpha * (np.float32(COLORS[thing.color]) - image)
     return image / 255
-
-
-def detect(image: np.ndarray) -> list[Placed]:
-    """Finds every component of a picture (height, width, 3; float in [0, 1] or uint8) larger than a speck.
-
-    A component that is no clean object of the world (a foreign or mixed colour, no shape that fits) has shape or color None.
-    """
-    from scipy import ndimage
-
-    pixels = np.asarray(image, np.float32) * (1.0 if image.dtype == np.uint8 else 255.0) - np.float32(BACKGROUND)
-    palette = np.float32(list(COLORS.values())) - np.float32(BACKGROUND)
-    alpha = np.clip(pixels @ palette.T / (palette ** 2).sum(1), 0, 1)                        # (H, W, colours)
-    residual = np.linalg.norm(pixels[..., None, :] - alpha[..., None] * palette, axis=-1)    # (H, W, colours)
-    nearest = residual.argmin(-1)
-    share = np.take_along_axis(alpha, nearest[..., None], -1)[..., 0]
-    solid = (share >= 0.5) | (np.linalg.norm(pixels, axis=-1) > 100)
-    labels, n = ndimage.label(solid, np.ones((3, 3)))
-    found = []
-    for i, box in enumerate(ndimage.find_objects(labels), 1):
-        part = labels == i
-        if part.sum() < SPECK * part.size:
-            continue
-        (y0, y1), (x0, x1) = [(s.start, s.stop) for s in box]
-        x, y, radius = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0 + y1 - y0) / 4
-        color = _color(pixels, nearest, part, palette)
-        shape = None
-        if color is not None and abs((x1 - x0) - (y1 - y0)) <= max(2.0, 0.2 * radius):
-            near = ndimage.binary_dilation(part, np.ones((3, 3)), 2)
-            shape = _shape(alpha[..., list(COLORS).index(color)] * near, x, y, radius)
-        found.append(Placed(shape, color, x, y, radius))
-    return found
-
-
-def _color(pixels, nearest, part, palette) -> str | None:
-    from scipy import ndimage
-    core = ndimage.binary_erosion(part, np.ones((3, 3)))
-    core = core if core.sum() >= 4 else part
-    index = np.bincount(nearest[core], minlength=len(palette)).argmax()
-    clean = np.linalg.norm(pixels[core] - palette[index], axis=-1) < 60
-    return list(COLORS)[index] if clean.mean() >= 0.9 else None
-
-
-def _shape(alpha, x, y, radius) -> str | None:
-    height, width = alpha.shape
-
-    def overlap(shape):  # soft intersection over union, best of a small search round the bounding box
-        best = 0.0
-        for r in (radius - 0.5, radius, radius + 0.5):
-            for dy in (-0.5, 0.0, 0.5):
-                truth = coverage(shape, x, y + dy, r, width, height)
-                best = max(best, float(np.minimum(alpha, truth).sum() / np.maximum(alpha, truth).sum()))
-        return best
-
-    score, shape = max((overlap(s), s) for s in SHAPES)
-    return shape if score >= 0.86 else None
-
-
-def judge(prompt: Prompt, image: np.ndarray) -> bool:
-    """True when the picture holds exactly what the prompt asks for and nothing more (shapes-task: The score)."""
-    found = detect(image)
-    if len(found) != len(prompt.things) or any(f.shape is None or f.color is None for f in found):
-        return False
-    if "counting" in prompt.task:
-        same = {(f.shape, f.color) for f in found}
-        return len(same) == 1 and all(_fits(t, f) for t, f in zip(prompt.things, found))
-    for order in (found, found[::-1]):
-        if all(_fits(t, f) for t, f in zip(prompt.things, order)):
-            x, y = np.array([f.x for f in order]), np.array([f.y for f in order])
-            return prompt.relation is None or _related(prompt.relation, x, y, 1e-6)
-    return False
-
-
-def _fits(thing: Thing, found: Placed) -> bool:
-    return found.shape == thing.shape and thing.color in (None, found.color)
 
 
 def scoring_prompts(task: str, n: int, seed: int) -> list[Prompt]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_training import autoencoder_yaml, tim_yaml
 from tim_core.errors import TimError
-from tim_core.processes import Part
+from tim_core.processes import Shard
 from tim_core.training import run
 
 pytest.importorskip("accelerate", reason="no accelerate found (`pip install accelerate` gets it)")
@@ -191,13 +191,13 @@ def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
 
 
 def test_parts_of_a_batch():
-    parts = [Part(index, 3) for index in range(3)]
-    assert [part.of(list(range(7))) for part in parts] == [[0, 3, 6], [1, 4], [2, 5]]
-    assert sum(part.share(7) for part in parts) == pytest.approx(3)
-    means = [sum(part.of(list(range(7)))) / len(part.of(list(range(7)))) for part in parts]
-    assert sum(mean * part.share(7) for mean, part in zip(means, parts)) / 3 == pytest.approx(3)
+    shards = [Shard(index, 3) for index in range(3)]
+    assert [shard.take(list(range(7))) for shard in shards] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert sum(shard.loss_weight(7) for shard in shards) == pytest.approx(3)
+    means = [sum(shard.take(list(range(7)))) / len(shard.take(list(range(7)))) for shard in shards]
+    assert sum(mean * shard.loss_weight(7) for mean, shard in zip(means, shards)) / 3 == pytest.approx(3)
     with pytest.raises(TimError, match="batch of 2 for 3"):
-        parts[0].share(2)
+        shards[0].loss_weight(2)
 
 
 def test_a_lora_in_two_processes(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The processes of a command that `accelerate launch` started several times, and which part of the work is whose."""
+"""The processes of a distributed command, and which part of the work each of them does."""
 
 import os
 from collections.abc import Sequence
@@ -11,17 +11,18 @@ from .errors import TimError
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of `count` parts of a batch: every count-th item, from `index` on. The first items of the batch are the first of its parts."""
+class Shard:
+    """One of `count` interleaved parts of a batch: items index, index + count, index + 2 count, ..."""
 
     index: int = 0
     count: int = 1
 
-    def of(self, items: Sequence | Tensor):
+    def take(self, items: Sequence | Tensor):
+        """The items of this shard, in their order."""
         return items[self.index :: self.count]
 
-    def share(self, total: int) -> float:
-        """What the mean over this part counts in a mean of the parts' means, so that every item of `total` counts alike."""
+    def loss_weight(self, total: int) -> float:
+        """Weight of this shard's mean in the mean over shards, such that all `total` items count equally. TimError for an empty shard."""
         if total < self.count:
             raise TimError(f"training: found a batch of {total} for {self.count} processes or accumulated parts, expected at least as many")
         return len(range(self.index, total, self.count)) * self.count / total
@@ -29,35 +30,38 @@ class Part:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share a run: this one is number `index` of `count`."""
+    """The processes of a run; this one is number `index` of `count` and computes on `device`."""
 
     index: int
     count: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this process writes files and messages."""
         return self.index == 0
 
-    def own(self, items: Sequence) -> Sequence:
-        """This process's share of independent items."""
+    def shard(self, items: Sequence) -> Sequence:
+        """The items of independent work that this process does."""
         return items[self.index :: self.count]
 
-    def parts(self, accumulate: int = 1) -> list[Part]:
-        """The parts of every batch that are this process's."""
-        return [Part(self.index + self.count * k, self.count * accumulate) for k in range(accumulate)]
+    def shards(self, accumulate: int = 1) -> list[Shard]:
+        """The shards of a batch that this process computes, one after another."""
+        return [Shard(self.index + self.count * k, self.count * accumulate) for k in range(accumulate)]
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """The sum of a tensor over all processes."""
         if self.count > 1:
             value = value.to(self.device, copy=True)
             torch.distributed.all_reduce(value)
         return value
 
     def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
         return self.total(value) / self.count
 
     def wait(self) -> None:
+        """Blocks until every process has called it."""
         if self.count > 1:
             torch.distributed.barrier()
 

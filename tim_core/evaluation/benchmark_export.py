@@ -107,7 +107,7 @@ def make_pictures(
         raise TimError(f"layout: found {images} pictures of {width}x{height}, expected 4 square ones for dpg: its evaluator cuts a square")
     lines, folder = read_prompts(prompts, named=layout == "dpg"), Path(output).expanduser()
     bare = [line for line in lines if not {"tag", "include"} <= line.metadata.keys()]
-    if layout == "geneval" and bare and processes.first:
+    if layout == "geneval" and bare and processes.is_main:
         first = repr(bare[0].prompt[:40])
         logging.warning(f'{prompts}: {len(bare)} lines have no "tag" and "include", first {first}: GenEval cannot judge them')
     make_folder(folder)
@@ -121,8 +121,8 @@ def make_pictures(
     files = {"geneval": lambda line: [geneval(line) / name for name in ("metadata.jsonl", *samples)],
              "dpg": lambda line: [square(line)]}[layout]
     write = {"geneval": write_geneval, "dpg": write_dpg}[layout]
-    left = [line for line in processes.own(lines) if not all(file.is_file() for file in files(line))]
-    with tqdm(total=len(left), unit="prompt", disable=not (progress and processes.first)) as bar:
+    left = [line for line in processes.shard(lines) if not all(file.is_file() for file in files(line))]
+    with tqdm(total=len(left), unit="prompt", disable=not (progress and processes.is_main)) as bar:
         for line in left:
             made = []
             for start in range(0, images, batch):
@@ -146,5 +146,5 @@ def _keep_settings(path: Path, settings: dict, processes: Processes) -> None:
         if wrong:
             raise TimError(f"{path}: {wrong[0]}: found {found.get(wrong[0])}, expected {settings[wrong[0]]}, or another folder for it")
     processes.wait()
-    if processes.first:
+    if processes.is_main:
         atomic_write(path, lambda tmp: tmp.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))

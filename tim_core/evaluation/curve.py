@@ -50,7 +50,7 @@ def score(
     """
     right = torch.zeros(len(wanted))
     order = sorted(range(len(wanted)), key=lambda i: len(wanted[i].prompt.text.split()))  # equal lengths run together
-    own = processes.own(order)
+    own = processes.shard(order)
     for start in range(0, len(own), batch):
         some = own[start : start + batch]
         noise = torch.cat([pipe.noise(1, width, height, wanted[i].seed) for i in some])
@@ -162,13 +162,13 @@ def evaluate(
 
     def keep() -> None:
         _compare(wanted, report, other)
-        if folder is not None and processes.first:
+        if folder is not None and processes.is_main:
             write_report(report, folder, other)
 
     if report["curve"]:
         keep()  # the twin may be another one now
     left = [count for count in steps if count not in {point["steps"] for point in report["curve"]}]
-    with tqdm(total=len(processes.own(wanted)) * len(left), unit="picture", disable=not (progress and processes.first)) as bar:
+    with tqdm(total=len(processes.shard(wanted)) * len(left), unit="picture", disable=not (progress and processes.is_main)) as bar:
         for count in left:
             guided = cfg if count > 1 else 1.0
             bar.set_description(f"{count} step{'s' if count > 1 else ''}")

@@ -33,7 +33,7 @@ def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
 
 
 def losses(model: nn.Module, pictures: Tensor, noise: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
-    """L1 of the decoded latent with `noise` on it, plus the distance of each latent channel from mean 0 and variance 1 (of this part)."""
+    """L1 of the decoded latent with `noise` on it, plus the distance of each latent channel from mean 0 and variance 1 (of this shard)."""
     latent = model.encode(pictures).float()
     decoded = model.decode(latent + noise.to(latent)).float()
     error = (decoded - pictures).abs().mean()
@@ -57,15 +57,15 @@ def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
         begin_from(model, load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32).state_dict(), config.start)
     model.encoder.requires_grad_(not config.freeze_encoder)
 
-    def loss_of(model, average, batch, step, part):
+    def loss_of(model, average, batch, step, shard):
         device = next(model.parameters()).device
-        pictures = part.of(batch[0]).to(device).contiguous(memory_format=torch.channels_last)
+        pictures = shard.take(batch[0]).to(device).contiguous(memory_format=torch.channels_last)
         total, factor = len(batch[0]), model.config.factor
         level = torch.rand(total, 1, 1, 1) * config.latent_noise
         noise = level * torch.randn(total, config.latent_channels, *(side // factor for side in pictures.shape[2:]))
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
-            found = losses(model, pictures, part.of(noise), config)
-        return {name: value * part.share(total) for name, value in found.items()}
+            found = losses(model, pictures, shard.take(noise), config)
+        return {name: value * shard.loss_weight(total) for name, value in found.items()}
 
     def sample(average, step):
         held_out = ShapesBatches(config.data, 8, loop.seed + 1)[0][0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..processes import Part
+from ..processes import Shard
 from ..transport import Transport
 from .objectives.transition import ObjectiveConfig, draw_times, sample_times
 
@@ -23,17 +23,17 @@ class Draws:
     n_diffusion: int
     between: Tensor
 
-    def of(self, part: Part, device: torch.device) -> "Draws":
+    def of(self, shard: Shard, device: torch.device) -> "Draws":
         """The part's own, on its device."""
-        tensors = {name: part.of(getattr(self, name)).to(device) for name in ("noise", "t", "r", "between")}
-        return replace(self, dropped=part.of(self.dropped), n_diffusion=len(part.of(range(self.n_diffusion))), **tensors)
+        tensors = {name: shard.take(getattr(self, name)).to(device) for name in ("noise", "t", "r", "between")}
+        return replace(self, dropped=shard.take(self.dropped), n_diffusion=len(shard.take(range(self.n_diffusion))), **tensors)
 
-    def errors(self, error: Tensor, part: Part) -> dict[str, Tensor]:
+    def errors(self, error: Tensor, shard: Shard) -> dict[str, Tensor]:
         """Mean errors of the whole batch's items with r = t, and of its transitions, from those of a part's items, before their weights."""
-        first, total = len(part.of(range(self.n_diffusion))), len(self.dropped)
+        first, total = len(shard.take(range(self.n_diffusion))), len(self.dropped)
         diffusion, transition = error.detach()[:first].sum(), error.detach()[first:].sum()
-        return {"diffusion": diffusion * part.count / max(1, self.n_diffusion),
-                "transition": transition * part.count / max(1, total - self.n_diffusion)}
+        return {"diffusion": diffusion * shard.count / max(1, self.n_diffusion),
+                "transition": transition * shard.count / max(1, total - self.n_diffusion)}
 
 
 def draw(shape: Sequence[int], dropout: float, transport: Transport, objective: ObjectiveConfig, shift: float) -> Draws:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..errors import TimError
 from ..files import digest
 from ..models.attention import get_attention
-from ..processes import Part, find_processes
+from ..processes import Shard, find_processes
 from ..transport import OTFM
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
 from ..weights.parts import TRANSFORMER, read_parts
@@ -90,7 +90,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
     if text is not None:
         text.cpu()  # all that it had to say is in the cache
     batches = FolderBatches(config.data, items, encode, loop.batch, loop.seed, processes.count * loop.accumulate)
-    if processes.first:
+    if processes.is_main:
         tqdm.write(f"{config.data.path}: {batches}", file=sys.stderr)
         if labels and (classes := class_folders(config.data)):
             tqdm.write("classes: " + ", ".join(f"{number} {folder.name}" for number, folder in enumerate(classes)), file=sys.stderr)
@@ -99,7 +99,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
         torch.manual_seed(loop.seed)
         add_lora(model.transformer, config.lora)
 
-    def loss_of(model: Conditional, average: Conditional, batch: Kept, step: int, part: Part) -> dict[str, Tensor]:
+    def loss_of(model: Conditional, average: Conditional, batch: Kept, step: int, shard: Shard) -> dict[str, Tensor]:
         latents, told, features = batch
         total, device = len(latents), next(model.parameters()).device
         height, width = latents.shape[2] * factor, latents.shape[3] * factor
@@ -108,7 +108,7 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
             y = torch.stack([null if drop else number for drop, number in zip(drawn.dropped, told)])
         else:
             y = padded(told, null, drawn.dropped)
-        latents, y, own = part.of(latents).to(device), part.of(y).to(device), drawn.of(part, device)
+        latents, y, own = shard.take(latents).to(device), shard.take(y).to(device), drawn.of(shard, device)
         taught: dict = {}
         if config.objective.enhance_target or config.objective.target == "composed":
             taught["ema_model"] = average.transformer
@@ -116,12 +116,12 @@ def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = No
             nothing = null.expand(len(y)) if labels else padded([null] * len(y), null, [False] * len(y), y.shape[1])
             taught["y_null"] = nothing.to(device)
         if features is not None:
-            taught["h_target"] = part.of(features).to(device)
+            taught["h_target"] = shard.take(features).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
             losses = transition_loss(
                 model.transformer, latents, own.noise, y, transport=transport, config=config.objective,
                 times=(own.t, own.r, own.n_diffusion), transitions=drawn.n_diffusion < total, between=own.between, **taught)
-        return {"loss": losses.total * part.share(total), **drawn.errors(losses.denoising_loss, part)}
+        return {"loss": losses.total * shard.loss_weight(total), **drawn.errors(losses.denoising_loss, shard)}
 
     def show(average: Conditional, step: int) -> Image.Image:
         """The first four pictures' prompts at their size, in 1, 4 and 16 steps."""

@@ -245,8 +245,8 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
         fitted.append(Item(item.file, item.told, *size))
     fitted = similar_sizes(fitted, config.least)
     encode.cache.mkdir(parents=True, exist_ok=True)
-    own = processes.own(list({encode.place(item): item for item in fitted}.values()))  # the same twice is one in the cache
-    for item in tqdm(own, desc="encode", unit="picture", disable=not processes.first):
+    own = processes.shard(list({encode.place(item): item for item in fitted}.values()))  # the same twice is one in the cache
+    for item in tqdm(own, desc="encode", unit="picture", disable=not processes.is_main):
         try:
             encode.keep(item)
         except Broken as error:
@@ -255,11 +255,11 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     usable = [item for item in fitted if encode.place(item).is_file()]  # files of the cache are written whole
     if not usable:
         raise TimError(f"{config.path}: found no usable picture of {len(items)}, expected some ({', '.join(ENDINGS)})")
-    if processes.first and len(usable) < len(items):
+    if processes.is_main and len(usable) < len(items):
         logging.warning(f"{config.path}: {len(items) - len(usable)} of {len(items)} pictures were left out")
     return usable
 
 
 def _skip(item: Item, reason: str, processes: Processes) -> None:
-    if processes.first:
+    if processes.is_main:
         logging.warning(f"{item.file}: left out ({reason})")

@@ -22,7 +22,7 @@ from ..errors import TimError
 from ..files import digest
 from ..models.text_encoder import TextEncoder
 from ..models.transformer import Block, TransitionTransformer
-from ..processes import Part, Processes, find_processes
+from ..processes import Processes, Shard, find_processes
 from . import metrics
 from .config import LoopConfig
 from .objectives.matching import MatchingConfig
@@ -37,8 +37,8 @@ def learning_rate(config: LoopConfig, step: int, begins: int = 0) -> float:
         return (step + 1) / config.warmup
     if config.schedule == "constant":
         return 1.0
-    part = (step - config.warmup) / max(1, config.steps - begins - config.warmup)
-    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+    progress = (step - config.warmup) / max(1, config.steps - begins - config.warmup)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def optimizers(config: LoopConfig, model: nn.Module, matching: MatchingConfig | None = None) -> list[torch.optim.Optimizer]:
@@ -81,11 +81,11 @@ class Step(nn.Module):
         self.model, self.loss_of = model, loss_of
         object.__setattr__(self, "average", average)  # not a submodule: it has no gradients
 
-    def forward(self, batch, step: int, part: Part) -> dict[str, Tensor]:
-        return self.loss_of(self.model, self.average, batch, step, part)
+    def forward(self, batch, step: int, shard: Shard) -> dict[str, Tensor]:
+        return self.loss_of(self.model, self.average, batch, step, shard)
 
 
-LossOf = Callable[[nn.Module, nn.Module, object, int, Part], dict[str, Tensor]]
+LossOf = Callable[[nn.Module, nn.Module, object, int, Shard], dict[str, Tensor]]
 Export = Callable[[dict[str, Tensor], dict], Path]
 
 
@@ -94,7 +94,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
           matching: MatchingConfig | None = None, teacher: nn.Module | None = None) -> Path:
     """Trains `model` to `config.steps` and returns what the last export wrote. TimError where `config.seconds` ended the run before.
 
-    batches[k] is the batch of step k; loss_of(model, averaged model, batch, k, part) gives named scalars, means over that part of the
+    batches[k] is the batch of step k; loss_of(model, averaged model, batch, k, shard) gives named scalars, means over that part of the
     batch, of which "loss" is minimised. At every checkpoint sample(averaged model, k) draws pictures and export(averaged weights, record)
     writes the model. `settings`, the configuration, goes into that record. Checkpoints and metrics.csv go to `folder`; a run found there
     is resumed, by as many processes as there are now, if its `teacher` was the same.
@@ -125,27 +125,27 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
         prefetch_factor=4 if config.workers else None, persistent_workers=False)
-    parts = processes.parts(config.accumulate)
+    shards = processes.shards(config.accumulate)
     critic = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("critic.")]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("critic.")}
     followers = [p for name, p in average.named_parameters() if name in parameters]
     began, made, pictures = time.monotonic(), None, 0
-    board = metrics.tensorboard(folder, start) if processes.first else None
+    board = metrics.tensorboard(folder, start) if processes.is_main else None
     model.train()
-    with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not processes.first) as bar:
+    with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not processes.is_main) as bar:
         for step, batch in enumerate(loader, start):
             factor = learning_rate(config, step)
             for optimizer in optims:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * learning_rate(config, step, group["begins"])
             losses: dict[str, Tensor] = {}
-            for part in parts:
+            for shard in shards:
                 torch.manual_seed(config.seed * 1_000_003 + step)  # of the whole batch: every part draws it, and takes its own
-                synchronise(step_loss, pieces, part is parts[-1])
-                some = step_loss(batch, step, part)
-                (some["loss"] / len(parts)).backward()
+                synchronise(step_loss, pieces, shard is shards[-1])
+                some = step_loss(batch, step, shard)
+                (some["loss"] / len(shards)).backward()
                 for name, value in some.items():
-                    losses[name] = losses.get(name, 0.0) + value.detach().float() / len(parts)
+                    losses[name] = losses.get(name, 0.0) + value.detach().float() / len(shards)
             losses["grad_norm"] = _clip(parameters.values(), config.clip)
             if critic:
                 losses["critic_norm"] = _clip(critic, config.clip)
@@ -173,7 +173,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
                 elapsed = begun.seconds + time.monotonic() - began
                 rate = pictures / (time.monotonic() - began)
                 row = {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row}
-                if processes.first:
+                if processes.is_main:
                     metrics.log(folder, row, board)
                 values = [f"{name} {row[name]:.4f}" for name in ("loss", "diffusion") if name in row]
                 bar.set_postfix_str(f"{', '.join(values)}, {rate:.0f} samples/s")
@@ -183,7 +183,7 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
                             "changed": begun.changed, "totals": {name: value * counted for name, value in means.items()} if counted else {}}
                 save(folder, config, done, progress, model, optims, weights, processes)
                 shown = sample(average, done)  # every process draws: slices of the weights are everywhere
-                if processes.first:
+                if processes.is_main:
                     shown.save(folder / f"sample-{done:08d}.png")
                 made = _export(export, weights, record(done), processes)
             if late and done < config.steps:
@@ -234,7 +234,7 @@ def _clip(parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
 
 def _export(export: Export, weights: dict[str, Tensor], record: dict, processes: Processes) -> Path | None:
     """The file that the first process writes; None in the others."""
-    made = export(weights, record) if processes.first else None
+    made = export(weights, record) if processes.is_main else None
     processes.wait()
     return made
 
@@ -253,6 +253,6 @@ def gathered(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
     found = {}
     for name, p in model.named_parameters():
         value = whole(p)
-        if processes.first:
+        if processes.is_main:
             found[name] = value
     return found

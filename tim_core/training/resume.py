@@ -90,7 +90,7 @@ def save(folder: Path, config: LoopConfig, step: int, progress: dict, model, opt
     state = {"step": step, **progress, "model": get_model_state_dict(model, options=options),
              AVERAGED: {name: value for name, value in weights.items() if name not in names},
              "optimizers": get_optimizer_state_dict(model, optims, options=options)}
-    if processes.first:
+    if processes.is_main:
         atomic_write(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
         for old in checkpoints(folder)[:-config.keep]:
             old.unlink()
@@ -101,7 +101,7 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
     """Takes up the newest checkpoint, if any. TimError where it is none of this run."""
     found = checkpoints(folder)
     if not found:
-        if processes.first:
+        if processes.is_main:
             metrics.forget_after(folder, 0)  # of a run that was killed before its first checkpoint
         return Begun()
     try:
@@ -131,7 +131,7 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
         for group, own in zip(optimizer.param_groups, groups):
             group.update(own)  # the configuration's, not those of the checkpoint
     set_model_state_dict(average, state[AVERAGED], options=StateDictOptions(full_state_dict=True, strict=False))
-    if processes.first:
+    if processes.is_main:
         metrics.forget_after(folder, state["step"])
         tqdm.write(f"{'finished already:' if ended else 'resumed'} {found[-1]}", file=sys.stderr)
         for key, (a, b) in other.items():

@@ -16,7 +16,7 @@ from ..models.autoencoder import Autoencoder
 from ..models.config import TransformerConfig
 from ..models.text_encoder import TextEncoder, Tokenizer
 from ..models.transformer import TransitionTransformer
-from ..processes import Part, find_processes
+from ..processes import Shard, find_processes
 from ..shapes import scenes
 from ..shapes.batches import ShapesBatches, render_samples
 from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
@@ -61,11 +61,11 @@ class TextToImage(nn.Module):
         return self.text.encode_ids(ids[:, :length].to(device), mask[:, :length].to(device))
 
 
-def count_of(key: str, share: float, total: int, part: Part) -> int:
+def count_of(key: str, share: float, total: int, shard: Shard) -> int:
     """How many of a batch's items a share is. TimError where some processes or accumulated parts would get none."""
     count = max(1, round(share * total))
-    if count < part.count:
-        raise TimError(f"training config: {key}: found {count} of a batch for {part.count} processes or accumulated parts, expected at "
+    if count < shard.count:
+        raise TimError(f"training config: {key}: found {count} of a batch for {shard.count} processes or accumulated parts, expected at "
                        "least as many")
     return count
 
@@ -115,7 +115,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
     coder = copy.deepcopy(autoencoder)  # goes to the device of the run
     factor, channels = autoencoder.config.factor, autoencoder.config.latent_channels
 
-    def loss_of(model: TextToImage, average: TextToImage, batch: tuple[Tensor, list[str]], step: int, part: Part) -> dict[str, Tensor]:
+    def loss_of(model: TextToImage, average: TextToImage, batch: tuple[Tensor, list[str]], step: int, shard: Shard) -> dict[str, Tensor]:
         pictures, prompts = batch
         objective, total = config.objective_at(step), len(prompts)
         device = next(model.parameters()).device
@@ -124,16 +124,16 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
         drawn = draw(shape, config.text_dropout, transport, objective, time_shift(*pictures.shape[2:], config.shift_base))
         jumps = trajectories = None
         if config.matching:
-            jumps = draw_matching((count_of("matching.share", config.matching.share, total, part), *shape[1:]), config.matching)
+            jumps = draw_matching((count_of("matching.share", config.matching.share, total, shard), *shape[1:]), config.matching)
         if config.distillation:
-            count = count_of("distillation.share", config.distillation.share, total, part)
+            count = count_of("distillation.share", config.distillation.share, total, shard)
             trajectories = draw_distillation((count, *shape[1:]), config.distillation)
-        share, own = part.share(total), drawn.of(part, device)
+        share, own = shard.loss_weight(total), drawn.of(shard, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
             told = ["" if drop else prompt for drop, prompt in zip(drawn.dropped, prompts)]
-            y = model.features(part.of(told), model.longest(told))
+            y = model.features(shard.take(told), model.longest(told))
             with torch.no_grad():
-                pixels = part.of(pictures).to(device).contiguous(memory_format=torch.channels_last)
+                pixels = shard.take(pictures).to(device).contiguous(memory_format=torch.channels_last)
                 latents = coder.encode(pixels).float()
                 y_null = theirs = None
                 if objective.enhance_target or jumps or trajectories:
@@ -141,7 +141,7 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
                 if teacher is not None:
                     teacher.to(device)
                     if not config.freeze_text:  # else the run's own text model is the teacher's, weight for weight
-                        theirs = teacher.features(part.of(told), y.shape[1]), teacher.features([""], y.shape[1])
+                        theirs = teacher.features(shard.take(told), y.shape[1]), teacher.features([""], y.shape[1])
             more: dict = {}
             if objective.enhance_target or objective.target == "composed":
                 more["ema_model"] = average.transformer
@@ -156,33 +156,33 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
                 transitions=drawn.n_diffusion < total, between=own.between, **more)
             found = {"loss": losses.total * share}
             if jumps:
-                found |= matched(model, average, part, latents, y, y_null, theirs, jumps)
+                found |= matched(model, average, shard, latents, y, y_null, theirs, jumps)
                 found["loss"] = found["loss"] + config.matching.weight * found["matching"] + found["critic"]
             if trajectories:
-                found |= distilled(model, part, y, y_null, theirs, trajectories)
+                found |= distilled(model, shard, y, y_null, theirs, trajectories)
                 found["loss"] = found["loss"] + config.distillation.weight * found["distillation"]
-        return {**found, **drawn.errors(losses.denoising_loss, part)}
+        return {**found, **drawn.errors(losses.denoising_loss, shard)}
 
-    def matched(model: TextToImage, average: TextToImage, part: Part, latents: Tensor, y: Tensor, y_null: Tensor,
+    def matched(model: TextToImage, average: TextToImage, shard: Shard, latents: Tensor, y: Tensor, y_null: Tensor,
                 theirs: tuple[Tensor, Tensor] | None, draws: MatchingDraws) -> dict[str, Tensor]:
         """The losses of the matching, over the first items of a batch. It teaches the transformer and the critic."""
-        own, total = draws.map(lambda value: part.of(value).to(latents.device)), len(draws.path)
+        own, total = draws.map(lambda value: shard.take(value).to(latents.device)), len(draws.path)
         some = slice(len(own.path))
         of_start = config.matching.teacher == "start"
         loss, critic = matching_losses(
             model.transformer, (teacher if of_start else average).transformer, model.critic, latents[some], y[some].detach(), y_null[some],
             transport=transport, config=config.matching, draws=own, told=(theirs[0][some], theirs[1]) if of_start and theirs else None)
-        return {"matching": loss.sum() * part.count / total, "critic": critic.sum() * part.count / total}
+        return {"matching": loss.sum() * shard.count / total, "critic": critic.sum() * shard.count / total}
 
-    def distilled(model: TextToImage, part: Part, y: Tensor, y_null: Tensor, theirs: tuple[Tensor, Tensor] | None,
+    def distilled(model: TextToImage, shard: Shard, y: Tensor, y_null: Tensor, theirs: tuple[Tensor, Tensor] | None,
                   draws: DistillationDraws) -> dict[str, Tensor]:
         """The loss of the distillation, over the first items of a batch. It teaches the transformer."""
-        own, total = draws.map(lambda value: part.of(value).to(y.device)), len(draws.noise)
+        own, total = draws.map(lambda value: shard.take(value).to(y.device)), len(draws.noise)
         some = slice(len(own.noise))
         loss = distillation_loss(
             model.transformer, teacher.transformer, y[some], y_null[some], transport=transport, config=config.distillation, draws=own,
             told=(theirs[0][some], theirs[1]) if theirs else None)
-        return {"distillation": loss.sum() * part.count / total}
+        return {"distillation": loss.sum() * shard.count / total}
 
     def show(average: TextToImage, step: int) -> Image.Image:
         rng = np.random.default_rng([loop.seed, 1])

@@ -85,7 +85,7 @@ def test_noising_further_and_back(name):
     x_r = transport.interpolate(x, first, r)
     x_t = transport.renoise(x_r, second, r, t)
     clean = transport.alpha(t) * x
-    left, known = x_r - transport.earlier(x_t, x, t, r), x_t - clean
+    left, known = x_r - transport.posterior_mean(x_t, x, t, r), x_t - clean
     assert known.mean().abs() < 0.05 * transport.sigma(t) and known.std() == pytest.approx(transport.sigma(t).item(), rel=0.05)
     assert (left * known).mean().abs() < 0.05 * left.std() * known.std() and (left * x).mean().abs() < 0.05 * left.std()
     kept = transport.alpha(t) / transport.alpha(r) * transport.sigma(r) / transport.sigma(t)
@@ -189,7 +189,7 @@ def test_near_shortens_transitions_from_near_noise_alone():
 def test_near_of_1_shortens_nothing(name):
     """Some transports draw times beyond T_max."""
     raw = torch.full((4,), 9.0), torch.zeros(4)
-    if TRANSPORTS[name]().raw_draw != "normal":
+    if TRANSPORTS[name]().time_distribution != "normal":
         raw = torch.ones(4), torch.zeros(4)
     t, r, _ = sample_times(raw, TRANSPORTS[name](), ObjectiveConfig(diffusion_ratio=0.0, consistency_ratio=0.0))
     assert (r < t).all()

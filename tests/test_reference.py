@@ -570,7 +570,7 @@ def replay_objective(case: Case, deviated) -> None:
     config = objective_of(
         entry["transition_loss"], params, derivative=derivative, use_dir_loss=entry["use_dir_loss"], proj_coeff=entry["proj_coeff"]
     )
-    assert entry["draws"] == {"normal": "torch.randn", "uniform": "torch.rand"}[transport.raw_draw]
+    assert entry["draws"] == {"normal": "torch.randn", "uniform": "torch.rand"}[transport.time_distribution]
     model = build_file(entry["model"], dtype)
     ema = build_file(entry["ema_model"], dtype) if entry["ema_model"] else None
 

@@ -2,7 +2,7 @@
 
 Notation of the paper (section 3.1, tables 7 and 8): x_t = alpha x + sigma noise; the diffusion target is alpha_hat x + sigma_hat noise;
 x_r = A x_t + B F(x_t, t, r), with C = sigma_hat alpha_t - alpha_hat sigma_t, A = (alpha_r sigma_hat - sigma_r alpha_hat) / C and
-B = (sigma_r alpha_t - alpha_r sigma_t) / C. Time grows towards noise. Times broadcast against x, so give (B, 1, 1, 1) or a scalar.
+B = (sigma_r alpha_t - alpha_r sigma_t) / C. Time grows towards noise. Times broadcast against x: (B, 1, 1, 1) or a scalar.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Transport:
-    """sigma_d: standard deviation of the data; T_max, T_min: the ends of time."""
+    """One path from data to noise. sigma_d: standard deviation of the data; T_max, T_min: the largest and the smallest time."""
 
     sigma_d: float
     T_max: float
     T_min: float
 
-    raw_draw: ClassVar[str] = "normal"  # what `times` turns into times: standard normal or uniform numbers
+    time_distribution: ClassVar[str] = "normal"  # of the raw draws that `times` maps to times: "normal" or "uniform"
     stochastic: ClassVar[bool] = False  # whether `step` can add noise
-    positive_times: ClassVar[bool] = False  # whether the formulas end at t = 0
+    positive_times: ClassVar[bool] = False  # whether the formulas are undefined at t <= 0
 
     def times(self, draw: Tensor) -> Tensor:
         """Training times from raw draws (paper Tab. 8)."""
         raise NotImplementedError
 
     def c_noise(self, t: Tensor) -> Tensor:
-        """What the network is told of a time."""
+        """The time as the network receives it."""
         return t
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -50,25 +50,25 @@ class Transport:
         """alpha_hat x + sigma_hat noise: the target where r = t."""
         raise NotImplementedError
 
-    def target_slope(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor | float:
+    def d_target_dt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor | float:
         """The time derivative of the diffusion target, x and noise fixed."""
         return 0.0
 
-    def gain(self, t: Tensor, r: Tensor) -> Tensor:
-        """B / (dB/dt) at (t, r)."""
+    def tangent_scale(self, t: Tensor, r: Tensor) -> Tensor:
+        """B / (dB/dt) at (t, r): the factor on dF/dt in the target (paper Eq. 9)."""
         raise NotImplementedError
 
     def step(self, x_t: Tensor, F: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """x_r = A x_t + B F."""
         raise NotImplementedError
 
-    def aim(self, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """The F with which `step` goes from x_t to x_r, r < t."""
+    def solve_F(self, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The F for which `step` maps x_t to x_r, r < t."""
         zero = torch.zeros_like(x_t)
         return (x_r - self.step(x_t, zero, t, r)) / self.step(zero, torch.ones_like(x_t), t, r)
 
     def denoise(self, x_t: Tensor, F: Tensor, t: Tensor) -> Tensor:
-        """The clean x that the network's answer F points at: the jump to t = 0, unscaled."""
+        """The clean x that F predicts: the step to t = 0, divided by alpha."""
         zero = torch.zeros_like(t)
         return self.step(x_t, F, t, zero) / self.alpha(zero)
 
@@ -77,12 +77,12 @@ class Transport:
         return self.alpha(t) * x + self.sigma(t) * noise
 
     def renoise(self, x_r: Tensor, noise: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        """x_t of x_r, r < t, with so much fresh noise that it is distributed as `interpolate` makes it."""
+        """x_t from x_r, r < t: adds the noise that makes x_t distributed as `interpolate` does."""
         kept = self.alpha(t) / self.alpha(r)
         return kept * x_r + (self.sigma(t) ** 2 - (kept * self.sigma(r)) ** 2).clamp(min=0).sqrt() * noise
 
-    def earlier(self, x_t: Tensor, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """The mean of x_r, r < t, given the x_t that `renoise` made of it and the clean x (DDPM's posterior, arXiv 2006.11239 Eq. 7)."""
+    def posterior_mean(self, x_t: Tensor, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """E[x_r | x_t, x], r < t, where `renoise` made x_t from x_r (DDPM's posterior, arXiv 2006.11239 Eq. 7)."""
         kept = self.alpha(t) / self.alpha(r)
         return self.alpha(r) * x + kept * self.sigma(r) ** 2 / self.sigma(t) ** 2 * (x_t - self.alpha(t) * x)
 
@@ -94,11 +94,11 @@ class Transport:
         """The regression target (paper Eq. 9); `diffusion` replaces the diffusion target in it (model guidance, Eq. 51)."""
         if diffusion is None:
             diffusion = self.diffusion_target(x, noise, t)
-        return diffusion + self.gain(t, r) * (self.target_slope(x, noise, t) - dF_dt)
+        return diffusion + self.tangent_scale(t, r) * (self.d_target_dt(x, noise, t) - dF_dt)
 
 
 def guide(both: Tensor, cfg: float) -> Tensor:
-    """F of a doubled batch (2 B, ...), with the condition and then without -> guided F (B, ...): F_null + cfg (F_cond - F_null)."""
+    """Guided F (B, ...), F_null + cfg (F_cond - F_null), from a doubled batch (2 B, ...): first F_cond, then F_null."""
     F_cond, F_null = both.chunk(2)
     return F_null + cfg * (F_cond - F_null)
 
@@ -134,7 +134,7 @@ class OTFM(Transport):
     def diffusion_target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - x
 
-    def gain(self, t: Tensor, r: Tensor) -> Tensor:
+    def tangent_scale(self, t: Tensor, r: Tensor) -> Tensor:
         return t - r
 
     def step(self, x_t: Tensor, F: Tensor, t: Tensor, r: Tensor, stochasticity: float = 0.0, fresh: Tensor | None = None) -> Tensor:
@@ -174,10 +174,10 @@ class TrigFlow(Transport):
     def diffusion_target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return t.cos() * noise - t.sin() * x
 
-    def target_slope(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def d_target_dt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return -self.interpolate(x, noise, t)
 
-    def gain(self, t: Tensor, r: Tensor) -> Tensor:
+    def tangent_scale(self, t: Tensor, r: Tensor) -> Tensor:
         return (t - r).tan()
 
     def step(self, x_t: Tensor, F: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class TrigFlow(Transport):
 class EDM(Transport):
     """Variance exploding, scaled to unit variance; t is the noise level.
 
-    `step` and `gain` follow from the paper's A and B. The official code has sigma_d cubed where they have its square, so that for
+    `step` and `tangent_scale` follow from the paper's A and B. The official code has sigma_d cubed where they have its square, so that for
     sigma_d other than 1 its jump leaves the path; here it does not.
     """
 
@@ -224,10 +224,10 @@ class EDM(Transport):
     def diffusion_target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return (t / self.sigma_d * x - self.sigma_d * noise) / self._norm(t)
 
-    def target_slope(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def d_target_dt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return self.sigma_d * (x + t * noise) / self._norm(t) ** 3
 
-    def gain(self, t: Tensor, r: Tensor) -> Tensor:
+    def tangent_scale(self, t: Tensor, r: Tensor) -> Tensor:
         return (t - r) * (t**2 + self.sigma_d**2) / (t * r + self.sigma_d**2)
 
     def step(self, x_t: Tensor, F: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class VP(Transport):
     T_max: float = 1.0
     T_min: float = 1e-5
 
-    raw_draw: ClassVar[str] = "uniform"
+    time_distribution: ClassVar[str] = "uniform"
     positive_times: ClassVar[bool] = True
 
     def beta(self, t: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class VP(Transport):
     def diffusion_target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
 
-    def gain(self, t: Tensor, r: Tensor) -> Tensor:
+    def tangent_scale(self, t: Tensor, r: Tensor) -> Tensor:
         beta = self.beta(t)
         d_beta = (self.beta_d * t + self.beta_min) * (beta**2 + 1) / (2 * beta)
         return (beta - self.beta(r)) / d_beta
@@ -294,7 +294,7 @@ class VE(Transport):
     T_max: float = 100.0
     T_min: float = 0.02
 
-    raw_draw: ClassVar[str] = "uniform"
+    time_distribution: ClassVar[str] = "uniform"
     positive_times: ClassVar[bool] = True
 
     def times(self, draw: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ class VE(Transport):
     def diffusion_target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return -noise
 
-    def gain(self, t: Tensor, r: Tensor) -> Tensor:
+    def tangent_scale(self, t: Tensor, r: Tensor) -> Tensor:
         return t - r
 
     def step(self, x_t: Tensor, F: Tensor, t: Tensor, r: Tensor) -> Tensor:

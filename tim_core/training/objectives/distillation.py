@@ -77,7 +77,7 @@ def distillation_loss(
         # times (B, ENDS) and states (T - 1, B, C, H, W) -> (ENDS * B,) and (ENDS * B, C, H, W)
         ends, item = draws.ends.T.flatten(), torch.arange(count, device=noise.device).repeat(ENDS)
         start, r, goal = times[:1].expand(len(ends)), times[ends], torch.stack(states)[ends - 1, item]
-        target = transport.aim(noise[item], goal, start.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1))
+        target = transport.solve_F(noise[item], goal, start.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1))
     F = model(noise[item], transport.c_noise(start), transport.c_noise(r), y[item].detach()).float()
     error = ((F - target).square().mean(1) + config.knee**2).sqrt() - config.knee
     return error.mean((1, 2)).unflatten(0, (ENDS, count)).mean(0)

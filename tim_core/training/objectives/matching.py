@@ -4,7 +4,7 @@ A transition's regression target is one point; where the network cannot hit it, 
 the result of a jump is told instead which way it becomes likelier: a copy is noised further, and two networks say where that came
 from. One is a teacher's flow (r = t), guided: of the averaged network, or of the weights the run began from. The other is a critic, the
 same network trained on nothing but results of jumps. A jump may end at any time r, not at a clean latent alone: what a copy at t came
-from is then x_r, and the teacher's answer, a clean latent, gives it by Bayes' rule (`Transport.earlier`).
+from is then x_r, and the teacher's answer, a clean latent, gives it by Bayes' rule (`Transport.posterior_mean`).
 It may begin where the network's own steps end (DMD2's backward simulation), and so learns to mend what those got wrong. Guided steps are
 guided as the samplers guide them; of a guided jump both answers learn, with the condition and without.
 """
@@ -128,7 +128,7 @@ def matching_losses(
         condition, null = told or (y, y_null)
         both = torch.cat((condition, null.expand_as(condition)))
         flow = guide(teacher(torch.cat((noised, noised)), time.repeat(2), time.repeat(2), both).float(), config.cfg)
-        real = transport.earlier(noised, transport.denoise(noised, flow, t), t, end)
+        real = transport.posterior_mean(noised, transport.denoise(noised, flow, t), t, end)
         fake = transport.step(noised, answer(noised, draws.t), t, end)
         size = (made - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
         goal = made - (fake - real) / size
@@ -140,5 +140,5 @@ def matching_losses(
     made = made.detach()
     # close after an end above 0 nearly all of this error is noise, whatever the critic knows: compare it between runs, not with 0
     noised = transport.renoise(made, draws.noise_critic, end, t_critic)
-    error = (answer(noised, draws.t_critic) - transport.aim(noised, made, t_critic, end)).square().mean((1, 2, 3))
+    error = (answer(noised, draws.t_critic) - transport.solve_F(noised, made, t_critic, end)).square().mean((1, 2, 3))
     return loss, error / (error.detach() + 0.05)

@@ -99,7 +99,7 @@ class Losses:
 
 def draw_times(batch: int, transport: Transport, generator: torch.Generator | None = None, device: Any = None) -> tuple[Tensor, Tensor]:
     """The two raw draws (B,) float32 of `sample_times`, on the generator's device and then moved to `device`."""
-    draw = torch.randn if transport.raw_draw == "normal" else torch.rand
+    draw = torch.randn if transport.time_distribution == "normal" else torch.rand
     where = generator.device if generator is not None else device
     first = draw(batch, generator=generator, device=where)
     second = draw(batch, generator=generator, device=where)
@@ -286,7 +286,7 @@ def _composed(model: Model, x_t: Tensor, t: Tensor, s: Tensor, r: Tensor, y: Ten
         F = _wide(model(x.to(x_t.dtype), transport.c_noise(t.flatten()), transport.c_noise(r.flatten()), y))
         return transport.step(_wide(x), F, t, r)
 
-    return transport.aim(_wide(x_t), jump(jump(x_t, t, s), s, r), t, r)
+    return transport.solve_F(_wide(x_t), jump(jump(x_t, t, s), s, r), t, r)
 
 
 def guided_target(plain: Tensor, F_cond: Tensor, F_null: Tensor, t: Tensor, config: ObjectiveConfig) -> Tensor:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tim_core import Pipeline  # noqa: E402
-from tim_core.evaluation.curve import difference, draws, evaluate, unpack  # noqa: E402
+from tim_core.evaluation.curve import difference, eval_samples, evaluate, unpack  # noqa: E402
 from tim_core.training import run  # noqa: E402
 
 TASKS, STEPS, PROMPTS, IMAGES = ("single", "colors"), (1, 2, 4, 16), 60, 4
@@ -88,14 +88,14 @@ def rows(folder: Path) -> list[str]:
             name, seed = place.name.rsplit("-", 1)
             if name == variant and set(STEPS) <= (points := scored(place)).keys():
                 found.setdefault(variant, {})[seed] = points
-    wanted = draws(TASKS, PROMPTS, IMAGES, seed=0)
+    samples = eval_samples(TASKS, PROMPTS, IMAGES, seed=0)
     lines = ["| variant | seeds | 1 step | 2 | 4 | 16 | over paper: 1 step | 2 | 4 | 16 |", "|---|---|---|---|---|---|---|---|---|---|"]
     for variant, runs in found.items():
         shared = [seed for seed in runs if seed in found.get("paper", {})] if variant != "paper" else []
         cells = [middle([(points[steps]["overall"], points[steps]["stderr"]) for points in runs.values()], "") for steps in STEPS]
         for steps in STEPS:
-            pairs = [(unpack(found["paper"][seed][steps]["right"]), unpack(runs[seed][steps]["right"])) for seed in shared]
-            cells.append(middle([tuple(difference(wanted, *pair).values()) for pair in pairs], "+"))
+            pairs = [(unpack(found["paper"][seed][steps]["correct"]), unpack(runs[seed][steps]["correct"])) for seed in shared]
+            cells.append(middle([tuple(difference(samples, *pair).values()) for pair in pairs], "+"))
         lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
     return lines
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tim_core import Pipeline
-from tim_core.evaluation.curve import draws  # noqa: E402
+from tim_core.evaluation.curve import eval_samples  # noqa: E402
 from tim_core.shapes import detector, scenes  # noqa: E402
 from tim_core.upscale import enlarge  # noqa: E402
 
@@ -95,10 +95,10 @@ def main() -> None:
     args = parser.parse_args()
     pipe = Pipeline.load(args.model)
     made = []
-    for draw in tqdm(draws(prompts_per_task=args.prompts_per_task, images=2, seed=args.seed), desc="64 x 64", leave=False):
-        picture = pipe(draw.prompt.text, steps=args.first_steps, seed=draw.seed)
-        if detector.judge(draw.prompt, picture[0].numpy()):
-            made.append((draw.prompt, picture))
+    for sample in tqdm(eval_samples(prompts_per_task=args.prompts_per_task, images=2, seed=args.seed), desc="64 x 64", leave=False):
+        picture = pipe(sample.prompt.text, steps=args.first_steps, seed=sample.seed)
+        if detector.is_correct(sample.prompt, picture[0].numpy()):
+            made.append((sample.prompt, picture))
     print(f"{len(made)} right pictures of 64 x 64 (seed {args.seed}), {args.steps} steps, {args.stages} stages")
     print("size  strength  still right  +-stderr  edge width, px   bicubic   ratio  |  by single lines   bicubic   ratio")
     for side in map(int, args.sizes.split(",")):
@@ -109,7 +109,7 @@ def main() -> None:
                 options = dict(width=side, steps=args.steps, stages=args.stages, strength=strength, cfg=args.cfg, seed=args.seed)
                 pictures = torch.cat([picture for _, picture in some])
                 for (prompt, _), large in zip(some, pipe.upscale(pictures, [prompt.text for prompt, _ in some], **options).numpy()):
-                    if detector.judge(prompt, large):
+                    if detector.is_correct(prompt, large):
                         right += 1
                         lines += edges(large)
             share = right / len(made)

@@ -125,7 +125,7 @@ def test_overlap_leaves_no_seam(seed):
     whole, blended, cut = model.decode(z), model.tiled_decode(z, tile=128, stride=96), model.tiled_decode(z, tile=128, stride=128)
     assert 0 < (whole - blended).abs().max() < 0.2 and (whole - blended).abs().mean() < 0.003
     assert (whole - cut).abs().max() > 3 * (whole - blended).abs().max()   # what the overlap is for
-    assert detector.judge(prompt, ((blended[0] + 1) / 2).clamp(0, 1).movedim(0, -1).numpy())
+    assert detector.is_correct(prompt, ((blended[0] + 1) / 2).clamp(0, 1).movedim(0, -1).numpy())
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def test_the_bundled_autoencoder_keeps_pictures_right(task):
     prompts = [scenes.sample_prompt(rng, task) for _ in range(120)]
     truth = np.stack([scenes.render(scenes.place(rng, prompt)) for prompt in prompts])
     shown = model.decode(model.encode(torch.from_numpy(truth).movedim(-1, 1) * 2 - 1)).add(1).div(2).clamp(0, 1).movedim(1, -1).numpy()
-    assert np.mean([detector.judge(prompt, picture) for prompt, picture in zip(prompts, shown)]) >= 0.97
+    assert np.mean([detector.is_correct(prompt, picture) for prompt, picture in zip(prompts, shown)]) >= 0.97
 
 
 def test_the_wrong_sizes_are_named(pair):

@@ -143,7 +143,7 @@ def test_evaluate_writes_a_report(run, tiny):
     code, out, err = run("evaluate", "--model", tiny, *options, "-o", "scores")
     report = json.loads(Path("scores/report.json").read_text())
     assert code == 0 and [p["steps"] for p in report["curve"]] == [1, 2] and set(report["curve"][0]["tasks"]) == {"single", "two"}
-    assert str(Path("scores/report.json")) in out and "overall" in out and Path("scores/curve.png").is_file() and "picture" in err
+    assert str(Path("scores/report.json")) in out and "overall" in out and Path("scores/curve.png").is_file() and "image" in err
 
 
 def test_evaluate_makes_pictures_for_other_benchmarks(run, fails, tiny):
@@ -157,16 +157,16 @@ def test_evaluate_makes_pictures_for_other_benchmarks(run, fails, tiny):
     assert len(list(Path("geneval/steps-1/00000/samples").iterdir())) == 4
     for given in (("--tasks", "two"), ("--prompts-per-task", 3)):
         assert given[0] in fails(1, *options, "--layout", "geneval", *given)
-    assert "prompts per task: found 0" in fails(1, "evaluate", "--model", tiny, "--prompts-per-task", 0)
+    assert "prompts per task: 0" in fails(1, "evaluate", "--model", tiny, "--prompts-per-task", 0)
     assert "--layout" in fails(1, *options) and "--prompts" in fails(1, "evaluate", "--layout", "dpg")
-    assert "--twin" in fails(1, *options, "--layout", "dpg", "--twin", "report.json")
+    assert "--baseline" in fails(1, *options, "--layout", "dpg", "--baseline", "report.json")
 
 
-def test_a_twin(run, tiny):
+def test_a_baseline(run, tiny):
     options = ("evaluate", "--model", tiny, "--steps", "1,2", "--prompts-per-task", 1, "--images", 1, "--tasks", "single")
-    assert "over the twin" not in run(*options, "-o", "first")[1]
-    code, out, _ = run(*options, "--twin", "first/report.json", "-o", "second")
-    assert code == 0 and "over the twin" in out and "+0.000 +- 0.000" in out and "monotone" in out
+    assert "vs baseline" not in run(*options, "-o", "first")[1]
+    code, out, _ = run(*options, "--baseline", "first/report.json", "-o", "second")
+    assert code == 0 and "vs baseline" in out and "+0.000 +- 0.000" in out and "monotone" in out
 
 
 def test_the_package_is_the_command(tiny):

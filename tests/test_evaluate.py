@@ -9,7 +9,18 @@ import torch
 from PIL import Image
 
 from tim_core import Pipeline, TimError
-from tim_core.evaluation.curve import difference, draw_curve, draws, evaluate, falls, pack, read_report, score, summarise, unpack
+from tim_core.evaluation.curve import (
+    difference,
+    draw_curve,
+    eval_samples,
+    evaluate,
+    pack,
+    read_report,
+    regressions,
+    score,
+    summarise,
+    unpack,
+)
 from tim_core.images import contact_sheet, step_label, to_pil, to_tensor
 from tim_core.processes import Processes
 from tim_core.shapes.scenes import TASKS, place, render, scoring_prompts
@@ -37,27 +48,27 @@ class Painter:
 
 
 def test_draws_are_fixed_and_each_has_its_own_noise():
-    wanted = draws()
-    assert len(wanted) == 6 * 60 * 4 and wanted == draws() and len({d.seed for d in wanted}) == len(wanted)
-    assert [d.prompt for d in wanted[:240:4]] == scoring_prompts("single", 60, 0)
-    assert not {d.seed for d in wanted} & {d.seed for d in draws(seed=1)}
-    some = draws(("counting",))
-    assert some == [d for d in wanted if d.prompt.task == "counting"]
+    samples = eval_samples()
+    assert len(samples) == 6 * 60 * 4 and samples == eval_samples() and len({d.seed for d in samples}) == len(samples)
+    assert [d.prompt for d in samples[:240:4]] == scoring_prompts("single", 60, 0)
+    assert not {d.seed for d in samples} & {d.seed for d in eval_samples(seed=1)}
+    some = eval_samples(("counting",))
+    assert some == [d for d in samples if d.prompt.task == "counting"]
 
 
 def test_scores_stay_with_their_draws():
-    wanted = draws(("single", "position"), 5, 2)
+    samples = eval_samples(("single", "position"), 5, 2)
     painter = Painter(lambda steps: 0.5)
-    in_one, in_many = score(painter, wanted, 4, 2.5), score(painter, wanted, 4, 2.5, batch=3)
+    in_one, in_many = score(painter, samples, 4, 2.5), score(painter, samples, 4, 2.5, batch=3)
     assert np.array_equal(in_one, in_many) and 0 < in_one.mean() < 1
-    backwards = score(painter, wanted[::-1], 4, 2.5)
+    backwards = score(painter, samples[::-1], 4, 2.5)
     assert np.array_equal(backwards[::-1], in_one)
 
 
 def test_the_summary():
-    wanted = draws(TASKS, 5, 2)
-    right = np.array([k % 10 < 2 * TASKS.index(d.prompt.task) for k, d in enumerate(wanted)])
-    result = summarise(wanted, right)
+    samples = eval_samples(TASKS, 5, 2)
+    right = np.array([k % 10 < 2 * TASKS.index(d.prompt.task) for k, d in enumerate(samples)])
+    result = summarise(samples, right)
     shares = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert result["n"] == 60 and result["tasks"] == pytest.approx(dict(zip(TASKS, shares)))
     assert result["overall"] == pytest.approx(0.5)
@@ -69,10 +80,10 @@ def test_the_report(tmp_path):
     report = evaluate(painter, [4, 1, 4], prompts_per_task=5, images=2, output=tmp_path / "new" / "scores", progress=False)
     assert json.loads((tmp_path / "new" / "scores" / "report.json").read_text()) == report
     one, four = report["curve"]
-    assert set(one) == {"steps", "cfg", "nfe", "n", "overall", "stderr", "tasks", "right"} and list(one["tasks"]) == list(TASKS)
+    assert set(one) == {"steps", "cfg", "nfe", "n", "overall", "stderr", "tasks", "correct"} and list(one["tasks"]) == list(TASKS)
     assert (one["steps"], one["cfg"], one["nfe"], one["n"]) == (1, 1.0, 1, 60)
     assert (four["steps"], four["cfg"], four["nfe"]) == (4, 2.5, 7)
-    assert one["overall"] < four["overall"] and report["falls"] == []
+    assert one["overall"] < four["overall"] and report["regressions"] == []
     noises = {steps: torch.cat([n for _, s, _, n, _ in painter.calls if s == steps]) for steps in (1, 4)}
     assert torch.equal(noises[1], noises[4])
     with Image.open(tmp_path / "new" / "scores" / "curve.png") as picture:
@@ -85,16 +96,17 @@ def test_points_of_the_same_model_are_kept(tmp_path):
     painter = Painter(lambda steps: 0.9)
     first = evaluate(painter, (1, 4), model={"weights": "a", "name": "one"}, **few)
     calls = len(painter.calls)
-    twin = tmp_path / "twin.json"
-    twin.write_text((tmp_path / "report.json").read_text())
-    second = evaluate(painter, (2, 4), model={"weights": "a", "name": "a copy"}, twin=twin, **few)
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text((tmp_path / "report.json").read_text())
+    second = evaluate(painter, (2, 4), model={"weights": "a", "name": "a copy"}, baseline=baseline, **few)
     assert {steps for _, steps, *_ in painter.calls[calls:]} == {2} and [point["steps"] for point in second["curve"]] == [1, 2, 4]
-    assert [point["right"] for point in second["curve"][::2]] == [point["right"] for point in first["curve"]]
-    assert ["over_twin" in point for point in second["curve"]] == [True, False, True]
+    assert [point["correct"] for point in second["curve"][::2]] == [point["correct"] for point in first["curve"]]
+    assert ["vs_baseline" in point for point in second["curve"]] == [True, False, True]
     assert json.loads((tmp_path / "report.json").read_text()) == second
-    for other in ({"model": {"weights": "b"}}, {"model": {"weights": "a"}, "seed": 1}, {"model": {"weights": "a"}, "shift": 2.0},
-                  {"model": {"weights": "a"}, "cfg": 1.5}):
-        with pytest.raises(TimError, match="(weights|seed|shift|cfg): found .* or another folder for it"):
+    same = {"model": {"weights": "a"}}
+    for other, told in (({"model": {"weights": "b"}}, "weights is a, .* b;"), ({**same, "seed": 1}, "seed is 0, .* 1;"),
+                        ({**same, "shift": 2.0}, "shift is None, .* 2.0;"), ({**same, "cfg": 1.5}, "cfg is 2.5, .* 1.5;")):
+        with pytest.raises(TimError, match=f"report.json: its {told} write to another folder"):
             evaluate(painter, (8,), **{**few, **other})
     assert json.loads((tmp_path / "report.json").read_text()) == second
 
@@ -110,7 +122,7 @@ def test_a_real_pipeline(tiny):
     report = evaluate(pipe, [1, 2], prompts_per_task=1, images=2, progress=False, mode="diffusion", guidance_interval=(0, 2))
     assert report["sampling"] == {"mode": "diffusion", "guidance_interval": [0, 2], "cfg": 2.5}
     assert [p["nfe"] for p in report["curve"]] == [1, 4] and report["curve"][0]["n"] == 12
-    wanted = draws(("single", "position"), 1, 1)
+    samples = eval_samples(("single", "position"), 1, 1)
     seen = []
 
     def watch(*arguments, **keywords):
@@ -118,16 +130,18 @@ def test_a_real_pipeline(tiny):
         return seen[-1]
 
     watch.noise = pipe.noise
-    score(watch, wanted, 4, 2.5)
-    for draw, picture in zip(wanted, seen[0]):  # what `tim sample` makes of the draw's prompt and seed
+    score(watch, samples, 4, 2.5)
+    for draw, picture in zip(samples, seen[0]):  # what `tim sample` makes of the draw's prompt and seed
         assert torch.allclose(pipe(draw.prompt.text, seed=draw.seed)[0], picture, atol=1e-5)
 
 
 def test_bad_values_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for change in ({"steps": []}, {"steps": [0]}, {"tasks": ["drawing"]}, {"tasks": []}, {"images": 0}, {"prompts_per_task": 0},
-                   {"batch": 0}, {"output": tmp_path / "file" / "folder"}):
-        with pytest.raises(TimError, match="expected"):
+    for change, told in (({"steps": []}, "steps: none"), ({"steps": [0]}, "steps: 0"), ({"tasks": ["drawing"]}, "tasks: drawing"),
+                         ({"tasks": []}, "tasks: none"), ({"images": 0}, "images: 0"), ({"prompts_per_task": 0}, "prompts per task: 0"),
+                         ({"batch": 0}, "batch: 0"), ({"seed": -1}, "seed: -1"), ({"cfg": math.nan}, "cfg: nan"),
+                         ({"output": tmp_path / "file" / "folder"}, "file")):
+        with pytest.raises(TimError, match=told):
             evaluate(Painter(), **{"steps": [1], "progress": False, **change})
 
 
@@ -178,47 +192,48 @@ def test_pictures_have_8_bits_as_comfyui_saves_them():
 
 
 def test_the_paired_difference():
-    wanted = draws(("single", "two"), 2, 2)
+    samples = eval_samples(("single", "two"), 2, 2)
     before, after = np.array([1, 0, 0, 0, 1, 1, 1, 1], bool), np.array([1, 1, 1, 0, 1, 1, 1, 0], bool)
-    change = difference(wanted, before, after)
+    change = difference(samples, before, after)
     assert change["difference"] == pytest.approx((0.5 - 0.25) / 2)
     assert change["stderr"] == pytest.approx(math.sqrt(0.25 / 4 + 0.1875 / 4) / 2)
 
 
 def test_falls_are_found_and_noise_is_not():
-    wanted = draws(("single",), 30, 4)
+    samples = eval_samples(("single",), 30, 4)
     good, bad, noisy = np.ones(120, bool), np.arange(120) % 2 == 0, np.arange(120) > 1
-    curve = [{"steps": steps, "right": pack(right)} for steps, right in ((1, good), (2, noisy), (4, bad))]
-    assert [(fall["from"], fall["to"]) for fall in falls(wanted, curve)] == [(1, 4), (2, 4)]
-    assert falls(wanted, curve[::-1]) == []
+    curve = [{"steps": steps, "correct": pack(right)} for steps, right in ((1, good), (2, noisy), (4, bad))]
+    assert [(fall["from"], fall["to"]) for fall in regressions(samples, curve)] == [(1, 4), (2, 4)]
+    assert regressions(samples, curve[::-1]) == []
     assert np.array_equal(unpack(pack(bad)), bad)
 
 
-def test_a_twin_is_compared_picture_by_picture(tmp_path):
+def test_a_baseline_is_compared_image_by_image(tmp_path):
     options = dict(prompts_per_task=5, images=2, progress=False)
-    other = evaluate(Painter(lambda steps: 0.3), [1, 4], output=tmp_path / "twin", **options)
-    report = evaluate(Painter(lambda steps: 0.8), [1, 2, 4], output=tmp_path / "own", twin=tmp_path / "twin" / "report.json", **options)
+    other = evaluate(Painter(lambda steps: 0.3), [1, 4], output=tmp_path / "baseline", **options)
+    baseline = tmp_path / "baseline" / "report.json"
+    report = evaluate(Painter(lambda steps: 0.8), [1, 2, 4], output=tmp_path / "own", baseline=baseline, **options)
     for point, theirs in zip(report["curve"][::2], other["curve"]):
-        assert point["over_twin"]["difference"] == pytest.approx(point["overall"] - theirs["overall"])
-    assert "over_twin" not in report["curve"][1]
+        assert point["vs_baseline"]["difference"] == pytest.approx(point["overall"] - theirs["overall"])
+    assert "vs_baseline" not in report["curve"][1]
     grey = []
-    for name in ("own", "twin"):
+    for name in ("own", "baseline"):
         with Image.open(tmp_path / name / "curve.png") as picture:
             grey.append((np.asarray(picture.convert("RGB")) == 153).all(-1).sum())
-    assert grey[0] > grey[1] + 1000  # the twin's line
-    with pytest.raises(TimError, match="seed: found 0, expected 1"):
-        evaluate(Painter(), [1], seed=1, twin=tmp_path / "twin" / "report.json", **options)
+    assert grey[0] > grey[1] + 1000  # the baseline's line
+    with pytest.raises(TimError, match="report.json: its seed is 0, this run's is 1"):
+        evaluate(Painter(), [1], seed=1, baseline=baseline, **options)
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(TimError, match="expected a report.json of tim evaluate"):
-        evaluate(Painter(), [1], twin=tmp_path / "other.json", **options)
+    with pytest.raises(TimError, match="other.json: not a report.json of tim evaluate"):
+        evaluate(Painter(), [1], baseline=tmp_path / "other.json", **options)
 
 
 def test_processes_share_the_pictures(tmp_path):
     """Two processes' parts, added up as all_reduce would, are the whole."""
-    wanted = draws(("single", "position"), 5, 2)
+    samples = eval_samples(("single", "position"), 5, 2)
     painter = Painter(lambda steps: 0.5)
-    whole = score(painter, wanted, 4, 2.5)
-    parts = [score(painter, wanted, 4, 2.5, processes=Unshared(index, 2, torch.device("cpu"))) for index in (0, 1)]
+    whole = score(painter, samples, 4, 2.5)
+    parts = [score(painter, samples, 4, 2.5, processes=Unshared(index, 2, torch.device("cpu"))) for index in (0, 1)]
     assert np.array_equal(parts[0] | parts[1], whole) and not (parts[0] & parts[1]).any() and all(part.any() for part in parts)
 
 
@@ -229,6 +244,6 @@ class Unshared(Processes):
 
 def test_a_report_without_what_a_curve_needs_is_no_report(tmp_path):
     path = tmp_path / "report.json"
-    path.write_text(json.dumps({"pictures": {}, "curve": [{"right": "01", "steps": 1}]}))
-    with pytest.raises(TimError, match="found something else, expected a report.json"):
+    path.write_text(json.dumps({"protocol": {}, "curve": [{"correct": "01", "steps": 1}]}))
+    with pytest.raises(TimError, match="not a report.json of tim evaluate"):
         read_report(path)

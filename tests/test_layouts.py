@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tim_core import TimError
-from tim_core.evaluation.benchmark_export import make_pictures, read_prompts
+from tim_core.evaluation.benchmark_export import export_images, read_prompts
 from tim_core.processes import Processes
 
 GENEVAL = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -41,7 +41,7 @@ def write(folder, lines):
 
 
 def make(pipe, folder, lines, layout, **options):
-    return make_pictures(pipe, write(folder, lines), layout, folder / "out", width=16, height=16, progress=False, **options)
+    return export_images(pipe, write(folder, lines), layout, folder / "out", width=16, height=16, progress=False, **options)
 
 
 def test_geneval(tmp_path):
@@ -85,7 +85,7 @@ def test_lines_that_geneval_cannot_judge_are_told(tmp_path, caplog):
 
 @pytest.mark.parametrize("line", [{"text": "no name"}, {"item_id": "with.dot", "text": "its evaluator cuts at the dot"}])
 def test_dpg_wants_names_that_its_evaluator_finds(tmp_path, line):
-    with pytest.raises(TimError, match='line 1: .*"item_id": a name without dots'):
+    with pytest.raises(TimError, match='line 1: .*"item_id", a name without dots'):
         make(Painter(), tmp_path, [line], "dpg")
 
 
@@ -96,11 +96,11 @@ def test_a_stopped_run_goes_on(tmp_path, layout, lines, last):
     painter = Painter()
     make(painter, tmp_path, lines, layout)
     assert set(painter.asked) == {lines[1].get("prompt") or lines[1]["text"]} and (tmp_path / "out" / last).is_file()
-    with pytest.raises(TimError, match="steps: found 4, expected 8, or another folder"):
+    with pytest.raises(TimError, match="its steps is 4, this run's is 8; write to another folder"):
         make(painter, tmp_path, lines, layout, steps=8)
-    with pytest.raises(TimError, match="model: found , expected another"):
+    with pytest.raises(TimError, match="its model is , this run's is another;"):
         make(painter, tmp_path, lines, layout, model="another")
-    with pytest.raises(TimError, match="prompts: found"):
+    with pytest.raises(TimError, match="its prompts is"):
         make(painter, tmp_path, lines[:1], layout)
 
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from tests.support import load_all
 from tim_core import Pipeline, TimError
-from tim_core.evaluation.curve import draws, falls, score, summarise, unpack
+from tim_core.evaluation.curve import eval_samples, regressions, score, summarise, unpack
 from tim_core.models.config import TransformerConfig
 from tim_core.models.text_encoder import TextEncoder
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.sampler import sample
 from tim_core.schedule import uniform
-from tim_core.shapes.detector import judge
+from tim_core.shapes.detector import is_correct
 from tim_core.shapes.scenes import RELATIONS, TASKS, Prompt, Thing
 from tim_core.weights.parts import BUNDLED
 from tim_core.weights.save import pack
@@ -222,7 +222,7 @@ def test_the_bundled_file_is_small_and_whole():
 def test_the_readmes_prompt(shapes):
     asked = Prompt("full position", (Thing("circle", "red"), Thing("square", "blue")), "left of")
     assert asked.text == PROMPT
-    right = [bool(judge(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy())) for seed in range(16)]
+    right = [bool(is_correct(asked, shapes(PROMPT, steps=4, seed=seed)[0].numpy())) for seed in range(16)]
     assert sum(right) >= 10 and right[0], right  # docs/bundled-model.md names seed 0
 
 
@@ -238,11 +238,11 @@ def test_the_report_and_the_model_card_are_of_this_file():
     """And above the bars that docs/research/tim-shapes.md names; every point is computed again from the pictures' marks."""
     report = json.loads((ROOT / "docs" / "research" / "tim-shapes-report.json").read_text())
     assert report["model"]["weights"] == Pipeline.load("tim-shapes", device="cpu", dtype=torch.bfloat16).fingerprint()
-    asked = report["pictures"]
-    wanted = draws(asked["tasks"], asked["prompts_per_task"], asked["images"], asked["seed"])
-    points = {point["steps"]: summarise(wanted, unpack(point["right"])) for point in report["curve"]}
+    asked = report["protocol"]
+    samples = eval_samples(asked["tasks"], asked["prompts_per_task"], asked["images"], asked["seed"])
+    points = {point["steps"]: summarise(samples, unpack(point["correct"])) for point in report["curve"]}
     assert all(points[steps]["overall"] >= bar for steps, bar in {1: 0.67, 4: 0.80, 16: 0.85, 64: 0.88}.items())
-    assert list(points) == [1, 2, 4, 8, 16, 32, 64] and not falls(wanted, report["curve"]) and len(wanted) == 1440
+    assert list(points) == [1, 2, 4, 8, 16, 32, 64] and not regressions(samples, report["curve"]) and len(samples) == 1440
     card = (ROOT / "docs" / "bundled-model.md").read_text(encoding="utf-8")
     assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() in card
     for steps in (1, 4, 16, 64):
@@ -252,8 +252,8 @@ def test_the_report_and_the_model_card_are_of_this_file():
 @pytest.mark.parametrize("steps, cfg, least", [(1, 1.0, 0.6), (4, 2.5, 0.75)])
 def test_a_small_score(shapes, steps, cfg, least):
     """docs/bundled-model.md says 0.70 and 0.83; n = 60 has a standard error of 0.05."""
-    wanted = draws(prompts_per_task=10, images=1, seed=0)
-    result = summarise(wanted, score(shapes, wanted, steps=steps, cfg=cfg))
+    samples = eval_samples(prompts_per_task=10, images=1, seed=0)
+    result = summarise(samples, score(shapes, samples, steps=steps, cfg=cfg))
     assert result["n"] == 10 * len(TASKS) and result["overall"] >= least, result
 
 

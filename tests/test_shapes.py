@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tim_core.shapes.detector import detect, judge
+from tim_core.shapes.detector import detect, is_correct
 from tim_core.shapes.scenes import (
     BACKGROUND,
     COLORS,
@@ -139,7 +139,7 @@ def test_the_detector_is_right_about_the_truth(task, width, height, n):
     rng = np.random.default_rng([3, TASKS.index(task), width])
     right = 0
     for asked in scoring_prompts(task, n, 3):
-        right += judge(asked, render(place(rng, asked, width, height), width, height))
+        right += is_correct(asked, render(place(rng, asked, width, height), width, height))
     assert right / n >= 0.98
 
 
@@ -147,7 +147,7 @@ def test_the_detector_is_right_about_the_truth(task, width, height, n):
 def test_the_detector_is_right_about_the_full_forms(task):
     rng = np.random.default_rng(4)
     prompts = [sample_prompt(rng, task) for _ in range(100)]
-    assert np.mean([judge(p, render(place(rng, p))) for p in prompts]) >= 0.98
+    assert np.mean([is_correct(p, render(place(rng, p))) for p in prompts]) >= 0.98
 
 
 def test_the_detector_reads_scenes():
@@ -193,13 +193,13 @@ WRONG = {
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("asked, things", RIGHT.values(), ids=RIGHT)
 def test_right_pictures(asked, things, width):
-    assert judge(asked, scene(*things, width=width, height=width))
+    assert is_correct(asked, scene(*things, width=width, height=width))
 
 
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("asked, things", WRONG.values(), ids=WRONG)
 def test_wrong_pictures(asked, things, width):
-    assert not judge(asked, scene(*things, width=width, height=width))
+    assert not is_correct(asked, scene(*things, width=width, height=width))
 
 
 def with_patch(picture: np.ndarray, color: tuple, width: int, height: int, x: int = 50, y: int = 50) -> np.ndarray:
@@ -211,28 +211,28 @@ def with_patch(picture: np.ndarray, color: tuple, width: int, height: int, x: in
 def test_specks_are_ignored_and_larger_blots_are_not():
     asked, things = RIGHT["colors"]
     picture = scene(*things)
-    assert judge(asked, with_patch(picture, COLORS["green"], 7, 1))  # 7 pixels
-    assert not judge(asked, with_patch(picture, COLORS["green"], 4, 2))  # 8 pixels
+    assert is_correct(asked, with_patch(picture, COLORS["green"], 7, 1))  # 7 pixels
+    assert not is_correct(asked, with_patch(picture, COLORS["green"], 4, 2))  # 8 pixels
     large = scene(*things, width=128, height=128)
-    assert judge(asked, with_patch(large, COLORS["green"], 31, 1, 90, 90))  # scaled with the area: 31 of 32
-    assert not judge(asked, with_patch(large, COLORS["green"], 8, 4, 90, 90))
+    assert is_correct(asked, with_patch(large, COLORS["green"], 31, 1, 90, 90))  # scaled with the area: 31 of 32
+    assert not is_correct(asked, with_patch(large, COLORS["green"], 8, 4, 90, 90))
 
 
 @pytest.mark.parametrize("color", [(0, 200, 200), (120, 120, 120), (255, 120, 0), (220, 40, 140)], ids=str)
 def test_foreign_colours_are_wrong(color):
     asked, things = RIGHT["colors"]
-    assert not judge(asked, with_patch(scene(*things), color, 10, 10))
+    assert not is_correct(asked, with_patch(scene(*things), color, 10, 10))
     recoloured = scene(*things)
     solid = coverage("circle", 16, 20, 9, 64, 64) > 0.5
     recoloured[solid] = np.float32(color) / 255
-    assert not judge(prompt("single", "circle"), recoloured)
+    assert not is_correct(prompt("single", "circle"), recoloured)
 
 
 def test_an_object_of_two_colours_is_wrong():
     asked = prompt("single", "square")
     picture = scene(("square", "red", 32, 32, 14))
-    assert judge(asked, picture)
-    assert not judge(asked, with_patch(picture, COLORS["blue"], 14, 28, 32, 18))
+    assert is_correct(asked, picture)
+    assert not is_correct(asked, with_patch(picture, COLORS["blue"], 14, 28, 32, 18))
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.04])
@@ -242,7 +242,7 @@ def test_a_little_noise_does_no_harm(noise):
     for task in TASKS:
         for asked in scoring_prompts(task, 20, 7):
             picture = render(place(rng, asked))
-            right.append(judge(asked, np.clip(picture + rng.normal(0, noise, picture.shape), 0, 1).astype(np.float32)))
+            right.append(is_correct(asked, np.clip(picture + rng.normal(0, noise, picture.shape), 0, 1).astype(np.float32)))
     assert np.mean(right) >= 0.95
 
 
@@ -250,4 +250,4 @@ def test_a_little_noise_does_no_harm(noise):
 def test_flat_and_noisy_pictures_are_wrong(value):
     rng = np.random.default_rng(8)
     for picture in (np.full((64, 64, 3), value, np.float32), rng.uniform(0, 1, (64, 64, 3)).astype(np.float32)):
-        assert not any(judge(asked, picture) for asked, _ in RIGHT.values())
+        assert not any(is_correct(asked, picture) for asked, _ in RIGHT.values())

@@ -16,7 +16,7 @@ Score a model on coloured shapes as GenEval does: prompts of six tasks, several 
 
 Prompts and noise depend on --seed and are the same at every step count. 1 step runs without guidance. DIR/report.json and DIR/curve.png
 are written after every step count; repeat the command to resume, results of the same model and settings are kept.
---twin compares with the report of another model, image by image, and draws it in the same chart.
+--baseline compares with the report of another model, image by image, and draws it in the same chart.
 
 With --prompts FILE.jsonl, make images for the evaluator of another benchmark instead, four per prompt, in DIR/steps-N. --layout geneval
 takes its evaluation_metadata.jsonl, --layout dpg lines of {"item_id": ..., "prompt": ...}.
@@ -28,7 +28,7 @@ examples:
   tim evaluate -o scores                                     the whole curve, 1440 images per step count
   tim evaluate --steps 1,4 --prompts-per-task 10 -o quick    a quick look
   tim evaluate --model my.safetensors --tasks counting,position --size 128x128 -o large
-  tim evaluate --model my.safetensors --steps 1,4 --twin scores/report.json -o mine
+  tim evaluate --model my.safetensors --steps 1,4 --baseline scores/report.json -o mine
   tim evaluate --model tim-t2i.safetensors --prompts evaluation_metadata.jsonl --layout geneval --size 1024x1024 --steps 1,4 -o geneval"""
 
 
@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
                         help="diffusion runs the network as ordinary flow matching (default: transition)")
     parser.add_argument("--batch", type=int, metavar="B", help="images made together (default: 120; 4 with --prompts)")
-    parser.add_argument("--twin", type=Path, metavar="REPORT", help="report.json of another model, same prompts and noise (default: none)")
+    parser.add_argument("--baseline", type=Path, metavar="REPORT",
+                        help="report.json of another model, same prompts and noise (default: none)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help=".jsonl file of prompts (default: coloured shapes)")
     parser.add_argument("--layout", choices=["geneval", "dpg"], help="folder layout, with --prompts")
     parser.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR",
@@ -59,29 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..processes import find_processes
 
-    if (args.prompts is None) != (args.layout is None):
-        given, missing = ("--prompts", "--layout") if args.prompts else ("--layout", "--prompts")
-        raise TimError(f"{given}: found it without {missing}, expected both")
-    if args.prompts is not None and args.twin is not None:
-        raise TimError("--twin: found it with --prompts, expected one of them: pictures of a prompt file get no score here")
+    check_options(args)
     processes = find_processes()
-    if args.prompts is not None and (args.tasks is not None or args.prompts_per_task is not None):
-        given = "--tasks" if args.tasks is not None else "--prompts-per-task"
-        raise TimError(f"{given}: found it with --prompts, expected one of them: the small world's prompts are not used then")
     pipe = options.load_pipeline(args)
     width, height = args.size or ((64, 64) if args.prompts is None or pipe.factor < 32 else (1024, 1024))
     settings = {"cfg": args.cfg, "images": args.images, "seed": args.seed, "width": width, "height": height, "mode": args.mode,
                 "guidance_interval": args.guidance_interval, "processes": processes, **({} if args.shift == 1 else {"shift": args.shift})}
     if args.prompts is not None:
-        from ..evaluation.benchmark_export import make_pictures
+        from ..evaluation.benchmark_export import export_images
 
         weights = pipe.fingerprint()
-
         for steps in args.steps:
             folder = args.output / f"steps-{steps}"
-            made = make_pictures(pipe, args.prompts, args.layout, folder, model=weights, steps=steps, batch=args.batch or 4,
-                                 **settings)
-            if processes.first:
+            made = export_images(pipe, args.prompts, args.layout, folder, model=weights, steps=steps, batch=args.batch or 4, **settings)
+            if processes.is_main:
                 print(made)
         return
     from ..evaluation.curve import TASKS, evaluate
@@ -91,25 +83,36 @@ def run(args: argparse.Namespace) -> None:
     model = {"name": name, "weights": pipe.fingerprint(), "dtype": str(pipe.dtype).removeprefix("torch."), "version": __version__}
     prompts = 60 if args.prompts_per_task is None else args.prompts_per_task
     report = evaluate(pipe, args.steps, prompts_per_task=prompts, output=args.output, batch=args.batch or 120,
-                      tasks=TASKS if args.tasks is None else args.tasks, twin=args.twin, model=model, **settings)
-    if processes.first:
+                      tasks=TASKS if args.tasks is None else args.tasks, baseline=args.baseline, model=model, **settings)
+    if processes.is_main:
         print_report(report)
         print(args.output / "report.json")
         print(args.output / "curve.png")
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """TimError for options that do not go together."""
+    if (args.prompts is None) != (args.layout is None):
+        given, missing = ("--prompts", "--layout") if args.prompts else ("--layout", "--prompts")
+        raise TimError(f"{given}: needs {missing} too")
+    shapes_only = {"--baseline": args.baseline, "--tasks": args.tasks, "--prompts-per-task": args.prompts_per_task}
+    given = next((name for name, value in shapes_only.items() if value is not None), None)
+    if args.prompts is not None and given:
+        raise TimError(f"{given}: cannot be used with --prompts, whose images are scored by the other benchmark")
+
+
 def print_report(report: dict) -> None:
-    names = list(report["curve"][0]["tasks"])
-    compared = any("over_twin" in point for point in report["curve"])
-    last = ["over the twin"] if compared else []
-    print("  ".join(["steps    NFE    cfg   overall  +-stderr", *(f"{name:>11}" for name in names), *last]))
+    tasks = list(report["curve"][0]["tasks"])
+    compared = any("vs_baseline" in point for point in report["curve"])
+    last = ["vs baseline"] if compared else []
+    print("  ".join(["steps    NFE    cfg   overall  +-stderr", *(f"{task:>11}" for task in tasks), *last]))
     for point in report["curve"]:
-        shares = "  ".join(f"{point['tasks'][name]:11.3f}" for name in names)
-        over = point.get("over_twin")
-        ahead = f"  {over['difference']:+.3f} +- {over['stderr']:.3f}" if over else ""
         start = f"{point['steps']:5}  {point['nfe']:5}  {point['cfg']:5.2f}  {point['overall']:8.3f}  {point['stderr']:8.3f}"
-        print(f"{start}  {shares}{ahead}")
-    for fall in report["falls"]:
-        print(f"{fall['to']} steps are worse than {fall['from']}: {fall['difference']:+.3f} +- {fall['stderr']:.3f}")
-    if len(report["curve"]) > 1 and not report["falls"]:
+        accuracy = "  ".join(f"{point['tasks'][task]:11.3f}" for task in tasks)
+        change = point.get("vs_baseline")
+        delta = f"  {change['difference']:+.3f} +- {change['stderr']:.3f}" if change else ""
+        print(f"{start}  {accuracy}{delta}")
+    for pair in report["regressions"]:
+        print(f"{pair['to']} steps are worse than {pair['from']}: {pair['difference']:+.3f} +- {pair['stderr']:.3f}")
+    if len(report["curve"]) > 1 and not report["regressions"]:
         print("monotone: no point is below an earlier one by more than two standard errors of the paired difference")

@@ -1,1 +1,1 @@
-"""Scores of the small world, and images in the layouts of GenEval and DPG-Bench."""
+"""Scores on coloured shapes, and images in the folder layouts of GenEval and DPG-Bench."""

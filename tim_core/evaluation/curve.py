@@ -1,4 +1,4 @@
-"""Scores in the small world by GenEval's protocol: report.json and curve.png."""
+"""Accuracy on coloured shapes by GenEval's protocol, over step counts: report.json and curve.png."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import torch
 from ..errors import TimError
 from ..files import atomic_write, make_folder
 from ..processes import ALONE, Processes
-from ..shapes.detector import judge
+from ..shapes.detector import is_correct
 from ..shapes.scenes import TASKS, Prompt, scoring_prompts
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
-NAMES = ("name", "version")  # of what a report says of the model: nothing that pictures depend on
-SAMPLING = ("mode", "shift", "guidance_interval", "stochasticity", "negative")  # what a report keeps of the pipeline's options
+LABELS = ("name", "version")  # entries of a report's model that images do not depend on
+SAMPLING = ("mode", "shift", "guidance_interval", "stochasticity", "negative")  # pipeline options that a report records
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One picture to make: the prompt, and the seed of its noise (`tim sample` with that seed makes the same picture)."""
+class EvalSample:
+    """One image to make: its prompt, and the seed of its noise. `tim sample` with that seed makes the same image."""
 
     prompt: Prompt
     seed: int
 
 
-def draws(tasks: Sequence[str] = TASKS, prompts_per_task: int = 60, images: int = 4, seed: int = 0) -> list[Draw]:
-    """The pictures of a score, fixed by `seed`: `images` for each of `prompts_per_task` prompts a task, each with its own noise."""
+def eval_samples(tasks: Sequence[str] = TASKS, prompts_per_task: int = 60, images: int = 4, seed: int = 0) -> list[EvalSample]:
+    """The samples of a score: `images` per prompt, each with its own noise. They depend on the arguments alone."""
     return [
-        Draw(prompt, ((seed * len(TASKS) + TASKS.index(task)) * 100_000 + n * images + k) % 2**63)
+        EvalSample(prompt, ((seed * len(TASKS) + TASKS.index(task)) * 100_000 + n * images + k) % 2**63)
         for task in tasks
         for n, prompt in enumerate(scoring_prompts(task, prompts_per_task, seed))
         for k in range(images)
@@ -41,64 +41,63 @@ def draws(tasks: Sequence[str] = TASKS, prompts_per_task: int = 60, images: int 
 
 
 def score(
-    pipe, wanted: Sequence[Draw], steps: int, cfg: float, width: int = 64, height: int = 64, batch: int = 120, bar=None,
+    pipe, samples: Sequence[EvalSample], steps: int, cfg: float, width: int = 64, height: int = 64, batch: int = 120, bar=None,
     processes: Processes = ALONE, **options
 ) -> np.ndarray:
-    """Makes and judges every picture -> (N,) bool, in the order of `wanted`. `options` go to the pipeline; `bar` is a tqdm bar.
+    """Make every image and check it -> (N,) bool, in the order of `samples`. `options` go to the pipeline; `bar` is a tqdm bar.
 
-    Several processes share the pictures, and all of them get the whole answer.
+    Several processes share the images, and each returns the whole result.
     """
-    right = torch.zeros(len(wanted))
-    order = sorted(range(len(wanted)), key=lambda i: len(wanted[i].prompt.text.split()))  # equal lengths run together
-    own = processes.shard(order)
+    correct = torch.zeros(len(samples))
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt.text.split()))  # prompts of equal length share a batch
+    own = processes.own(order)
     for start in range(0, len(own), batch):
-        some = own[start : start + batch]
-        noise = torch.cat([pipe.noise(1, width, height, wanted[i].seed) for i in some])
-        texts = [wanted[i].prompt.text for i in some]
-        pictures = pipe(texts, steps=steps, cfg=cfg, width=width, height=height, noise=noise, **options)
-        for i, picture in zip(some, pictures.numpy()):
-            right[i] = float(judge(wanted[i].prompt, picture))
+        indices = own[start : start + batch]
+        noise = torch.cat([pipe.noise(1, width, height, samples[i].seed) for i in indices])
+        prompts = [samples[i].prompt.text for i in indices]
+        images = pipe(prompts, steps=steps, cfg=cfg, width=width, height=height, noise=noise, **options)
+        for i, image in zip(indices, images.numpy()):
+            correct[i] = float(is_correct(samples[i].prompt, image))
         if bar is not None:
-            bar.update(len(some))
-    return processes.total(right).cpu().numpy() > 0.5
+            bar.update(len(indices))
+    return processes.total(correct).cpu().numpy() > 0.5
 
 
-def summarise(wanted: Sequence[Draw], right: np.ndarray) -> dict:
-    """{"n", "overall", "stderr", "tasks"}: the plain mean of the tasks' shares, its error sqrt(sum p_k (1 - p_k) / n_k) / K."""
-    shares = {task: float(values.mean()) for task, values in _by_task(wanted, right).items()}
-    variance = sum(p * (1 - p) / len(values) for p, values in zip(shares.values(), _by_task(wanted, right).values()))
-    return {"n": len(wanted), "overall": sum(shares.values()) / len(shares), "stderr": math.sqrt(variance) / len(shares), "tasks": shares}
+def summarise(samples: Sequence[EvalSample], correct: np.ndarray) -> dict:
+    """{"n", "overall", "stderr", "tasks"}: the mean of the tasks' accuracies, with standard error sqrt(sum p_k (1 - p_k) / n_k) / K."""
+    by_task = _by_task(samples, correct)
+    accuracy = {task: float(values.mean()) for task, values in by_task.items()}
+    variance = sum(p * (1 - p) / len(by_task[task]) for task, p in accuracy.items())
+    overall = sum(accuracy.values()) / len(accuracy)
+    return {"n": len(samples), "overall": overall, "stderr": math.sqrt(variance) / len(accuracy), "tasks": accuracy}
 
 
-def difference(wanted: Sequence[Draw], before: np.ndarray, after: np.ndarray) -> dict:
-    """{"difference", "stderr"} of the overall score, over pictures of the same prompts and noise: the mean of the tasks' means."""
-    changes = _by_task(wanted, after.astype(float) - before.astype(float)).values()
+def difference(samples: Sequence[EvalSample], before: np.ndarray, after: np.ndarray) -> dict:
+    """{"difference", "stderr"} of the overall accuracy, paired by image: the same prompts and noise in both."""
+    changes = _by_task(samples, after.astype(float) - before.astype(float)).values()
     variance = sum(float(values.var()) / len(values) for values in changes)
     return {"difference": sum(float(values.mean()) for values in changes) / len(changes), "stderr": math.sqrt(variance) / len(changes)}
 
 
-def _by_task(wanted: Sequence[Draw], values: np.ndarray) -> dict[str, np.ndarray]:
-    names = np.array([draw.prompt.task for draw in wanted])
+def _by_task(samples: Sequence[EvalSample], values: np.ndarray) -> dict[str, np.ndarray]:
+    names = np.array([sample.prompt.task for sample in samples])
     return {task: values[names == task] for task in TASKS if task in names}
 
 
-def falls(wanted: Sequence[Draw], curve: Sequence[dict]) -> list[dict]:
-    """Where more steps are worse: each pair of points of which the later is below the earlier by over two paired standard errors.
-
-    A curve without any is monotone.
-    """
+def regressions(samples: Sequence[EvalSample], curve: Sequence[dict]) -> list[dict]:
+    """Pairs of points where more steps are worse by over two paired standard errors; none if the curve is monotone."""
     found = []
     for later, point in enumerate(curve):
         for earlier in curve[:later]:
-            change = difference(wanted, unpack(earlier["right"]), unpack(point["right"]))
+            change = difference(samples, unpack(earlier["correct"]), unpack(point["correct"]))
             if change["difference"] < -2 * change["stderr"]:
                 found.append({"from": earlier["steps"], "to": point["steps"], **change})
     return found
 
 
-def pack(right: np.ndarray) -> str:
-    """Which pictures are right, in the order of `draws`: a 0 or a 1 for each."""
-    return "".join("01"[int(one)] for one in right)
+def pack(correct: np.ndarray) -> str:
+    """One character per sample, in the order of `eval_samples`: 1 if its image is correct, else 0."""
+    return "".join("01"[int(one)] for one in correct)
 
 
 def unpack(text: str) -> np.ndarray:
@@ -118,126 +117,125 @@ def evaluate(
     width: int = 64,
     height: int = 64,
     batch: int = 120,
-    twin: str | Path | None = None,
+    baseline: str | Path | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
     model: dict | None = None,
     **options,
 ) -> dict:
-    """The curve over `steps`, as report.json holds it; written to the folder `output`, with curve.png, after every point.
+    """Score `pipe` at several step counts -> the content of report.json.
 
-    model: what the report says of the model ("name", "weights", "dtype", "version"). Points that `output` already holds of the same
-    weights, pictures and sampling are kept, not made again; a report of anything else there is a TimError.
-
-    All points have the same prompts and noise. 1 step runs without guidance (cfg 1).
-    twin: another model's report.json of the same pictures, to be drawn beside this one and compared with picture by picture.
-    `options` go to the pipeline (mode, guidance_interval, negative, ...). TimError for values that cannot be used or a folder that
-    cannot be written.
+    All step counts share prompts and noise; 1 step runs without guidance (cfg 1).
+    output: folder for report.json and curve.png, written after every step count. Points that its report holds of the same weights,
+    protocol and sampling are kept.
+    baseline: report.json of another model, same protocol; compared image by image and drawn in the same chart.
+    model: what the report says of the model ("name", "weights", "dtype", "version"). `options` go to the pipeline.
+    TimError for unusable values, a folder that cannot be written, or one that holds a report of another model or other settings.
     """
     from tqdm import tqdm
 
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
-        raise TimError(f"tasks: found {', '.join(unknown) or 'none'}, expected some of {', '.join(TASKS)}")
+        raise TimError(f"tasks: {', '.join(unknown) or 'none given'}; choose from {', '.join(TASKS)}")
     for name, values in (("steps", steps), ("prompts per task", [prompts_per_task]), ("images", [images]), ("batch", [batch])):
         if not values or any(value < 1 for value in values):
-            raise TimError(f"{name}: found {', '.join(map(str, values)) or 'none'}, expected whole numbers of at least 1")
+            raise TimError(f"{name}: {', '.join(map(str, values)) or 'none given'}; use whole numbers of at least 1")
     for name, value in (("seed", seed), ("cfg", cfg)):
         if not (math.isfinite(value) and value >= 0):
-            raise TimError(f"{name}: found {value}, expected a number of at least 0")
-    pictures = {"seed": seed, "prompts_per_task": prompts_per_task, "images": images, "width": width, "height": height,
+            raise TimError(f"{name}: {value} is not a number of at least 0")
+    protocol = {"seed": seed, "prompts_per_task": prompts_per_task, "images": images, "width": width, "height": height,
                 "tasks": [task for task in TASKS if task in tasks]}
-    other = None if twin is None else read_report(twin, pictures)
+    other = None if baseline is None else read_report(baseline, protocol)
     folder = None if output is None else Path(output).expanduser()
     if folder is not None:
         make_folder(folder)
-    wanted = draws(pictures["tasks"], prompts_per_task, images, seed)
+    samples = eval_samples(protocol["tasks"], prompts_per_task, images, seed)
     steps = sorted(set(steps))
     sampling = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if name in SAMPLING}
     sampling["cfg"] = float(cfg)
-    report: dict = {"model": model, "pictures": pictures, "sampling": sampling, "curve": []}
+    report: dict = {"model": model, "protocol": protocol, "sampling": sampling, "curve": []}
     if folder is not None and model is not None:
-        report["curve"] = made_before(folder / "report.json", report)
+        report["curve"] = read_points(folder / "report.json", report)
     processes.wait()
 
-    def keep() -> None:
-        _compare(wanted, report, other)
+    def save() -> None:
+        _compare(samples, report, other)
         if folder is not None and processes.is_main:
             write_report(report, folder, other)
 
     if report["curve"]:
-        keep()  # the twin may be another one now
+        save()  # the baseline may have changed
     left = [count for count in steps if count not in {point["steps"] for point in report["curve"]}]
-    with tqdm(total=len(processes.shard(wanted)) * len(left), unit="picture", disable=not (progress and processes.is_main)) as bar:
+    with tqdm(total=len(processes.own(samples)) * len(left), unit="image", disable=not (progress and processes.is_main)) as bar:
         for count in left:
-            guided = cfg if count > 1 else 1.0
+            scale = cfg if count > 1 else 1.0
             bar.set_description(f"{count} step{'s' if count > 1 else ''}")
-            right = score(pipe, wanted, count, guided, width, height, batch, bar, processes, **options)
-            point = {"steps": count, "cfg": guided, "nfe": pipe.nfe, **summarise(wanted, right), "right": pack(right)}
+            correct = score(pipe, samples, count, scale, width, height, batch, bar, processes, **options)
+            point = {"steps": count, "cfg": scale, "nfe": pipe.nfe, **summarise(samples, correct), "correct": pack(correct)}
             report["curve"] = sorted([*report["curve"], point], key=lambda point: point["steps"])
-            keep()
+            save()
     return report
 
 
-def _compare(wanted: Sequence[Draw], report: dict, twin: dict | None) -> None:
-    """Puts into a report where its curve falls and, at every point that the twin has too, by how much it is ahead."""
-    report["falls"] = falls(wanted, report["curve"])
-    theirs = {point["steps"]: point for point in twin["curve"]} if twin else {}
+def _compare(samples: Sequence[EvalSample], report: dict, baseline: dict | None) -> None:
+    """Add to a report where its curve falls and, at every step count of the baseline, the difference from it."""
+    report["regressions"] = regressions(samples, report["curve"])
+    others = {point["steps"]: point for point in baseline["curve"]} if baseline else {}
     for point in report["curve"]:
-        point.pop("over_twin", None)
-        if point["steps"] in theirs:
-            point["over_twin"] = difference(wanted, unpack(theirs[point["steps"]]["right"]), unpack(point["right"]))
+        point.pop("vs_baseline", None)
+        if point["steps"] in others:
+            point["vs_baseline"] = difference(samples, unpack(others[point["steps"]]["correct"]), unpack(point["correct"]))
 
 
-def made_before(path: Path, report: dict) -> list[dict]:
-    """The points that a report.json holds, if any. TimError where its model, pictures or sampling are not those of `report`."""
+def read_points(path: Path, report: dict) -> list[dict]:
+    """The curve that a report.json holds; empty if there is no file. TimError unless model, protocol and sampling are those of `report`."""
     if not path.exists():
         return []
     found = read_report(path)
-    before = {**(found.get("model") or {}), **found["pictures"], **found.get("sampling", {})}
-    now = {**report["model"], **report["pictures"], **report["sampling"]}
+    before = {**(found.get("model") or {}), **found["protocol"], **found.get("sampling", {})}
+    now = {**report["model"], **report["protocol"], **report["sampling"]}
     for name in before | now:
-        if name not in NAMES and before.get(name) != now.get(name):
-            raise TimError(f"{path}: {name}: found {before.get(name)}, expected {now.get(name)}, or another folder for it")
+        if name not in LABELS and before.get(name) != now.get(name):
+            raise TimError(f"{path}: its {name} is {before.get(name)}, this run's is {now.get(name)}; write to another folder")
     return found["curve"]
 
 
-def read_report(path: str | Path, pictures: dict | None = None) -> dict:
-    """A report.json, of the same pictures where given. TimError if it cannot be read, or is of others."""
+def read_report(path: str | Path, protocol: dict | None = None) -> dict:
+    """A report.json. TimError if it cannot be read, or is not of `protocol` where that is given."""
     try:
         report = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        found = report["pictures"]
+        found = report["protocol"]
         for point in report["curve"]:
-            unpack(point["right"])
+            unpack(point["correct"])
             if missing := {"steps", "cfg", "nfe", "overall", "stderr", "tasks"} - point.keys():
                 raise KeyError(missing)
     except OSError as error:
-        raise TimError(f"{path}: cannot be read ({error.strerror}), expected a report.json") from None
+        raise TimError(f"{path}: cannot be read ({error.strerror}); give a report.json of tim evaluate") from None
     except (ValueError, TypeError, LookupError):
-        raise TimError(f"{path}: found something else, expected a report.json of tim evaluate") from None
-    if pictures is not None and found != pictures:
-        wrong = next(name for name in pictures if found.get(name) != pictures[name])
-        raise TimError(f"{path}: {wrong}: found {found.get(wrong)}, expected {pictures[wrong]}: only the same pictures can be compared")
+        raise TimError(f"{path}: not a report.json of tim evaluate") from None
+    if protocol is not None and found != protocol:
+        name = next(name for name in protocol if found.get(name) != protocol[name])
+        raise TimError(f"{path}: its {name} is {found.get(name)}, this run's is {protocol[name]}; only the same prompts and noise compare")
     return report
 
 
-def write_report(report: dict, folder: Path, twin: dict | None = None) -> None:
-    """report.json and curve.png; TimError if they cannot be written."""
+def write_report(report: dict, folder: Path, baseline: dict | None = None) -> None:
+    """Write report.json and curve.png; TimError if they cannot be written."""
     text = json.dumps(report, indent=2) + "\n"
-    picture = draw_curve(report["curve"], twin["curve"] if twin else ())
+    chart = draw_curve(report["curve"], baseline["curve"] if baseline else ())
     atomic_write(folder / "report.json", lambda tmp: tmp.write_text(text, encoding="utf-8"))
-    atomic_write(folder / "curve.png", lambda tmp: picture.save(tmp, format="PNG"))
+    atomic_write(folder / "curve.png", lambda tmp: chart.save(tmp, format="PNG"))
 
 
-def draw_curve(curve: Sequence[dict], twin: Sequence[dict] = (), width: int = 900, height: int = 600):
-    """Score against network evaluations (log axis), with two standard errors up and down -> PIL picture. The twin's is grey."""
+def draw_curve(curve: Sequence[dict], baseline: Sequence[dict] = (), width: int = 900, height: int = 600):
+    """Accuracy against network evaluations (log axis), bars of two standard errors -> PIL image; the baseline in grey."""
     from PIL import Image, ImageDraw, ImageFont
 
-    picture = Image.new("RGB", (width, height), "white")
-    pen, font, small = ImageDraw.Draw(picture), ImageFont.load_default(size=18), ImageFont.load_default(size=15)
+    chart = Image.new("RGB", (width, height), "white")
+    pen, font, small = ImageDraw.Draw(chart), ImageFont.load_default(size=18), ImageFont.load_default(size=15)
     left, top, right, bottom = 80, 50, width - 30, height - 80
-    first, last = left + 50, right - 50  # of the axis of evaluations
-    most = max(2.0, *(point["nfe"] for point in (*curve, *twin)))
+    first, last = left + 50, right - 50  # ends of the horizontal axis
+    most = max(2.0, *(point["nfe"] for point in (*curve, *baseline)))
 
     def at(nfe: float, value: float) -> tuple[float, float]:
         return first + (last - first) * math.log(nfe) / math.log(most), bottom - (bottom - top) * value
@@ -251,11 +249,11 @@ def draw_curve(curve: Sequence[dict], twin: Sequence[dict] = (), width: int = 90
         pen.line((x, top, x, bottom), "#eeeeee")
         pen.text((x, bottom + 8), str(2**power), "#444444", font, "mt")
     pen.rectangle((left, top, right, bottom), outline="#888888")
-    pen.text(((left + right) / 2, height - 20), "network evaluations per picture", "#222222", font, "mb")
-    pen.text((left, 14), "share of right pictures, mean of the tasks (bars: two standard errors)", "#222222", font)
-    if twin:
-        pen.text((right - 8, 14), "grey: the twin", "#888888", font, "ra")
-    for points, others, ink, named in ((twin, curve, "#999999", False), (curve, twin, "#2060c0", True)):
+    pen.text(((left + right) / 2, height - 20), "network evaluations per image", "#222222", font, "mb")
+    pen.text((left, 14), "accuracy, mean of the tasks (bars: two standard errors)", "#222222", font)
+    if baseline:
+        pen.text((right - 8, 14), "grey: baseline", "#888888", font, "ra")
+    for points, others, ink, named in ((baseline, curve, "#999999", False), (curve, baseline, "#2060c0", True)):
         places = [at(point["nfe"], point["overall"]) for point in points]
         pen.line(places, ink, 3)
         for (x, y), point in zip(places, points):
@@ -270,4 +268,4 @@ def draw_curve(curve: Sequence[dict], twin: Sequence[dict] = (), width: int = 90
             else:
                 place, anchor = ((x, down + 6), "ma") if beaten or up - top < 50 else ((x, up - 6), "md")
             pen.multiline_text(place, text, "#222222" if named else ink, small, anchor, align="center")
-    return picture
+    return chart

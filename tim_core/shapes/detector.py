@@ -62,7 +62,7 @@ def _shape(alpha, x, y, radius) -> str | None:
     return shape if score >= 0.86 else None
 
 
-def judge(prompt: Prompt, image: np.ndarray) -> bool:
+def is_correct(prompt: Prompt, image: np.ndarray) -> bool:
     """True when the picture holds exactly what the prompt asks for and nothing more (shapes-task: The score)."""
     found = detect(image)
     if len(found) != len(prompt.things) or any(f.shape is None or f.color is None for f in found):

@@ -20,6 +20,7 @@ from tim_core.sampler import sample
 from tim_core.schedule import uniform
 from tim_core.shapes.detector import is_correct
 from tim_core.shapes.scenes import RELATIONS, TASKS, Prompt, Thing
+from tim_core.shapes.tokenizer import vocabulary
 from tim_core.weights.parts import BUNDLED
 from tim_core.weights.save import pack
 
@@ -217,6 +218,12 @@ def test_the_bundled_file_is_small_and_whole():
     tensors = load_file(BUNDLED)
     starts = ("model.diffusion_model.", "text_encoders.transformer.", "text_encoders.tokenizer_json", "text_encoders.config_json", "vae.")
     assert all(any(key.startswith(start) for key in tensors) for start in starts)
+
+
+def test_the_vocabulary_keeps_the_trained_order():
+    """A colour or shape moved in shapes/scenes.py would give the trained embedding rows other words."""
+    tokenizer = bytes(load_file(BUNDLED)["text_encoders.tokenizer_json"].numpy())
+    assert json.loads(tokenizer)["model"]["vocab"] == vocabulary()
 
 
 def test_the_readmes_prompt(shapes):

@@ -1,16 +1,17 @@
-"""The small world's tokenizer: one token for each of its words, bytes for every other word."""
+"""The tokenizer of the small world: one token per word that its captions use, bytes for every other word."""
 
 import json
 
-NUMBERS = ("a", "two", "three", "four")
-SHAPES = ("circle", "circles", "square", "squares", "triangle", "triangles")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
-RELATIONS = ("and", "left", "right", "of", "above", "below")
-WORDS = NUMBERS + SHAPES + COLOURS + RELATIONS
+from .scenes import COLORS, COUNTS, SHAPES
+
+NUMBERS = tuple(COUNTS.values())
+NOUNS = tuple(noun for shape in SHAPES for noun in (shape, f"{shape}s"))
+CONNECTIVES = ("and", "left", "right", "of", "above", "below")  # in the order of the trained embedding table, not of scenes.RELATIONS
+WORDS = (*NUMBERS, *NOUNS, *COLORS, *CONNECTIVES)
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # Gemma's ids 0 to 3
-WORD_START = "\u2581"  # Gemma's mark of a word's start; alone, it begins a word spelled in bytes
-VOCABULARY_SIZE = 320  # what the words leave over is <unused0>, <unused1>, ...
+WORD_START = "\u2581"  # Gemma's word-start mark; alone, it precedes a word spelled in bytes
+VOCABULARY_SIZE = 320  # ids after the last word are <unused0>, <unused1>, ...
 IGNORED = r"""[.,;:!?'"()\[\]{}_/\-\u2013\u2014\u2018\u2019\u201c\u201d]"""  # punctuation, read as a space
 
 

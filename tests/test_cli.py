@@ -1,4 +1,4 @@
-"""The prompt line: what it writes, what it says, how it fails."""
+"""The command line: what it writes, prints and refuses."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_help_imports_nothing_slow():
 # sample
 
 
-def test_sample_writes_the_pipelines_picture(run, tiny):
+def test_sample_writes_the_pipelines_image(run, tiny):
     options = ("--steps", 3, "--cfg", 3, "--size", "32x48", "--seed", 5, "--negative", "a circle")
     code, out, err = run("sample", PROMPT, "--model", tiny, *options, "-o", "picture.png")
     assert code == 0 and out.splitlines()[0] == "picture.png" and "5 NFE" in out and "step" in err
@@ -93,7 +93,7 @@ def test_a_batch_is_numbered(run, tiny):
 
 
 @pytest.mark.parametrize("name, kind", [("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.b.png", "PNG")])
-def test_the_ending_is_the_format(run, tiny, name, kind):
+def test_the_file_extension_is_the_format(run, tiny, name, kind):
     assert run("sample", "a circle", "--model", tiny, "--size", "16x16", "--steps", 1, "-o", name)[0] == 0
     with Image.open(name) as picture:
         assert picture.format == kind and picture.size == (16, 16)
@@ -146,7 +146,7 @@ def test_evaluate_writes_a_report(run, tiny):
     assert str(Path("scores/report.json")) in out and "overall" in out and Path("scores/curve.png").is_file() and "image" in err
 
 
-def test_evaluate_makes_pictures_for_other_benchmarks(run, fails, tiny):
+def test_evaluate_makes_images_for_other_benchmarks(run, fails, tiny):
     Path("prompts.jsonl").write_text('{"item_id": "a7", "prompt": "a circle"}\n')
     options = ("evaluate", "--model", tiny, "--prompts", "prompts.jsonl", "--size", "16x16")
     code, out, _ = run(*options, "--layout", "dpg", "--steps", "1,2", "-o", "dpg")
@@ -247,8 +247,8 @@ def test_wrong_usage_is_2(fails, words):
 
 ERRORS = {
     "no such model": (("sample", "a", "--model", "nothing.safetensors"), "nothing.safetensors"),
-    "no picture ending": (("sample", "a", "-o", "picture"), "no ending"),
-    "a foreign ending": (("sample", "a", "-o", "picture.tga"), ".tga"),
+    "no file extension": (("sample", "a", "-o", "image"), "image: has no file extension; use .png"),
+    "an unsupported format": (("sample", "a", "-o", "picture.tga"), ".tga"),
     "no folder": (("sweep", "a", "-o", "none/sweep.png"), "none"),
     "no steps": (("sweep", "a", "--steps", ","), "--steps"),
     "zero steps in a list": (("sweep", "a", "--steps", "0,1"), "0,1"),
@@ -294,7 +294,7 @@ def test_the_output_is_checked_before_the_work(fails, monkeypatch):
     (KeyboardInterrupt(), 1, "interrupted"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), 1, "out of memory"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
-    (MemoryError(), 1, "out of memory"),
+    (MemoryError(), 1, "out of memory: try a smaller --size or --batch"),
     (PermissionError(13, "Permission denied", "weights.safetensors"), 1, "weights.safetensors: Permission denied"),
     (TimError("one thing:\n  found two, expected one"), 1, "one thing: found two, expected one"),
     (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),

@@ -176,7 +176,7 @@ def test_long_labels_are_broken_and_large_pictures_kept():
 
 
 def test_labels_and_pictures_go_together():
-    with pytest.raises(ValueError, match="2 pictures and 1 labels"):
+    with pytest.raises(ValueError, match="2 images and 1 labels"):
         contact_sheet(torch.rand(2, 8, 8, 3), ["one"])
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([], [])

@@ -1,4 +1,4 @@
-"""Upscaling: sizes and steps of the stages, enlarging, the stages in a row, the prompt line."""
+"""Upscaling: sizes and steps of the stages, enlarging, the stages in a row, the command line."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_pipeline_refuses(pipe, options):
         pipe.upscale(**settings)
 
 
-def test_prompt_line(tiny, tmp_path, capsys):
+def test_command_line(tiny, tmp_path, capsys):
     to_pil(torch.rand(32, 48, 3)).save(tmp_path / "small.png")
     command = ["upscale", str(tmp_path / "small.png"), "a circle", "--model", str(tiny), "--device", "cpu"]
     assert main([*command, "--factor", "2", "--steps", "2,1", "--stages", "2", "-o", str(tmp_path / "large.png")]) == 0

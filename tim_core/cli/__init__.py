@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import TimError
 from . import convert, download, evaluate, inspect, pack, previews, sample, sweep, train, upscale
-from .failures import failed, out_of_memory
+from .failures import is_out_of_memory, print_error
 
 COMMANDS = {
     "sample": sample, "sweep": sweep, "upscale": upscale, "evaluate": evaluate, "inspect": inspect, "convert": convert, "pack": pack,
@@ -30,7 +30,7 @@ triangles in six colours, one to four of a kind or two kinds."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line, too."""
+    """A parser that reports wrong usage in one line."""
 
     def error(self, message: str):
         self.exit(2, f"tim: error: {message} (see {self.prog} --help)\n")
@@ -52,10 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command -> 0, or 1 after one line `tim: error: ...`; SystemExit(2) for wrong usage."""
+    """Run one command -> 0, or 1 after one line `tim: error: ...` on stderr; SystemExit(2) for wrong usage."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal may lack a prompt's characters
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a prompt
     logging.basicConfig(format="tim: %(message)s")
     args = build_parser().parse_args(argv)
     try:
@@ -63,15 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return failed("interrupted", args)
+        return print_error("interrupted", args)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left: say nothing more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone: stop silently
         return 1
     except TimError as error:
-        return failed(str(error), args)
+        return print_error(str(error), args)
     except Exception as error:
-        if out_of_memory(error):
-            return failed("out of memory, expected more of it or a smaller --size or --batch", args)
+        if is_out_of_memory(error):
+            return print_error("out of memory: try a smaller --size or --batch", args)
         if isinstance(error, OSError) and error.strerror:
-            return failed(": ".join(filter(None, [error.filename and str(error.filename), error.strerror])), args)
-        return failed(f"{type(error).__name__}: {error} (-v shows where)", args)
+            return print_error(": ".join(filter(None, [error.filename and str(error.filename), error.strerror])), args)
+        return print_error(f"{type(error).__name__}: {error} (-v shows where)", args)

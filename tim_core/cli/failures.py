@@ -7,15 +7,16 @@ import sys
 import traceback
 
 
-def failed(message: str, args: argparse.Namespace) -> int:
+def print_error(message: str, args: argparse.Namespace) -> int:
+    """Print `tim: error: MESSAGE` on stderr, after the traceback with -v -> exit code 1."""
     if getattr(args, "verbose", False):
         traceback.print_exc()
     print(f"tim: error: {' '.join(message.split())}", file=sys.stderr)
     return 1
 
 
-def out_of_memory(error: Exception) -> bool:
-    """On any device; torch is not imported to ask."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception means that a device or the computer has no memory left; does not import torch."""
     text = str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text or "out of memory" in text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import TimError
-from .failures import failed
+from .failures import print_error
 
 SUMMARY = "describe weight files"
 
@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             text = str(describe(file))
         except TimError as error:
-            code = failed(str(error), args)
-        except Exception as error:  # one strange file is no reason to leave out the others
-            code = failed(f"{file}: {type(error).__name__}: {error}", args)
+            code = print_error(str(error), args)
+        except Exception as error:  # still describe the other files
+            code = print_error(f"{file}: {type(error).__name__}: {error}", args)
         else:
             print(text, flush=True)
     return code

@@ -1,4 +1,4 @@
-"""Options that several commands share: their types, and what is made of them."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHIFT_HELP = "above 1: denser steps at high noise (default: 1, equal steps)"
 def size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)[xX](\d+)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"found '{text}', expected WIDTHxHEIGHT in pixels, such as 64x64")
+        raise argparse.ArgumentTypeError(f"'{text}' is not WIDTHxHEIGHT in pixels, such as 64x64")
     return int(match[1]), int(match[2])
 
 
@@ -26,14 +26,14 @@ def whole_numbers(text: str) -> list[int]:
     try:
         return [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"found '{text}', expected whole numbers between commas, such as 1,2,4,8") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers, such as 1,2,4,8") from None
 
 
 def interval(text: str) -> tuple[float, float]:
     try:
         low, high = (float(word) for word in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"found '{text}', expected LOW,HIGH such as 0,1") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is not LOW,HIGH, such as 0,1") from None
     return low, high
 
 
@@ -75,7 +75,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
 
 
-# Use
+# Values
 
 
 def load_pipeline(args: argparse.Namespace):
@@ -91,7 +91,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def timed(pipe, prompts: list[str], steps: int, times: str | None = None, **options):
-    """-> pictures, seconds; with a progress bar over the steps."""
+    """Run the pipeline with a progress bar -> images, seconds."""
     from tqdm import tqdm
 
     from .. import schedule
@@ -109,5 +109,5 @@ def storage_dtype(name: str | None):
     from ..pipeline import DTYPES
 
     if name not in DTYPES:
-        raise TimError(f"--dtype: found '{name}', expected {', '.join(DTYPES)}")
+        raise TimError(f"--dtype: '{name}' is unknown; choose from {', '.join(DTYPES)}")
     return DTYPES[name]

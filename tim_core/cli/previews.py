@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     parts.require(TRANSFORMER)
     autoencoder = load_autoencoder(args.vae or parts)
     side = 8 * autoencoder.config.factor
-    pictures = previews.photographs(args.images, side) if args.images else render_samples(200, side)
-    preview = previews.fit(autoencoder, tqdm(pictures, unit="picture", leave=False))
+    images = previews.photographs(args.images, side) if args.images else render_samples(200, side)
+    preview = previews.fit(autoencoder, tqdm(images, unit="image", leave=False))
     print(convert(parts, args.file, metadata={"preview": preview}))
-    print(f"{100 * preview['r2']:.1f} % of the colours' variance explained")
+    print(f"the preview explains {100 * preview['r2']:.1f} % of the variance of the colours")

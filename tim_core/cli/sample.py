@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import TimError
 from . import options
-from .image_files import check_picture, write_picture
+from .image_files import check_output_image, write_image
 
 SUMMARY = "make images from a prompt"
 
@@ -40,15 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_picture(args.output)
+    check_output_image(args.output)
     if args.batch < 1:
-        raise TimError(f"--batch: found {args.batch}, expected at least 1")
+        raise TimError(f"--batch: {args.batch} is not a whole number of at least 1")
     pipe = options.load_pipeline(args)
     from ..images import to_pil
 
     images, seconds = options.timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **options.settings(args))
     names = [args.output] if args.batch == 1 else [args.output.with_stem(f"{args.output.stem}-{k}") for k in range(args.batch)]
     for name, image in zip(names, images):
-        write_picture(to_pil(image), name)
+        write_image(to_pil(image), name)
         print(name)
     print(f"{pipe.nfe} NFE, {seconds:.2f} s")

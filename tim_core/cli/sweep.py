@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import TimError
 from . import options
-from .image_files import check_picture, write_picture
+from .image_files import check_output_image, write_image
 
 SUMMARY = "compare step counts on one labelled sheet"
 
@@ -33,20 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_picture(args.output)
-    if not args.steps or min(args.steps) < 1 or (args.columns is not None and args.columns < 1):
-        name, found = ("--columns", args.columns) if args.steps and min(args.steps) >= 1 else ("--steps", ",".join(map(str, args.steps)))
-        raise TimError(f"{name}: found '{found}', expected whole numbers of at least 1")
+    check_output_image(args.output)
+    if not args.steps or min(args.steps) < 1:
+        raise TimError(f"--steps: '{','.join(map(str, args.steps))}' is not a list of whole numbers of at least 1, such as 1,2,4")
+    if args.columns is not None and args.columns < 1:
+        raise TimError(f"--columns: {args.columns} is not a whole number of at least 1")
     pipe = options.load_pipeline(args)
     from ..images import contact_sheet, step_label
 
-    pipe([args.prompt], steps=1, **options.settings(args))  # the first run of all is slower than its steps
+    pipe([args.prompt], steps=1, **options.settings(args))  # warm-up, so that the first time on the sheet is right
     images, labels = [], []
     for steps in args.steps:
         image, seconds = options.timed(pipe, [args.prompt], steps=steps, **options.settings(args))
         images.append(image[0])
         labels.append(step_label(steps, pipe.nfe, seconds))
-    write_picture(contact_sheet(images, labels, args.columns), args.output)
+    write_image(contact_sheet(images, labels, args.columns), args.output)
     print(args.output)
     for label in labels:
         print(label.replace(" · ", ", "))

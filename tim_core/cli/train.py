@@ -32,6 +32,6 @@ def run(args: argparse.Namespace) -> None:
     try:
         from ..training import run
     except ModuleNotFoundError as error:
-        raise TimError(f'training: found no {error.name}, expected it from: pip install "transition-models[train]"') from None
+        raise TimError(f'training needs the package {error.name}; run: pip install "transition-models[train]"') from None
     for path in filter(None, run(args.configs)):
         print(path)

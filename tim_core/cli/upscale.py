@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from . import options
-from .image_files import check_picture, read_picture, write_picture
+from .image_files import check_output_image, write_image
 
 SUMMARY = "re-render an image at a larger size"
 
@@ -40,27 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_picture(args.output)
-    picture = read_picture(args.image)
+    check_output_image(args.output)
+    from ..images import open_image, to_pil, to_tensor
     from ..upscale import stage_steps, target_size
 
+    image = to_tensor(open_image(args.image))
     total = sum(stage_steps(args.steps, args.stages)) if args.stages > 0 else 0
     pipe = options.load_pipeline(args)
     from tqdm import tqdm
-
-    from ..images import to_pil
 
     width, height = args.size or (0, 0)
     settings = {name: getattr(args, name) for name in ("negative", "cfg", "seed", "guidance_interval", "stochasticity")}
     with tqdm(total=total, unit="step", leave=False) as bar:
         started = time.perf_counter()
-        image = pipe.upscale(
-            picture, args.prompt, width=width, height=height, steps=args.steps, strength=args.strength, factor=args.factor,
+        large = pipe.upscale(
+            image, args.prompt, width=width, height=height, steps=args.steps, strength=args.strength, factor=args.factor,
             stages=args.stages, callback=lambda state: bar.update(), **settings)[0]
         seconds = time.perf_counter() - started
-    write_picture(to_pil(image), args.output)
+    write_image(to_pil(large), args.output)
     print(args.output)
-    asked = target_size(picture.shape[2], picture.shape[1], width, height, args.factor)
-    made = image.shape[1], image.shape[0]
-    rounded = "" if made == asked else f" (asked for {asked[0]}x{asked[1]}; sides are multiples of {pipe.unit})"
-    print(f"{made[0]}x{made[1]}{rounded}, {pipe.nfe} NFE, {seconds:.2f} s")
+    wanted = target_size(image.shape[2], image.shape[1], width, height, args.factor)
+    size = large.shape[1], large.shape[0]
+    rounded = "" if size == wanted else f" (asked for {wanted[0]}x{wanted[1]}; sides are multiples of {pipe.unit})"
+    print(f"{size[0]}x{size[1]}{rounded}, {pipe.nfe} NFE, {seconds:.2f} s")

@@ -1,4 +1,4 @@
-"""What a class-conditional model is told to draw."""
+"""Conditioning for class-conditional models."""
 
 from comfy_api.latest import io
 
@@ -14,17 +14,17 @@ class TiMClassLabel(io.ComfyNode):
             node_id="TiMClassLabel",
             display_name="TiM Class Label",
             category="TiM",
-            description="A class of ImageNet as conditioning, for the class-conditional TiM models. An empty label is the null class.",
-            search_aliases=["transition models", "imagenet", "c2i", "class"],
+            description="An ImageNet class as conditioning, for class-conditional TiM models. An empty label is the null class.",
+            search_aliases=["imagenet", "c2i", "class", "transition models"],
             inputs=[
                 io.String.Input(
                     "label",
                     default="golden retriever",
-                    tooltip="A name or number of ImageNet's 1000 classes: golden retriever, or 207. Empty: no class, which is the "
-                    "negative of guidance.",
+                    tooltip="Name or number of one of the 1000 ImageNet classes: golden retriever, or 207. Leave it empty for the null "
+                    "class, the negative of CFG.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="For the positive or negative of a sampler.")],
+            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="For the positive or negative input of a sampler.")],
         )
 
     @classmethod

@@ -1,14 +1,14 @@
-"""The inputs that several nodes share, so that they read and behave alike."""
+"""The inputs that several nodes share, with one text and one range each."""
 
 from comfy_api.latest import io
 
-MAX_SIDE = 4096  # pixels: what the released model was trained up to
+MAX_SIDE = 4096  # pixels: the largest native size the released model was trained on
 
 
 def conditioning_inputs() -> list[io.Conditioning.Input]:
     return [
-        io.Conditioning.Input("positive", tooltip="What the picture should show."),
-        io.Conditioning.Input("negative", tooltip="What guidance leads away from; an empty prompt is the usual one."),
+        io.Conditioning.Input("positive", tooltip="What the image should show."),
+        io.Conditioning.Input("negative", tooltip="Negative prompt, usually empty."),
     ]
 
 
@@ -25,7 +25,7 @@ def time_input(name: str, default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=tooltip)
 
 
-def seed_input(tooltip: str) -> io.Int.Input:
+def seed_input(tooltip: str = "Noise seed.") -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
 
 
@@ -37,15 +37,18 @@ def cfg_input() -> io.Float.Input:
         max=100.0,
         step=0.1,
         round=0.01,
-        tooltip="Strength of the guidance; 1 is none. Guided steps cost two evaluations.",
+        tooltip="Guidance scale; 1 turns CFG off. A step with CFG runs the network twice.",
     )
 
 
 def interval_inputs() -> list[io.Float.Input]:
-    high = "Steps are guided only where their time is below this. At 1, as published, the first step from pure noise is not guided, "
     return [
-        time_input("guidance_low", 0.0, "Steps are guided only where their time is above this."),
-        time_input("guidance_high", 1.0, high + "so a one-step picture has no guidance."),
+        time_input("guidance_low", 0.0, "CFG acts only at times above this value."),
+        time_input(
+            "guidance_high",
+            1.0,
+            "CFG acts only at times below this value. At 1 the first step from pure noise runs without CFG, so a one-step image has none.",
+        ),
     ]
 
 
@@ -56,13 +59,13 @@ def stochasticity_input() -> io.Float.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="Share of fresh noise in every step that neither begins at time 1 nor ends at 0; 0 is deterministic. It is meant for many "
-        "steps. Nodes that share a trajectory want seeds of their own.",
+        tooltip="Share of fresh noise in each step, except a step from time 1 or to time 0; 0 is deterministic. Meant for many steps. "
+        "Give chained samplers different seeds.",
     )
 
 
 def time_inputs() -> list[io.Float.Input]:
     return [
-        time_input("start", 1.0, "The first time: 1 starts from noise, less keeps part of the latent. All steps run either way."),
-        time_input("end", 0.0, "The last time: 0 is the finished picture, more is for another sampler to go on from."),
+        time_input("start", 1.0, "Start time: 1 starts from noise, a lower value keeps part of the latent. All steps run either way."),
+        time_input("end", 0.0, "End time: 0 finishes the image, a higher value leaves it for another sampler."),
     ]

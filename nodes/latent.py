@@ -31,31 +31,31 @@ class TiMEmptyLatent(io.ComfyNode):
             node_id="TiMEmptyLatent",
             display_name="Empty TiM Latent",
             category="TiM",
-            description="An empty latent of the model's own channels and pixels a cell, for TiMSampler or KSampler.",
-            search_aliases=["transition models", "empty latent image", "resolution", "aspect ratio"],
+            description="An empty latent sized for the connected TiM model, for TiM Sampler or KSampler.",
+            search_aliases=["aspect ratio", "resolution", "empty latent image", "transition models"],
             inputs=[
-                io.Model.Input("model", tooltip="A TiM model: it says how many pixels a latent cell is."),
+                io.Model.Input("model", tooltip="A TiM model; it sets the channels of the latent and the pixels per cell."),
                 io.Combo.Input(
                     "aspect_ratio",
                     options=[CUSTOM, *RATIOS],
-                    tooltip="Width to height. 'custom' takes width and height; any other sets both, with the megapixels, for the "
-                    "released model (the smallest is 512x512).",
+                    tooltip="Width to height. custom uses the inputs width and height. Any other ratio sets both from megapixels, in sizes "
+                    "for the released model, 512x512 and up.",
                 ),
                 io.Combo.Input(
                     "megapixels",
                     options=list(MEGAPIXELS),
                     default="1",
-                    tooltip="Size of an aspect ratio's picture, 1 being 1024x1024; not used with 'custom'. It shrinks until the long "
-                    "side is within 4096. The released model is at its best from 1 to 4.",
+                    tooltip="Number of pixels for the chosen aspect ratio; 1 is 1024x1024. Not used with custom. The long side is limited "
+                    "to 4096. The released model is best from 1 to 4.",
                 ),
                 side_input(
-                    "width", 64, 8, "Width of the picture in pixels, with 'custom', rounded to a multiple of 32 (16 for classes at 256, "
-                    "8 for the bundled model). The bundled model draws at 64, the released one at 1024 and up to 4096.",
+                    "width", 64, 8, "Image width in pixels for custom, rounded to a multiple of 32 (16 for class models at 256x256, 8 for "
+                    "the demo model). The demo model draws at 64, the released model at 1024 and up to 4096.",
                 ),
-                side_input("height", 64, 8, "Height of the picture in pixels, with 'custom', rounded like the width."),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many pictures to sample at once."),
+                side_input("height", 64, 8, "Image height in pixels for custom, rounded like the width."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Number of images to sample at once."),
             ],
-            outputs=[io.Latent.Output(display_name="LATENT", tooltip="Zeros, for a sampler to start from noise.")],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="An empty latent, for a sampler that starts from noise.")],
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Files to MODEL, CLIP and VAE."""
+"""Loaders: files to MODEL, CLIP and VAE."""
 
 from comfy_api.latest import io
 
@@ -18,20 +18,20 @@ class TiMCheckpointLoader(io.ComfyNode):
             node_id="TiMCheckpointLoader",
             display_name="Load TiM Checkpoint",
             category="TiM",
-            description="Loads a TiM text-to-image model from one file, as core's own MODEL, CLIP and VAE.",
-            search_aliases=["transition models", "tim model", "load checkpoint"],
+            description="Loads a text-to-image TiM model from one file, as MODEL, CLIP and VAE.",
+            search_aliases=["transition models", "tim model", "load checkpoint", "few step"],
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
                     options=list_files("checkpoints"),
-                    tooltip="The bundled model, which draws simple shapes at 64x64, or a one-file TiM checkpoint in models/checkpoints "
-                    "(`tim pack` makes one of the released weights).",
+                    tooltip="The included demo model, which draws coloured shapes at 64x64, or a one-file TiM checkpoint in "
+                    "models/checkpoints. The command tim pack makes one from the released weights.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The transformer, for TiMSampler, or for KSampler with euler and simple."),
-                io.Clip.Output(display_name="CLIP", tooltip="The Gemma-3 text encoder, for CLIPTextEncode."),
-                io.Vae.Output(display_name="VAE", tooltip="The DC-AE, for VAEDecode and VAEEncode."),
+                io.Model.Output(display_name="MODEL", tooltip="The transformer, for TiM Sampler, or for KSampler with euler and simple."),
+                io.Clip.Output(display_name="CLIP", tooltip="The Gemma 3 text encoder, for CLIP Text Encode."),
+                io.Vae.Output(display_name="VAE", tooltip="The DC-AE autoencoder, for VAE Decode and VAE Encode."),
             ],
         )
 
@@ -49,29 +49,31 @@ class TiMModelLoader(io.ComfyNode):
             node_id="TiMModelLoader",
             display_name="Load TiM Model",
             category="TiM",
-            description="Loads a TiM transformer alone, text-to-image or class-conditional, as released or converted.",
-            search_aliases=["transition models", "tim model", "load diffusion model", "unet loader"],
+            description="Loads the transformer of a TiM model, text-to-image or class-conditional, without text encoder and VAE.",
+            search_aliases=["diffusion model", "transition models", "tim model", "unet loader"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=list_files("diffusion_models"),
-                    tooltip="A transformer in models/diffusion_models: t2i_model.bin and c2i_model_*.safetensors as released, what `tim "
-                    "convert` made of them, or the bundled model's.",
+                    tooltip="A transformer in models/diffusion_models: t2i_model.bin or c2i_model_*.safetensors as released, or a file "
+                    "written by the command tim convert. The demo model is listed first.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
-                    tooltip="How the weights are kept in memory: default lets ComfyUI choose, bf16 takes half of float32, fp8 half of "
-                    "bf16 at some loss of quality. The fast kind also computes in fp8, on GPUs that can.",
+                    tooltip="Precision of the weights in memory. default: ComfyUI's choice. bf16: half the memory of float32. fp8: half "
+                    "the memory of bf16, with some loss of quality; the fast variant also computes in fp8 on GPUs that support it.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="MODEL", tooltip="The transformer, for TiMSampler or KSampler (euler, simple).")],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The transformer, for TiM Sampler, or for KSampler with euler and simple."),
+            ],
         )
 
     @classmethod
     def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
         if weight_dtype not in WEIGHT_DTYPES:
-            raise TimError(f"weight dtype: found '{weight_dtype}', expected {', '.join(WEIGHT_DTYPES)}")
+            raise TimError(f"weight_dtype: '{weight_dtype}' is not offered; choose {', '.join(WEIGHT_DTYPES)}")
         return io.NodeOutput(build_model(open_parts("diffusion_models", model_name, TRANSFORMER), WEIGHT_DTYPES[weight_dtype]))
 
 
@@ -82,17 +84,17 @@ class TiMTextEncoderLoader(io.ComfyNode):
             node_id="TiMTextEncoderLoader",
             display_name="Load TiM Text Encoder",
             category="TiM",
-            description="Loads the Gemma-3 text encoder of a TiM text-to-image model.",
-            search_aliases=["transition models", "gemma", "load clip"],
+            description="Loads the Gemma 3 text encoder of a text-to-image TiM model.",
+            search_aliases=["gemma", "transition models", "load clip"],
             inputs=[
                 io.Combo.Input(
                     "text_encoder_name",
                     options=[*list_files("text_encoders"), *list_folders("text_encoders")],
-                    tooltip="In models/text_encoders: the folder gemma-3-1b-it as Hugging Face has it, or one file with the tokenizer in "
-                    "it or beside it.",
+                    tooltip="In models/text_encoders: the folder gemma-3-1b-it as downloaded from Hugging Face, or one file with the "
+                    "tokenizer inside or beside it.",
                 ),
             ],
-            outputs=[io.Clip.Output(display_name="CLIP", tooltip="The text encoder, for CLIPTextEncode.")],
+            outputs=[io.Clip.Output(display_name="CLIP", tooltip="The text encoder, for CLIP Text Encode.")],
         )
 
     @classmethod
@@ -107,8 +109,9 @@ class TiMVAELoader(io.ComfyNode):
             node_id="TiMVAELoader",
             display_name="Load TiM VAE",
             category="TiM",
-            description="Loads the DC-AE of a TiM model. Class-conditional models at 256 have Stable Diffusion's VAE instead: Load VAE.",
-            search_aliases=["transition models", "dc-ae", "load vae"],
+            description="Loads the DC-AE autoencoder of a TiM model. "
+            "Class-conditional models at 256x256 use Stable Diffusion's VAE, in Load VAE.",
+            search_aliases=["dc-ae", "transition models", "load vae"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",
@@ -116,7 +119,7 @@ class TiMVAELoader(io.ComfyNode):
                     tooltip="In models/vae: the folder dc-ae-f32c32-sana-1.1-diffusers, or its diffusion_pytorch_model.safetensors.",
                 ),
             ],
-            outputs=[io.Vae.Output(display_name="VAE", tooltip="The DC-AE, for VAEDecode and VAEEncode.")],
+            outputs=[io.Vae.Output(display_name="VAE", tooltip="The DC-AE autoencoder, for VAE Decode and VAE Encode.")],
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Sampling along a time grid of our own: in one node, in several that share a trajectory, or in the parts of custom sampling."""
+"""Sampling along TiM's time grid: in one node, split between several, or in the parts of custom sampling."""
 
 from comfy_api.latest import io
 
@@ -18,15 +18,17 @@ class TiMSampler(io.ComfyNode):
             node_id="TiMSampler",
             display_name="TiM Sampler",
             category="TiM",
-            description="Samples a TiM model in any number of equal steps, each a transition from one time to the next. "
-            "Time runs from 1 (noise) to 0 (picture); several of these nodes can share it, each with its own steps.",
-            search_aliases=["transition models", "ksampler", "ksampler advanced", "few-step"],
+            description="Samples a TiM model in any number of steps; chain several to split one run. "
+            "Time runs from 1 (noise) to 0 (image).",
+            search_aliases=["few step", "one step", "ksampler", "ksampler advanced", "transition models"],
             inputs=[
-                io.Model.Input("model", tooltip="A TiM model, patched or not."),
+                io.Model.Input("model", tooltip="A TiM model, with or without LoRAs."),
                 *conditioning_inputs(),
-                io.Latent.Input("latent_image", tooltip="An empty latent, or one to start from. A noise mask keeps what it leaves out."),
-                seed_input("The noise. The same seed and settings give the same picture in `tim sample`."),
-                steps_input("Steps of equal length between start and end. One is enough for a picture; more are better."),
+                io.Latent.Input(
+                    "latent_image", tooltip="An empty latent, or an image to start from. Areas outside a noise mask are kept."
+                ),
+                seed_input(),
+                steps_input("Number of equal steps from start to end. 1 makes an image, 4 a better one, 16 to 64 the best."),
                 cfg_input(),
                 *interval_inputs(),
                 stochasticity_input(),
@@ -34,16 +36,16 @@ class TiMSampler(io.ComfyNode):
                 io.Boolean.Input(
                     "add_noise",
                     default=True,
-                    tooltip="On for an empty latent or a picture; off for what another sampler left unfinished at the time `start`.",
+                    tooltip="On for an empty latent or a finished image. Off for a latent that another sampler left at the start time.",
                 ),
                 io.Boolean.Input(
                     "return_with_leftover_noise",
                     default=True,
-                    tooltip="Matters only where end is above 0. On: the latent keeps its noise, for the next sampler, ours or "
-                    "KSamplerAdvanced. Off: the last step goes to 0 instead of to end, and the picture is finished.",
+                    tooltip="Used only when end is above 0. On: the latent keeps its noise for the next sampler, TiM Sampler or KSampler "
+                    "(Advanced). Off: the last step goes to 0 instead of end and finishes the image.",
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="LATENT", tooltip="The sampled latent, for VAEDecode.")],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="The sampled latent, for VAE Decode.")],
         )
 
     @classmethod
@@ -53,7 +55,7 @@ class TiMSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         times, interval = schedule.uniform(steps, start, end), (guidance_low, guidance_high)
         if not add_noise and start >= 1:
-            raise TimError("add_noise: found off with a start of 1, expected on, or the time below 1 at which another sampler stopped")
+            raise TimError(f"add_noise: off, but start is {start:g}; turn it on, or set start to the time at which another sampler stopped")
         if not return_with_leftover_noise:
             times[-1] = 0.0
         return io.NodeOutput(
@@ -68,14 +70,14 @@ class TiMSamplerSelect(io.ComfyNode):
             node_id="TiMSamplerSelect",
             display_name="TiM Sampler Select",
             category="TiM",
-            description="TiM's own sampler for SamplerCustom and SamplerCustomAdvanced.",
-            search_aliases=["transition models", "ksampler select", "custom sampling"],
+            description="TiM's sampler for SamplerCustom and SamplerCustomAdvanced.",
+            search_aliases=["custom sampling", "ksampler select", "transition models"],
             inputs=[
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
-                    tooltip="transition: the network is told where each step goes, as it should be. diffusion: it is not, as in ordinary "
-                    "flow matching, which needs many steps.",
+                    tooltip="transition: the network is given the end time of each step, as in training. diffusion: ordinary flow "
+                    "matching, which needs many steps.",
                 ),
                 stochasticity_input(),
             ],
@@ -94,10 +96,10 @@ class TiMScheduler(io.ComfyNode):
             node_id="TiMScheduler",
             display_name="TiM Scheduler",
             category="TiM",
-            description="The times of TiM's steps, as SIGMAS for SamplerCustom and SamplerCustomAdvanced.",
-            search_aliases=["transition models", "sigmas", "timesteps", "basic scheduler"],
+            description="The step times of a TiM model as sigmas, for SamplerCustom and SamplerCustomAdvanced.",
+            search_aliases=["sigmas", "timesteps", "basic scheduler", "transition models"],
             inputs=[
-                steps_input("Number of steps between start and end."),
+                steps_input("Number of steps from start to end."),
                 *time_inputs(),
                 io.Float.Input(
                     "shift",
@@ -106,16 +108,15 @@ class TiMScheduler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="1: steps of equal length, as published. Above 1 more of them are near noise, below 1 near the picture.",
+                    tooltip="1: equal steps, as published. Above 1: denser steps at high noise. Below 1: denser steps near the image.",
                 ),
                 io.String.Input(
                     "times",
                     default="",
-                    tooltip="A list of times of your own, such as 1, 0.7, 0.3, 0, each smaller than the one before. Where there is one, "
-                    "steps, start, end and shift are not used.",
+                    tooltip="Custom times in falling order, such as 1, 0.7, 0.3, 0. They replace steps, start, end and shift.",
                 ),
             ],
-            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="The times, one more than there are steps.")],
+            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="The times, one more than the steps.")],
         )
 
     @classmethod
@@ -131,10 +132,11 @@ class TiMGuidanceInterval(io.ComfyNode):
             node_id="TiMGuidanceInterval",
             display_name="TiM Guidance Interval",
             category="TiM",
-            description="The times at which a TiM model is guided, in KSampler and custom sampling. The other TiM nodes have their own.",
-            search_aliases=["transition models", "cfg interval", "guidance limit"],
+            description="Limits CFG to part of the run, for KSampler and custom sampling. TiM Sampler, TiM Native Upscale and TiM Step "
+            "Sweep have these inputs themselves.",
+            search_aliases=["cfg interval", "guidance limit", "transition models"],
             inputs=[io.Model.Input("model", tooltip="A TiM model."), *interval_inputs()],
-            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, guided inside the interval only; elsewhere cfg is 1.")],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, with CFG inside the interval only.")],
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""One prompt and one noise at several numbers of steps."""
+"""One prompt and one noise at several step counts."""
 
 import time
 
@@ -13,10 +13,10 @@ from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
 
 
 def step_counts(text: str) -> list[int]:
-    """ "1, 2, 4" -> [1, 2, 4]; TimError for anything else than whole numbers of at least 1."""
+    """ "1, 2, 4" -> [1, 2, 4]. TimError unless all are whole numbers of at least 1."""
     words = text.replace(",", " ").split()
     if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise TimError(f"steps: found '{text}', expected whole numbers of at least 1, such as 1, 2, 4, 8")
+        raise TimError(f"steps: '{text}' is not a list of whole numbers of at least 1, such as 1, 2, 4, 8")
     return [int(word) for word in words]
 
 
@@ -27,22 +27,24 @@ class TiMStepSweep(io.ComfyNode):
             node_id="TiMStepSweep",
             display_name="TiM Step Sweep",
             category="TiM",
-            description="The same picture, from the same noise, at several numbers of steps: what more steps buy, on one labelled sheet.",
-            search_aliases=["transition models", "xy plot", "compare steps", "grid"],
+            description="Renders one prompt at several step counts, from the same noise, on a labelled sheet.",
+            search_aliases=["xy plot", "compare steps", "grid", "transition models"],
             inputs=[
                 io.Model.Input("model", tooltip="A TiM model."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 *conditioning_inputs(),
-                io.Latent.Input("latent_image", tooltip="An empty latent: its size is taken, and of a batch the first. Every picture "
-                "starts from noise."),
-                seed_input("The noise, the same for every number of steps."),
-                io.String.Input("steps", default="1, 2, 4, 8, 16, 32", tooltip="Numbers of steps to compare."),
+                io.Latent.Input(
+                    "latent_image", tooltip="An empty latent that sets the size; of a batch only the first is used. Every image starts "
+                    "from noise."
+                ),
+                seed_input("Noise seed, the same for every step count."),
+                io.String.Input("steps", default="1, 2, 4, 8, 16, 32", tooltip="Step counts to compare."),
                 cfg_input(),
                 *interval_inputs(),
             ],
             outputs=[
-                io.Image.Output(display_name="SHEET", tooltip="All pictures, with steps, network evaluations and seconds under each."),
-                io.Image.Output(display_name="IMAGES", tooltip="The pictures as a batch, in the order of the steps."),
+                io.Image.Output(display_name="SHEET", tooltip="All images, labelled with steps, network evaluations and seconds."),
+                io.Image.Output(display_name="IMAGES", tooltip="The images as a batch, in the order of the step counts."),
             ],
         )
 
@@ -63,7 +65,7 @@ class TiMStepSweep(io.ComfyNode):
             )
             return vae.decode(sampled["samples"])[0], step_label(count, sum(rows), time.perf_counter() - start_time)
 
-        run(1, 0)  # the first run of all loads the model, and would count as slow
+        run(1, 0)  # warm-up: the first run also loads the model
         shown = [run(count, 1 + sum(counts[:i])) for i, count in enumerate(counts)]
         images = [image for image, _ in shown]
         return io.NodeOutput(to_tensor(contact_sheet(images, [label for _, label in shown])), as_batch(images))

@@ -19,16 +19,16 @@ class TiMNativeUpscale(io.ComfyNode):
             node_id="TiMNativeUpscale",
             display_name="TiM Native Upscale",
             category="TiM",
-            description="Draws a picture again at a larger size: enlarges it, mixes noise in and samples it as a whole, no tiles, "
-            "in one or several stages.",
-            search_aliases=["transition models", "hires fix", "upscale image", "ultimate sd upscale"],
+            description="Re-renders an image larger, without tiles: enlarges it, adds noise and samples it again, in one or several "
+            "stages.",
+            search_aliases=["hires fix", "upscale image", "ultimate sd upscale", "transition models"],
             inputs=[
                 io.Model.Input("model", tooltip="A TiM model."),
-                io.Vae.Input("vae", tooltip="The model's VAE; it works in blended tiles where memory is short."),
+                io.Vae.Input("vae", tooltip="The model's VAE; it switches to blended tiles when memory is short."),
                 *conditioning_inputs(),
-                io.Image.Input("image", optional=True, tooltip="The picture to enlarge. Connect this or latent."),
-                io.Latent.Input("latent", optional=True, tooltip="The picture to enlarge, as a finished latent. Connect this or image."),
-                seed_input("The noise that is mixed in."),
+                io.Image.Input("image", optional=True, tooltip="The image to enlarge. Connect image or latent."),
+                io.Latent.Input("latent", optional=True, tooltip="The image to enlarge, as a finished latent. Connect image or latent."),
+                seed_input(),
                 io.Float.Input(
                     "factor",
                     default=2.0,
@@ -36,27 +36,27 @@ class TiMNativeUpscale(io.ComfyNode):
                     max=16.0,
                     step=0.25,
                     round=0.001,
-                    tooltip="How many times larger, where width and height are both 0.",
+                    tooltip="Enlargement of width and height, used when both inputs are 0.",
                 ),
                 side_input(
-                    "width", 0, 0, "Width to reach in pixels, rounded to a multiple of 32 (16 for classes at 256, 8 for the bundled "
-                    "model). 0: by the height and the picture's proportions.",
+                    "width", 0, 0, "Target width in pixels, rounded to a multiple of 32 (16 for class models at 256x256, 8 for the demo "
+                    "model). 0: follows the height.",
                 ),
                 side_input(
-                    "height", 0, 0, "Height to reach in pixels, 0: by the width. Where both are given, what other proportions leave over "
-                    "is cut off.",
+                    "height", 0, 0, "Target height in pixels. 0: follows the width. With both set, the image is cropped if the aspect "
+                    "ratio differs.",
                 ),
                 io.Int.Input(
                     "stages",
                     default=1,
                     min=1,
                     max=MAX_STAGES,
-                    tooltip="Enlargements on the way, by equal factors: 1024 to 4096 in 2 stages goes over 2048.",
+                    tooltip="Number of enlargements, by equal factors: 1024 to 4096 in 2 stages passes 2048.",
                 ),
                 io.String.Input(
                     "steps",
                     default="4",
-                    tooltip="Number of steps of every stage, or one number for each: 8, 4.",
+                    tooltip="Steps per stage: one number for all stages, or one for each, such as 8, 4.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -65,16 +65,16 @@ class TiMNativeUpscale(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     round=0.0001,
-                    tooltip="The time that the enlarged picture is noised to, and sampling starts from: low keeps the picture, high "
-                    "draws more of it anew. All steps run, whatever it is.",
+                    tooltip="Start time of the sampling: a low value keeps the image, a high value changes more of it. All steps run "
+                    "either way.",
                 ),
                 cfg_input(),
                 *interval_inputs(),
                 stochasticity_input(),
             ],
             outputs=[
-                io.Image.Output(display_name="IMAGE", tooltip="The picture at its new size."),
-                io.Latent.Output(display_name="LATENT", tooltip="The same as a latent, for another sampler."),
+                io.Image.Output(display_name="IMAGE", tooltip="The enlarged image."),
+                io.Latent.Output(display_name="LATENT", tooltip="The enlarged image as a latent, for another sampler."),
             ],
         )
 
@@ -84,19 +84,19 @@ class TiMNativeUpscale(io.ComfyNode):
         stochasticity, image=None, latent=None,
     ) -> io.NodeOutput:
         if (image is None) == (latent is None):
-            found = "neither" if image is None else "both"
-            raise TimError(f"TiMNativeUpscale: found {found} of image and latent connected, expected one of them")
+            found = "neither is" if image is None else "both are"
+            raise TimError(f"image, latent: {found} connected; connect exactly one of them")
         multiple, counts = size_multiple(model), stage_steps(steps, stages)
         images = (vae.decode(latent["samples"]) if image is None else image)[..., :3]
-        images = images.expand(*images.shape[:3], 3)  # of a mask or a depth map
+        images = images.expand(*images.shape[:3], 3)  # masks and depth maps have one channel
         places = {"batch_index": latent["batch_index"]} if latent and "batch_index" in latent else {}
         size = images.shape[2], images.shape[1]
         target = target_size(*size, width, height, factor)
         sizes = stage_sizes(size, target, stages, multiple)
         if max(sizes[-1]) > MAX_SIDE:
-            raise TimError(f"size: found {sizes[-1][0]}x{sizes[-1][1]} pixels, expected at most {MAX_SIDE} a side")
+            raise TimError(f"size: {sizes[-1][0]}x{sizes[-1][1]} is over {MAX_SIDE} pixels a side; reduce factor, width or height")
         if sizes[-1] != target:
-            logging.info(f"TiMNativeUpscale: {target[0]}x{target[1]} becomes {sizes[-1][0]}x{sizes[-1][1]}, multiples of {multiple}")
+            logging.info(f"TiM Native Upscale: {target[0]}x{target[1]} rounded to {sizes[-1][0]}x{sizes[-1][1]}, multiples of {multiple}")
         progress = shared_progress(model, sum(counts))
 
         def sample(samples, times, stage):

@@ -1,6 +1,7 @@
 """Each node beyond the spine in the real ComfyUI: what it does, with which of core's nodes, what it says when it cannot."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -78,12 +79,12 @@ def test_shifted_times(comfyui, pipe):
 
 
 @pytest.mark.parametrize("times, said", [
-    ("1, half, 0", "'half'"), ("1, 0.5, 0.5", "0.5 after 0.5"), ("1", "at least two"), ("2, 0", "from 0 to 1"),
+    ("1, half, 0", "half"), ("1, 0.5, 0.5", "0.5"), ("1", "two"), ("2, 0", "0 (to|and) 1"),
 ])
 def test_bad_times_are_refused(comfyui, times, said):
     graph = Graph()
     message = refusal(comfyui, graph, custom(graph, times=times))
-    assert said in message and "expected" in message
+    assert message.startswith("times: ") and re.search(said, message)
 
 
 def test_the_interval_of_a_stock_sampler(comfyui):
@@ -95,7 +96,8 @@ def test_the_interval_of_a_stock_sampler(comfyui):
     plain = run_latents(comfyui, graph := Graph(), graph.stock(steps=4, cfg=4.0))[0]
     assert (plain - inner).abs().max() > 1e-3
     graph = Graph()
-    assert "0.6 to 0.3" in refusal(comfyui, graph, graph.tim(guidance_low=0.6, guidance_high=0.3))
+    message = refusal(comfyui, graph, graph.tim(guidance_low=0.6, guidance_high=0.3))
+    assert all(word in message for word in ("guidance_low", "0.6", "guidance_high", "0.3", "cfg to 1"))
 
 
 # Core's conditionings, latents, models
@@ -258,8 +260,8 @@ def test_weight_dtypes(comfyui, parts, weight_dtype, kind, bound):
 
 
 @pytest.mark.parametrize("kind, name, folder, wanted", [
-    ("TiMModelLoader", "model_name", "diffusion_models", "TiM transformer"),
-    ("TiMTextEncoderLoader", "text_encoder_name", "text_encoders", "Gemma-3 text model"),
+    ("TiMModelLoader", "model_name", "diffusion_models", "transformer"),
+    ("TiMTextEncoderLoader", "text_encoder_name", "text_encoders", "Gemma"),
     ("TiMVAELoader", "vae_name", "vae", "DC-AE"),
 ])
 def test_a_loader_says_what_the_wrong_file_is(comfyui, tiny, tmp_path, kind, name, folder, wanted):
@@ -268,7 +270,7 @@ def test_a_loader_says_what_the_wrong_file_is(comfyui, tiny, tmp_path, kind, nam
     weights = load_file(tiny)
     ours = {"TiMModelLoader": "vae.", "TiMTextEncoderLoader": "vae.", "TiMVAELoader": "model."}[kind]
     save_file({key: value for key, value in weights.items() if key.startswith(ours)}, tmp_path / "other.safetensors")
-    for file, found in (("kl", "a KL autoencoder"), ("other", "a DC-AE" if ours == "vae." else "a TiM transformer")):
+    for file, found in (("kl", "KL autoencoder"), ("other", "DC-AE" if ours == "vae." else "TiM transformer")):
         comfyui.add(folder, tmp_path / f"{file}.safetensors", f"wrong-{file}.safetensors")
         more = {"weight_dtype": "default"} if kind == "TiMModelLoader" else {}
         graph = Graph()
@@ -334,10 +336,10 @@ def test_upscale_takes_a_latent_or_an_image(comfyui):
     image = graph.add("VAEDecode", samples=sampled, vae=graph.vae)
     a, b = upscaled(graph, image=image), upscaled(graph, latent=sampled)
     close(*run_latents(comfyui, graph, [a[0], 1], [b[0], 1]))
-    for links, found in (({}, "neither"), ({"image": image, "latent": sampled}, "both")):
+    for links, found in (({}, "neither is connected"), ({"image": image, "latent": sampled}, "both are connected")):
         fresh = Graph()
         fresh.prompt, fresh.model, fresh.vae = {**graph.prompt}, graph.model, graph.vae
-        assert f"found {found}" in refusal(comfyui, fresh, [upscaled(fresh, **links)[0], 1])
+        assert found in refusal(comfyui, fresh, [upscaled(fresh, **links)[0], 1])
 
 
 def test_upscale_keeps_the_noise_of_a_picture_of_a_batch(comfyui):
@@ -366,13 +368,13 @@ def test_upscale_takes_a_picture_of_one_channel(comfyui):
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(steps="4, 4"), "1 of them"), (dict(steps="none"), "'none'"), (dict(factor=16.0, width=0), "at most 4096"),
-    (dict(stages=2, steps="1, 2, 3"), "2 of them"),
+    (dict(steps="4, 4"), "steps: .*4, 4"), (dict(steps="none"), "steps: .*none"), (dict(factor=16.0), "8192x8192 .*4096"),
+    (dict(stages=2, steps="1, 2, 3"), "steps: .*1, 2, 3.* 2"),
 ])
 def test_upscale_refuses(comfyui, settings, said):
     graph = Graph()
     image = graph.add("EmptyImage", width=512, height=512, batch_size=1, color=0)
-    assert said in refusal(comfyui, graph, [upscaled(graph, image=image, **settings)[0], 1])
+    assert re.search(said, refusal(comfyui, graph, [upscaled(graph, image=image, **settings)[0], 1]))
 
 
 # Looking
@@ -390,7 +392,7 @@ def test_sweep_equals_pipeline(comfyui, pipe):
     found = pictures_of(comfyui, outputs, sheet)
     assert found.shape[0] == 1 and found.shape[2] > 3 * 192
     graph = Graph()
-    assert "'1, x'" in refusal(comfyui, graph, sweep_latent(graph, "1, x"))
+    assert "steps: '1, x'" in refusal(comfyui, graph, sweep_latent(graph, "1, x"))
 
 
 def sweep_latent(graph: Graph, steps: str) -> list:
@@ -575,7 +577,7 @@ def test_computing_in_bfloat16(comfyui, parts, classes, name):
     assert found["dtype"] == "torch.bfloat16" and not found["same"] and found["error"] < 0.03
 
 
-@pytest.mark.parametrize("label, said", [("golden retreiver", "golden retriever"), ("1000", "expected 0 to 999")])
+@pytest.mark.parametrize("label, said", [("golden retreiver", "golden retriever"), ("1000", "0 to 999")])
 def test_unknown_classes_are_refused(comfyui, classes, label, said):
     graph = copy(classes)
     assert said in refusal(comfyui, graph, labelled(graph, label))
@@ -583,10 +585,11 @@ def test_unknown_classes_are_refused(comfyui, classes, label, said):
 
 def test_text_and_classes_do_not_mix(comfyui, classes):
     graph = copy(classes)
-    assert "expected a label, from TiMClassLabel" in refusal(comfyui, graph, graph.tim(graph.empty(64, 64)))
+    message = refusal(comfyui, graph, graph.tim(graph.empty(64, 64)))
+    assert message.startswith("conditioning: text") and "connect TiM Class Label" in message
     graph = Graph()
     message = refusal(comfyui, graph, labelled(graph, "207"))
-    assert "found a class label, expected text of width 32" in message
+    assert message.startswith("conditioning: a class label") and "connect CLIP Text Encode" in message
 
 
 @pytest.mark.parametrize("place", ["models/diffusion_models/deep", "elsewhere/my_diffusion_models"])

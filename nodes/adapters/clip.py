@@ -1,4 +1,4 @@
-"""The text encoder as a CLIP: transformers' Gemma 3, which loads and unloads as a whole."""
+"""The text encoder as a CLIP: transformers' Gemma 3, loaded and unloaded as a whole."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from .model import PADDED, WholePatcher
 
 
 class TiMTokenizer:
-    """Text to <bos> and its ids. Weights such as (red:1.3) are read literally, as for core's other language models."""
+    """Turns text into token ids that start with <bos>. Weights such as (red:1.3) are literal text, as for core's language models."""
 
     def __init__(self, encoder: TextEncoder):
         self.encoder = encoder
@@ -28,7 +28,7 @@ class TiMTokenizer:
         return {"tim": [[(token, 1.0, *word) for token in ids[0, mask[0]].tolist()]]}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What CheckpointSave and CLIPSave write beside the weights, so that their files load again."""
+        """Tokenizer and config that CheckpointSave and CLIPSave write beside the weights, so that their files load again."""
         tokenizer = self.encoder.tokenizer
         name = "tokenizer_json" if tokenizer.is_json else "spiece_model"
         config = {**self.encoder.gemma_config, "escape_prompts": self.encoder.escape}
@@ -36,25 +36,25 @@ class TiMTokenizer:
 
 
 class TiMTextModel(torch.nn.Module):
-    """What core's CLIP drives. Its state dict holds the text model as `transformer.*`, the names of checkpoints and LoRAs."""
+    """The model inside core's CLIP. Its weights are named `transformer.*`, as in checkpoints and LoRAs."""
 
     def __init__(self, encoder: TextEncoder):
         super().__init__()
         self.transformer = encoder.transformer
-        object.__setattr__(self, "encoder", encoder)  # not a submodule: its weights would be there twice
+        object.__setattr__(self, "encoder", encoder)  # not a submodule: its weights would be listed twice
         self.dtypes = {encoder.dtype}
 
     def set_clip_options(self, options: dict) -> None:
-        """Layer and projection mean nothing here; the device is the weights' own."""
+        """Does nothing: layer and projection do not apply, and the device is that of the weights."""
 
     def reset_clip_options(self) -> None:
         pass
 
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None, dict[str, Tensor]]:
-        """-> the prompt's rows (1, M, D), no pooled output, and all 256 rows for _fit_conditionings."""
+        """-> features of the prompt (1, M, D), no pooled output, and all 256 rows for _fit_conditionings."""
         ids = [token[0] for token in tokens["tim"][0]]
         length = len(ids)
-        ids = (ids + [self.encoder.tokenizer.pad_id])[:MAX_LENGTH]  # one pad row: they are all alike
+        ids = (ids + [self.encoder.tokenizer.pad_id])[:MAX_LENGTH]  # one pad row: all are equal
         mask = torch.arange(len(ids)) < length
         rows = self.encoder.encode_ids(torch.tensor([ids], device=self.encoder.device), mask[None])
         rows = rows.float().to(mm.intermediate_device())
@@ -63,7 +63,7 @@ class TiMTextModel(torch.nn.Module):
 
 
 class TiMCLIP(comfy.sd.CLIP):
-    """Encodes with the model that its patcher holds: Select CLIP Device exchanges the patcher alone."""
+    """Encodes with the model of its current patcher, since Select CLIP Device replaces only the patcher."""
 
     def load_model(self, *args, **kwargs):
         self.cond_stage_model = self.patcher.model
@@ -71,12 +71,12 @@ class TiMCLIP(comfy.sd.CLIP):
 
     def clone(self, **kwargs):
         clip = super().clone(**kwargs)
-        clip.__class__ = TiMCLIP  # core's clone names its own class
+        clip.__class__ = TiMCLIP  # core's clone() returns its own class
         return clip
 
 
 def build_clip(parts: Parts) -> TiMCLIP:
-    """The CLIP of a checkpoint. TimError if it holds no text model, or transformers is missing or too old."""
+    """Builds the CLIP of a checkpoint. TimError if it holds no text encoder, or transformers is missing or too old."""
     dtype = text_dtype(mm.text_encoder_device())
     encoder = load_text_encoder(parts, dtype=dtype).requires_grad_(False)
     target = SimpleNamespace(
@@ -87,18 +87,18 @@ def build_clip(parts: Parts) -> TiMCLIP:
     parameters = sum(weight.numel() for weight in encoder.parameters())
     no_offload = supported_kwargs(comfy.sd.CLIP.__init__, disable_dynamic=True)
     clip = TiMCLIP(target, parameters=parameters, model_options={"dtype": dtype}, **no_offload)
-    clip.patcher.__class__ = WholePatcher  # CLIP makes its patcher itself; clones are of the same class
+    clip.patcher.__class__ = WholePatcher  # CLIP makes its patcher itself; clones keep the class
     clip.patcher.cached_patcher_init = (_reload_clip, (parts.source,))
     return clip
 
 
 def _reload_clip(source: str, disable_dynamic: bool = False) -> WholePatcher:
-    """How core makes a second patcher of the same file, for another device."""
+    """Second patcher of the same file: core calls it for another device."""
     return build_clip(read_parts(source)).patcher
 
 
 def text_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes in it, else float32. Core's own choice is float16, in which Gemma 3 overflows."""
+    """bfloat16 where the device computes in it, else float32. Core would choose float16, in which Gemma 3 overflows."""
     if args.fp32_text_enc:
         return torch.float32
     return torch.bfloat16 if args.bf16_text_enc or mm.should_use_bf16(device) else torch.float32

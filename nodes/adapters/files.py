@@ -1,4 +1,4 @@
-"""What ComfyUI's models folders hold, the bundled models first, and opening one of them."""
+"""Lists the files of ComfyUI's models folders, bundled models first, and opens one of them."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ BUNDLED_NAMES = {f"{name} (bundled)": name for name in BUNDLED}
 
 
 def list_files(folder: str) -> list[str]:
-    """The bundled models first, then what ComfyUI lists of a models folder."""
+    """Names of the bundled models, then of the files in a models folder."""
     return [*BUNDLED_NAMES, *folder_paths.get_filename_list(folder)]
 
 
 def list_folders(folder: str) -> list[str]:
-    """Folders in Hugging Face layout (weights and their config.json) inside a models folder, by relative name with a / behind."""
+    """Names, ending in /, of the folders in Hugging Face layout (weights with config.json) inside a models folder."""
     found = set()
     for root in map(Path, folder_paths.get_folder_paths(folder)):
         for config in root.glob("*/config.json"):
@@ -26,14 +26,14 @@ def list_folders(folder: str) -> list[str]:
 
 
 def open_parts(folder: str, name: str, *wanted: str):
-    """The parts of a listed file or folder; TimError naming it unless all `wanted` ones are in it."""
+    """Opens a listed file or folder. TimError naming it if it is not there or lacks one of the `wanted` parts."""
     if name.endswith("/"):
         places = [Path(root) / name for root in folder_paths.get_folder_paths(folder)]
         source = next((str(place) for place in places if place.is_dir()), None)
     else:
         source = BUNDLED_NAMES.get(name) or folder_paths.get_full_path(folder, name)
     if source is None:
-        raise TimError(f"{name}: found no such file, expected one in models/{folder} or {', '.join(BUNDLED_NAMES)}")
+        raise TimError(f"{name}: not found in models/{folder}; choose a listed file or {', '.join(BUNDLED_NAMES)}")
     parts = read_parts(source)
     parts.require(*wanted)
     return parts

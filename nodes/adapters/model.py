@@ -1,4 +1,4 @@
-"""TiM as a MODEL: core's BaseModel around our network, and the wrappers that make core's samplers sample it as published."""
+"""TiM as a MODEL: core's BaseModel around our network, with wrappers for exact transitions and the guidance interval."""
 
 import comfy.k_diffusion.sampling
 import comfy.latent_formats
@@ -21,9 +21,9 @@ from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
 
-PADDED = "tim_padded"  # conditioning key: the 256 rows of a prompt, its padding included
-TARGET = "tim_target"  # transformer option: the time that our own sampler goes to
-TRANSITION = "tim_transition"  # transformer option: the sampler goes from each time of its schedule to the next
+PADDED = "tim_padded"  # conditioning key: the 256 rows of a prompt, padding included
+TARGET = "tim_target"  # transformer option: end time of the step of our own sampler
+TRANSITION = "tim_transition"  # transformer option: each step ends at the next time of the schedule
 INTERVAL = "tim_interval"  # key of the guidance interval's wrapper
 PUBLISHED_INTERVAL = (0.0, 1.0)
 LABEL_BASE = 32
@@ -33,11 +33,11 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
 }
-UNGUIDED = {"cfg": 1.0, "cfg1": 1.0, "cfg2": 1.0, "neg_scale": 0.0}  # strengths of core's guiders that leave the positive alone
+UNGUIDED = {"cfg": 1.0, "cfg1": 1.0, "cfg2": 1.0, "neg_scale": 0.0}  # attributes of core's guiders, at values without guidance
 
 
 class ComfyAttention:
-    """The attention that ComfyUI selected, told of the options of the call in progress (other packs replace attention there)."""
+    """ComfyUI's selected attention, called with the transformer options of the current call (other packs override it there)."""
 
     def __init__(self):
         self.options: dict = {}
@@ -47,7 +47,7 @@ class ComfyAttention:
 
 
 class TiMNetwork(TransitionTransformer):
-    """tim_core's network under the signature that BaseModel calls; r comes in the transformer options."""
+    """tim_core's network with the signature that BaseModel calls; r is a transformer option."""
 
     def __init__(self, config: TransformerConfig, operations, device=None, dtype=None):
         attention = ComfyAttention()
@@ -71,20 +71,22 @@ class TiMNetwork(TransitionTransformer):
             attention.options = outer
 
     def _condition(self, context: Tensor | None) -> Tensor:
-        """What the network takes: text features as they are, labels from the two digits that `class_label` writes."""
+        """The network's condition: text features (B, L, text_dim) as they are, class numbers (B,) from the digits of `class_label`."""
         config = self.config
-        wanted = f"text of width {config.text_dim}, from CLIPTextEncode" if config.text_dim else "a label, from TiMClassLabel"
-        if context is None or context.shape[-1] != (config.text_dim or 2):
-            found = "none" if context is None else f"features of width {context.shape[-1]}" if context.shape[-1] != 2 else "a class label"
-            raise TimError(f"conditioning: found {found}, expected {wanted}")
+        width = None if context is None else context.shape[-1]
+        if config.text_dim and width != config.text_dim:
+            found = {None: "missing", 2: "a class label"}.get(width, f"text features of width {width}")
+            raise TimError(f"conditioning: {found}; connect CLIP Text Encode with this model's own CLIP, of width {config.text_dim}")
+        if not config.text_dim and width != 2:
+            raise TimError(f"conditioning: {'missing' if width is None else 'text'}; connect TiM Class Label, this model takes classes")
         if config.text_dim:
             return context
-        # The digits survive half precision, the number that they make does not.
+        # The digits survive half precision, the number does not.
         label = (context[:, 0].float() @ context.new_tensor([LABEL_BASE, 1], dtype=torch.float32)).round().long()
         if int(label.max()) >= config.num_classes:
-            raise TimError(f"class label: found {int(label.max())}, expected 0 to {config.num_classes - 1}")
+            raise TimError(f"class label: {int(label.max())} is not a class of this model; choose 0 to {config.num_classes - 1}")
         if int(label.min()) < 0 and not config.null_class:
-            raise TimError("class label: found the null class, which this model has not, expected cfg 1 or another class")
+            raise TimError("class label: empty, but this model has no null class; set cfg to 1 or choose a class")
         return torch.where(label < 0, config.num_classes, label)
 
 
@@ -94,11 +96,11 @@ class TiMModel(comfy.model_base.BaseModel):
         self.diffusion_model.eval().requires_grad_(False)
 
     def process_timestep(self, timestep, **kwargs):
-        # ModelSamplingSD3 and its like count time to 1000; the network counts to 1.
+        # ModelSamplingSD3 and similar nodes scale time to 1000; the network takes 0 to 1.
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-        # As an option, not as a conditioning: those are rounded to the network's dtype.
+        # An option, not a conditioning: conditionings are rounded to the network's dtype.
         options = {**transformer_options, "tim_r": resolve_r(t, transformer_options)}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
@@ -106,13 +108,13 @@ class TiMModel(comfy.model_base.BaseModel):
 class TiMLatent(comfy.latent_formats.LatentFormat):
     """Latents of unit variance: DC-AE's scale is applied by the VAE, that of the stock SD VAE here.
 
-    `preview` is None or {"factors": (C, 3), "bias": (3)}: a linear picture of the latent, for live previews.
+    `preview` is None or {"factors": (C, 3), "bias": (3)}: a linear map from latent to RGB, for live previews.
     """
 
     def __init__(self, config: TransformerConfig, factor: int, preview: dict | None = None):
         self.latent_channels = config.in_channels
         self.spacial_downscale_ratio = factor
-        if config.in_channels == 4 and config.text_dim is None:  # the released classes at 256: latents of the stock SD VAE
+        if config.in_channels == 4 and config.text_dim is None:  # released class model at 256x256: latents of the stock SD VAE
             stock = comfy.latent_formats.SD15()
             self.scale_factor, self.latent_rgb_factors = stock.scale_factor, stock.latent_rgb_factors
             self.taesd_decoder_name = stock.taesd_decoder_name
@@ -132,8 +134,8 @@ class TiMConfig(comfy.supported_models_base.BASE):
         self.latent_format = lambda: TiMLatent(config, factor, record.get("preview"))  # BASE calls it
         super().__init__({"config": config})
         self.record = record
-        # A guess, not measured on a GPU: at the peak a token holds some 30 tensors of the hidden width (the gated MLP, q, k, v), at
-        # 1152 about 70 KB in bfloat16. Core counts latent cells, of dtype size times 0.01 MB times this factor each.
+        # Estimated, not measured on a GPU: a token peaks at about 30 tensors of the hidden width (gated MLP, q, k, v), 70 KB in
+        # bfloat16 at width 1152. Core multiplies latent cells by dtype size, 0.01 MB and this factor.
         self.memory_usage_factor = 3.3 * config.hidden_size / 1152 / config.patch_size**2
 
     def get_model(self, state_dict, prefix="", device=None):
@@ -144,7 +146,7 @@ class TiMConfig(comfy.supported_models_base.BASE):
 
 
 def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The MODEL of a checkpoint. TimError if it is no TiM.
+    """Builds the MODEL of a checkpoint. TimError if it holds no TiM transformer.
 
     model_options: dtype, fp8_optimizations, load_device, offload_device as in core's loaders.
     """
@@ -177,12 +179,12 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
 
 
 def _reload_model(source: str, model_options: dict = {}, disable_dynamic: bool = False):
-    """How core makes a second patcher of the same file, for hooks and for several GPUs."""
+    """Second patcher of the same file: core calls it for hooks and for several GPUs."""
     return build_model(read_parts(source), model_options, disable_dynamic)
 
 
 def patcher_class(disable_dynamic: bool = False) -> type[comfy.model_patcher.ModelPatcher]:
-    """The patcher for core's layers; looked up now, since ComfyUI puts another in this place at start where it offloads dynamically."""
+    """The patcher for core's layers. Looked up late: ComfyUI replaces the class at start where it offloads dynamically."""
     plain = comfy.model_patcher.ModelPatcher
     return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
 
@@ -192,28 +194,28 @@ def is_dynamic(patcher) -> bool:
 
 
 class WholePatcher(comfy.model_patcher.ModelPatcher):
-    """For layers that are not core's, which can be on the device or off it, but not run in between: loads and unloads everything."""
+    """For layers that are not core's and cannot run partly offloaded: loads and unloads the whole model."""
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         return super().partially_load(device_to, 1e32, force_patch_weights=force_patch_weights)
 
     def partially_unload(self, *args, **kwargs):
-        return 0  # bytes freed: core then unloads the whole
+        return 0  # bytes freed; core then unloads the whole model
 
 
 def tim_model(model) -> TiMModel:
-    """What a MODEL holds; TimError if it is not TiM."""
+    """The TiMModel inside a MODEL. TimError if it is another model."""
     inner = getattr(model, "model", None)
     if not isinstance(inner, TiMModel):
-        raise TimError(f"model: found {type(inner).__name__}, expected TiM, from TiMCheckpointLoader or TiMModelLoader")
+        raise TimError(f"model: {type(inner).__name__} is not a TiM model; load one with Load TiM Checkpoint or Load TiM Model")
     return inner
 
 
 def resolve_r(t: Tensor, options: dict) -> Tensor:
-    """The times that an evaluation at t (B,) goes to, (B,) float32.
+    """End times (B,), float32, of the step that evaluates the network at t (B,).
 
-    Our sampler says it; stock euler's steps are transitions from each time of the schedule to the next (x + (x - denoised) / t * (r - t)
-    is x - (t - r) F); for every other sampler r = t, which makes TiM an ordinary flow model.
+    Our sampler sets it. A step of stock euler is a transition to the next time of the schedule, since x + (x - denoised) / t * (r - t)
+    is x - (t - r) F. For every other sampler r = t: ordinary flow matching.
     """
     t = t.float()
     if options.get(TARGET) is not None:
@@ -226,7 +228,7 @@ def resolve_r(t: Tensor, options: dict) -> Tensor:
 
 
 def _mark_transitions(executor, guider, sigmas, extra_args, *args, **kwargs):
-    """SAMPLER_SAMPLE wrapper: stock euler (and ddim, which is euler) without churn takes exact transitions."""
+    """SAMPLER_SAMPLE wrapper: marks stock euler, and ddim, which equals it, without churn as taking exact transitions."""
     sampler = executor.class_obj
     is_euler = getattr(sampler, "sampler_function", None) is comfy.k_diffusion.sampling.sample_euler
     if is_euler and not sampler.extra_options:
@@ -235,10 +237,10 @@ def _mark_transitions(executor, guider, sigmas, extra_args, *args, **kwargs):
 
 
 def _fit_conditionings(executor, *args, **kwargs):
-    """OUTER_SAMPLE wrapper, on the run's own copies of the conditionings.
+    """OUTER_SAMPLE wrapper: fits the run's copies of the conditionings to each other and to the latent.
 
-    Texts are padded to the longest with their own pad rows, as the official code does inside a batch: so the null text is as long as
-    the prompt. Areas in pixels, which core divides by 8 whatever the model, are put on the latent's own grid.
+    Texts are padded to the longest with their own pad rows, as the official code does inside a batch, so the null text is as long as
+    the prompt. Areas in pixels, which core divides by 8 for every model, are converted to the latent's own grid.
     """
     guider = executor.class_obj
     factor = guider.model_patcher.model.latent_format.spacial_downscale_ratio
@@ -247,7 +249,7 @@ def _fit_conditionings(executor, *args, **kwargs):
     longest = max((cond["cross_attn"].shape[1] for cond in texts), default=0)
     for cond in texts:
         rows, padded = cond["cross_attn"], cond.get(PADDED)
-        # equal: no node (ConditioningConcat, Average, ...) has changed the rows since
+        # not equal if a node (ConditioningConcat, ConditioningAverage, ...) has changed the rows
         if padded is not None and rows.shape[1] < longest and torch.equal(padded[:, : rows.shape[1]], rows):
             cond["cross_attn"] = padded[:, :longest]
     for cond in conds:
@@ -259,13 +261,13 @@ def _fit_conditionings(executor, *args, **kwargs):
 
 
 def with_interval(model: comfy.model_patcher.ModelPatcher, low: float, high: float) -> comfy.model_patcher.ModelPatcher:
-    """A clone that is guided only at times low < t < high, by CFG, Dual CFG and Perp-Neg alike.
+    """A clone with guidance only at times low < t < high, for the guiders CFG, Dual CFG and Perp-Neg. TimError if low >= high.
 
-    Elsewhere the negatives have no weight, and are not evaluated unless the guider always does (Dual CFG, nested).
+    Outside the interval the negatives have no weight and are not evaluated, except by nested Dual CFG, which always does.
     """
     if low >= high:
-        raise TimError(f"guidance interval: found {low:g} to {high:g}, expected the first to be smaller (cfg 1 is no guidance)")
-    low, high = torch.tensor([low, high], dtype=torch.float32).tolist()  # as the times that they are compared with
+        raise TimError(f"guidance_low: {low:g} is not below guidance_high {high:g}; to turn CFG off, set cfg to 1")
+    low, high = torch.tensor([low, high], dtype=torch.float32).tolist()  # the precision of the times they are compared with
 
     def guide_inside(executor, x, timestep, *args, **kwargs):
         guider = executor.class_obj
@@ -287,11 +289,11 @@ def with_interval(model: comfy.model_patcher.ModelPatcher, low: float, high: flo
 
 
 def class_label(label: int) -> Tensor:
-    """A class as a conditioning (1, 1, 2): two digits, which no rounding to half precision changes. -1 is the null class."""
+    """A class as conditioning (1, 1, 2): two digits in base LABEL_BASE, exact in half precision. -1 is the null class."""
     return torch.tensor([[[label // LABEL_BASE, label % LABEL_BASE]]], dtype=torch.float32)
 
 
 def size_multiple(model) -> int:
-    """Pixels that the sides of a picture are multiples of."""
+    """Number of pixels that an image's sides must be multiples of."""
     inner = tim_model(model)
     return inner.latent_format.spacial_downscale_ratio * inner.diffusion_model.config.patch_size

@@ -1,4 +1,4 @@
-"""TiM's own sampler as a SAMPLER, the LATENTs that it samples through core's guider, progress and counts."""
+"""TiM's sampler as a SAMPLER, sampling of LATENTs through core's guider, progress, and latent helpers."""
 
 import logging
 
@@ -19,7 +19,7 @@ from .model import TARGET, size_multiple, tim_model, with_interval
 
 
 def with_target(extra_args: dict, r: float) -> dict:
-    """A sampler's extra_args, as a copy, with the time that this evaluation goes to."""
+    """A copy of a sampler's extra_args with the end time r of the current step."""
     model_options = dict(extra_args.get("model_options", {}))
     model_options["transformer_options"] = {**model_options.get("transformer_options", {}), TARGET: r}
     return {**extra_args, "model_options": model_options}
@@ -27,7 +27,7 @@ def with_target(extra_args: dict, r: float) -> dict:
 
 @torch.no_grad()
 def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable=None, mode="transition", stochasticity=0.0):
-    """tim_core's sampler in the form of a k-diffusion sampler; `model` guides, so one evaluation here is a guided one."""
+    """tim_core's sampler with the signature of a k-diffusion sampler; `model` applies the guidance itself."""
     extra_args = extra_args or {}
 
     def network(x, t, r, _):
@@ -40,11 +40,11 @@ def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable
 
 
 def transition_sampler(mode: str = "transition", stochasticity: float = 0.0) -> comfy.samplers.KSAMPLER:
-    """The SAMPLER that takes TiM's steps; TimError for a mode or a share of noise that there is not."""
+    """TiM's SAMPLER. TimError for an unknown mode or a stochasticity outside 0 to 1."""
     if mode not in MODES:
-        raise TimError(f"mode: found '{mode}', expected {' or '.join(MODES)}")
+        raise TimError(f"mode: '{mode}' is not offered; choose {' or '.join(MODES)}")
     if not 0 <= stochasticity <= 1:
-        raise TimError(f"stochasticity: found {stochasticity}, expected 0 to 1")
+        raise TimError(f"stochasticity: {stochasticity} is outside 0 to 1")
     return comfy.samplers.KSAMPLER(sample_transitions, {"mode": mode, "stochasticity": stochasticity})
 
 
@@ -61,10 +61,10 @@ def sample_latent(
     add_noise: bool = True,
     callback=None,
 ) -> dict:
-    """A LATENT at times[0] (noise is mixed in) to a LATENT at times[-1]; unfinished ones are scaled as core's samplers scale them.
+    """Samples a LATENT from times[0], to which noise is added, to times[-1]; unfinished latents are scaled as core scales them.
 
-    Through core's guider: masks, areas, hooks, LoRAs and previews work as in KSampler. Without add_noise the latent is one that another
-    sampler left unfinished at times[0]. `callback` in place of the progress bar and previews of core.
+    Runs through core's guider: masks, areas, hooks, LoRAs and previews work as in KSampler. With add_noise off the latent must come
+    from another sampler that stopped at times[0]. `callback` replaces core's progress bar and previews.
     """
     tim_model(model)
     model = with_interval(model, *interval)
@@ -90,13 +90,13 @@ def sample_latent(
 
 
 def shared_progress(model, steps: int):
-    """One progress bar over several samplings of `steps` steps in all -> the callback of the sampling after `done` steps."""
+    """One progress bar for several samplings, `steps` in total -> function from the steps done so far to the next callback."""
     shown = latent_preview.prepare_callback(model, steps)
     return lambda done: lambda step, x0, x, total: shown(done + step, x0, x, steps)
 
 
 def count_evaluations(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int]]:
-    """A clone of the model, and a list to which each of its network calls adds the number of pictures that it evaluated."""
+    """A clone of the model, and a list to which each network call appends its batch size."""
     rows: list[int] = []
 
     def count(executor, x, *args, **kwargs):
@@ -109,22 +109,22 @@ def count_evaluations(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int
 
 
 def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
-    """A LATENT of zeros for pictures of width x height pixels, rounded to what the model can draw, with a line in the log."""
+    """A LATENT of zeros for images of width x height pixels, rounded to size_multiple; the log says when that changes the size."""
     inner = tim_model(model)
     factor, multiple = inner.latent_format.spacial_downscale_ratio, size_multiple(model)
     rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
     if rounded != [width, height]:
-        logging.info(f"TiMEmptyLatent: {width}x{height} becomes {rounded[0]}x{rounded[1]}, multiples of {multiple}")
+        logging.info(f"Empty TiM Latent: {width}x{height} rounded to {rounded[0]}x{rounded[1]}, multiples of {multiple}")
     shape = (batch_size, inner.latent_format.latent_channels, rounded[1] // factor, rounded[0] // factor)
     return {"samples": torch.zeros(shape, device=mm.intermediate_device()), "downscale_ratio_spacial": factor}
 
 
 def first_of_batch(latent: dict) -> dict:
-    """The first of a batch of latents, with its own noise."""
+    """The first latent of a batch, with its own noise mask and batch_index."""
     first = {name: latent[name][:1] for name in ("samples", "noise_mask", "batch_index") if name in latent}
     return {**latent, **first}
 
 
 def as_batch(images: list[Tensor]) -> Tensor:
-    """Pictures (H, W, 3) as an IMAGE."""
+    """Images (H, W, 3) as one IMAGE (B, H, W, 3)."""
     return torch.stack(images)

@@ -16,11 +16,11 @@ from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
 from .model import WholePatcher, is_dynamic, patcher_class
 
-TILE, OVERLAP = 1024, 128  # pixels: smaller tiles show, since the deep stages look at the whole tile
+TILE, OVERLAP = 1024, 128  # pixels; smaller tiles show, because attention in the deep stages spans the tile
 
 
 class InterruptibleAutoencoder(Autoencoder):
-    """Stops at a tile when the user cancels: core's tile loops do not ask."""
+    """Checks for cancellation at every tile, which core's tile loops do not."""
 
     def encode(self, x: Tensor) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
@@ -32,13 +32,13 @@ class InterruptibleAutoencoder(Autoencoder):
 
 
 class TiMVAE(comfy.sd.VAE):
-    """Pictures in [0, 1] <-> latents of unit variance. Float32 or bfloat16: float16 overflows in the deep stages."""
+    """Images in [0, 1] <-> latents of unit variance, in float32 or bfloat16: float16 overflows in the deep stages."""
 
     def __init__(
         self, parts: Parts, device: torch.device | None = None, dtype: torch.dtype | None = None, disable_dynamic: bool = False
     ):
         with _without_warning("No VAE weights detected"):
-            super().__init__(sd={})  # every version's own defaults
+            super().__init__(sd={})  # sets the defaults of this version
         reload = (_reload_vae, (parts.source, device, dtype))
         self.device = device or mm.vae_device()
         self.working_dtypes = [torch.bfloat16, torch.float32]
@@ -47,16 +47,16 @@ class TiMVAE(comfy.sd.VAE):
         self.vae_dtype = torch.float32 if dtype == torch.float16 or self.needs_float32 else dtype
         self.output_device = mm.intermediate_device()
 
-        # Loaded by plain layers, which checks every name and shape; then by core's, which can be offloaded.
+        # Loaded once into plain layers, which checks names and shapes, then into core's, which can be offloaded.
         loaded = load_autoencoder(parts, dtype=self.vae_dtype)
         config = loaded.config
         network = InterruptibleAutoencoder(config, comfy.ops.disable_weight_init, dtype=self.vae_dtype)
         self.first_stage_model = network.eval().requires_grad_(False)
-        # Batch norm is not one of core's layers: its tensors would stay behind when the rest is offloaded.
+        # Batch norm is not one of core's layers, so its tensors would not move when the rest is offloaded.
         self.disable_offload = any(stage.norm == "batch_norm" for stage in (*config.encoder, *config.decoder))
         self.latent_channels = config.latent_channels
         self.downscale_ratio = self.upscale_ratio = config.factor
-        # A guess, not measured on a GPU: at full resolution a block holds some eight tensors as wide as the first stage.
+        # Estimated, not measured on a GPU: a block at full resolution holds about eight tensors as wide as the first stage.
         width = 8 * max(config.encoder[0].width, config.decoder[0].width, config.decoder[1].width // 4)
         self.memory_used_encode = lambda shape, dtype: width * shape[2] * shape[3] * mm.dtype_size(dtype)
         self.memory_used_decode = lambda shape, dtype: width * shape[2] * shape[3] * config.factor**2 * mm.dtype_size(dtype)
@@ -84,7 +84,7 @@ class TiMVAE(comfy.sd.VAE):
 
 
 def _reload_vae(source: str, device=None, dtype=None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """How core makes a second patcher of the same file, for another device."""
+    """Second patcher of the same file: core calls it for another device."""
     return TiMVAE(read_parts(source), device, dtype, disable_dynamic).patcher
 
 

@@ -58,7 +58,7 @@ def refused(function, *arguments, **keywords) -> str:
     with pytest.raises(TimError) as error:
         function(*arguments, **keywords)
     message = str(error.value)
-    assert "\n" not in message and "expected" in message, message
+    assert "\n" not in message, message
     return message
 
 
@@ -134,7 +134,7 @@ def test_code_is_never_run(write, weights, modules, tmp_path, monkeypatch):
     else:
         torch.save({**weights, "trap": Trap()}, path, _use_new_zipfile_serialization=write == "zip")
     for function in (load_transformer, describe, open_state_dict):
-        assert "evil.bin: found code or objects" in refused(function, path)
+        assert "evil.bin: contains code or objects" in refused(function, path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -159,12 +159,12 @@ def test_files_that_cannot_be_opened(weights, tmp_path):
     assert "folder" in refused(open_state_dict, tmp_path)
     assert "missing.bin" in refused(open_state_dict, tmp_path / "missing.bin")
     torch.save([torch.zeros(1)], tmp_path / "list.bin")
-    assert "found a list" in refused(open_state_dict, tmp_path / "list.bin")
+    assert "list" in refused(open_state_dict, tmp_path / "list.bin")
 
 
 # Recognising
 
-STRANGERS = {
+FOREIGN = {
     "SDXL": ["input_blocks.0.0.weight", "label_emb.0.0.weight", "model.diffusion_model.out.0.weight"],
     "Flux": ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"],
     "DiT": ["blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight", "x_embedder.proj.weight"],
@@ -177,19 +177,19 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("title", STRANGERS)
+@pytest.mark.parametrize("title", FOREIGN)
 def test_other_models_are_named(title, tmp_path):
     path = tmp_path / "other.safetensors"
-    save_file({key: torch.zeros(2, 2) for key in STRANGERS[title]}, path)
+    save_file({key: torch.zeros(2, 2) for key in FOREIGN[title]}, path)
     for function in (load_transformer, load_all, load_autoencoder, load_text_encoder):
         message = refused(function, path)
-        assert str(path) in message and title in message and "tensors, first keys" in message
+        assert str(path) in message and title in message and next(iter(FOREIGN[title])) in message
     assert title in str(describe(path))
 
 
 def test_the_wrong_part_is_named(modules, tmp_path):
     save_file(modules["autoencoder"].state_dict(), tmp_path / "vae.safetensors")
-    assert refused(load_transformer, tmp_path / "vae.safetensors").endswith("found a DC-AE and no TiM transformer, expected one")
+    assert "no TiM transformer; it holds a DC-AE" in refused(load_transformer, tmp_path / "vae.safetensors")
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "block"])
@@ -311,7 +311,7 @@ def test_what_shapes_cannot_tell_of_an_autoencoder(modules, tmp_path):
 def test_a_record_of_another_autoencoder_is_refused(modules, tmp_path):
     record = {**modules["autoencoder"].config.record(), "decoder_activations": ["silu"]}
     save_file(modules["autoencoder"].state_dict(), tmp_path / "a.safetensors", metadata={"tim": json.dumps(record)})
-    assert "activations of 1 stages" in refused(load_autoencoder, tmp_path / "a.safetensors")
+    assert "1 activations for the 4 stages" in refused(load_autoencoder, tmp_path / "a.safetensors")
 
 
 def test_casting_leaves_bytes_alone(one_file, tmp_path):
@@ -342,11 +342,11 @@ def test_pack_from_files_and_folders(modules, tmp_path):
     assert loaded.text_encoder.escape is True  # nothing says otherwise: as the released weights
     assert same(load_all(sources).text_encoder, modules["text_encoder"])
     assert "'lora'" in refused(read_parts, {"lora": "x"})
-    assert "expected a DC-AE" in refused(read_parts, {"vae": folder})
+    assert f"{folder}: has no DC-AE" in refused(read_parts, {"vae": folder})
 
 
 def test_folder_errors(modules, tmp_path):
-    assert "without weights" in refused(load_text_encoder, tmp_path)
+    assert f"{tmp_path}: no weights" in refused(load_text_encoder, tmp_path)
     save_file(modules["text_encoder"].transformer.state_dict(), tmp_path / "model.safetensors")
     assert "tokenizer" in refused(load_text_encoder, tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(small_world_tokenizer())
@@ -364,12 +364,12 @@ def test_pack_wrapped_modules(modules, tmp_path):
     wrapped = {"transformer": torch.compile(modules["transformer"], backend="eager"), "vae": torch.nn.DataParallel(modules["autoencoder"])}
     loaded = load_all(pack(wrapped, tmp_path / "one.safetensors"))
     assert same(loaded.transformer, modules["transformer"]) and loaded.autoencoder.config.scaling_factor == 0.7
-    assert "expected a TiM transformer" in refused(pack, {"model": torch.nn.Linear(2, 2)}, tmp_path / "x.safetensors")
+    assert "Linear: this module is no TiM transformer" in refused(pack, {"model": torch.nn.Linear(2, 2)}, tmp_path / "x.safetensors")
 
 
 def test_parts_that_do_not_fit(modules, tmp_path):
     narrow = TransitionTransformer(TransformerConfig(**{**TIM, "text_dim": 48}))
-    assert "text model of width 32" in refused(pack, {**modules, "transformer": narrow}, tmp_path / "x.safetensors")
+    assert "text model has width 32" in refused(pack, {**modules, "transformer": narrow}, tmp_path / "x.safetensors")
     channels = TransitionTransformer(TransformerConfig(**{**TIM, "in_channels": 32}))
     assert "16 latent channels" in refused(load_all, {**modules, "transformer": channels})
 
@@ -458,7 +458,7 @@ def test_a_new_file_has_the_usual_permissions(one_file, tmp_path):
 def test_destinations(one_file, tmp_path):
     assert "folder" in refused(pack, one_file, tmp_path)
     assert ".safetensors" in refused(pack, one_file, tmp_path / "x.bin")
-    assert "no folder" in refused(pack, one_file, tmp_path / "nowhere" / "x.safetensors")
+    assert f"{tmp_path / 'nowhere'} does not exist" in refused(pack, one_file, tmp_path / "nowhere" / "x.safetensors")
 
 
 # Describing
@@ -471,7 +471,7 @@ def test_describe(one_file, modules):
     count = sum(p.numel() for name, p in modules["transformer"].named_parameters() if not name.startswith("projector."))
     assert transformer.parameters == count and transformer.dtypes == {"float32": count} and transformer.architecture.num_heads == 2
     text = str(description)
-    assert f"{count:,} parameters" in text and "factor 8" in text and "as they are" in text
+    assert f"{count:,} parameters" in text and "factor 8" in text and "not escaped" in text
 
 
 def test_describe_counts_the_projector_apart(weights, tmp_path):
@@ -552,7 +552,7 @@ def test_whole_numbers_are_no_weights(part, one_file, tmp_path):
     with safe_open(one_file, "pt") as file:
         save_file({**tensors, key: tensors[key].to(torch.int8)}, tmp_path / "int8.safetensors", metadata=file.metadata())
     message = refused(load, tmp_path / "int8.safetensors")
-    assert "int8.safetensors" in message and "whole numbers in " + key.removeprefix(prefix) in message
+    assert "int8.safetensors" in message and "integers instead of floats in " + key.removeprefix(prefix) in message
 
 
 @pytest.mark.parametrize("form", ['"two"', "[1]", "99"])
@@ -562,17 +562,17 @@ def test_an_unknown_format_is_refused(form, weights, tmp_path):
 
 
 @pytest.mark.parametrize("harm, said", [
-    (lambda w: w.pop("blocks.1.mlp.fc1_g.weight"), "no blocks.1.mlp.fc1_g.weight"),
+    (lambda w: w.pop("blocks.1.mlp.fc1_g.weight"), "missing blocks.1.mlp.fc1_g.weight"),
     (lambda w: w.update({"blocks.1.spare": torch.zeros(2)}), "unknown blocks.1.spare"),
-    (lambda w: w.update({"blocks.1.mlp.fc1_g.bias": torch.zeros(3)}), "another shape of blocks.1.mlp.fc1_g.bias"),
-    (lambda w: w.update({"blocks.1.mlp.fc1_g.bias": w["blocks.1.mlp.fc1_g.bias"].int()}), "whole numbers in blocks.1.mlp.fc1_g.bias"),
+    (lambda w: w.update({"blocks.1.mlp.fc1_g.bias": torch.zeros(3)}), "wrong shape of blocks.1.mlp.fc1_g.bias"),
+    (lambda w: w.update({"blocks.1.mlp.fc1_g.bias": torch.zeros(85).int()}), "integers instead of floats in blocks.1.mlp.fc1_g.bias"),
 ])
 def test_inspection_says_what_does_not_load(harm, said, weights, tmp_path):
     save_file(weights, tmp_path / "whole.safetensors")
     assert "does not load" not in str(describe(tmp_path / "whole.safetensors"))
     harm(weights)
     save_file(weights, tmp_path / "harmed.safetensors")
-    assert f"does not load: found {said}" in str(describe(tmp_path / "harmed.safetensors"))
+    assert f"does not load: not a complete TiM transformer: {said}" in str(describe(tmp_path / "harmed.safetensors"))
 
 
 def test_heads_that_no_shape_tells_are_asked_for(weights, tmp_path):

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Writes files atomically, makes folders, hashes tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Calls write(tmp) and renames: a reader never sees half a file, and a failure leaves what was there. OSErrors become TimError."""
+    """Calls write(tmp) and renames the result to `path`; a failure leaves the old file as it was. TimError for an OSError."""
     path = Path(path)
     tmp = path.with_name(f"{path.name}.part")
     try:
@@ -25,22 +25,22 @@ def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
         tmp.touch()
         mode = stat.S_IMODE(tmp.stat().st_mode)
         write(tmp)
-        tmp.chmod(mode)  # some writers (safetensors) leave the file to its owner alone
+        tmp.chmod(mode)  # some writers (safetensors) allow the owner alone
         os.replace(tmp, path)
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise TimError(f"{path}: cannot be written ({reason}), expected a writable place with room for it") from error
+        raise TimError(f"{path}: cannot be written ({reason})") from error
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
-    """With those above it; TimError where that cannot be."""
+    """Makes a folder and its parents. TimError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TimError(f"{path}: cannot be made ({error.strerror}), expected a folder to write into") from None
+        raise TimError(f"{path}: cannot make this folder ({error.strerror})") from None
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

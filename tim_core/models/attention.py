@@ -1,4 +1,4 @@
-"""Attention backends behind one signature: (q, k, v), each (B, heads, N, head_dim), to (B, N, heads * head_dim)."""
+"""Attention backends with one signature: q, k, v (B, heads, N, head_dim) -> (B, N, heads * head_dim)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention written out: it has forward-mode derivatives, and on a CPU a bfloat16 training step is a third shorter."""
+    """Plain matrix products, with forward-mode derivatives; on a CPU a bfloat16 training step takes a third less time than with sdpa."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (weights.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The flash-attn package. TimError if it is missing or the tensors are not half precision on a GPU."""
+    """The flash-attn package. TimError if it is missing, or for tensors that are not float16 or bfloat16 on a GPU."""
     flash_attn_func = _flash_attn_func()
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
-        raise TimError(f"attention 'flash': found {q.dtype} on {q.device.type}, expected torch.float16 or torch.bfloat16 on cuda")
+        raise TimError(f"attention 'flash': cannot compute in {q.dtype} on {q.device.type}; it needs float16 or bfloat16 on cuda")
     return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).flatten(2)
 
 
@@ -36,18 +36,18 @@ BACKENDS: dict[str, Attention] = {"eager": eager, "sdpa": sdpa, "flash": flash}
 
 
 def get_attention(name: str) -> Attention:
-    """The backend of a name; "auto" is "sdpa". TimError for another name, or flash without its package."""
+    """The backend of this name; "auto" is "sdpa". TimError for an unknown name, or for flash without its package."""
     if name != "auto" and name not in BACKENDS:
-        raise TimError(f"attention: found '{name}', expected 'auto', 'sdpa', 'flash' or 'eager'")
+        raise TimError(f"attention: unknown backend '{name}'; use auto, {', '.join(BACKENDS)}")
     if name == "flash":
         _flash_attn_func()
     return sdpa if name == "auto" else BACKENDS[name]
 
 
 def _flash_attn_func() -> Callable[..., Tensor]:
-    """Imported when first asked for: ComfyUI, which never asks, should not wait for it at start."""
+    """Imports flash-attn at first use, so that starting ComfyUI does not wait for it."""
     try:
         from flash_attn import flash_attn_func
     except ImportError:
-        raise TimError("attention 'flash': the flash-attn package is not installed, expected it from: pip install flash-attn") from None
+        raise TimError("attention 'flash': flash-attn is not installed; run: pip install flash-attn") from None
     return flash_attn_func

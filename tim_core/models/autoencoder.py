@@ -50,7 +50,7 @@ class ResBlock(nn.Module):
 
 
 class MultiscaleProjection(nn.Module):
-    """Gathers q, k and v from a k x k neighbourhood: a depthwise, then a head-wise convolution."""
+    """Aggregates q, k and v over a k x k neighbourhood: a depthwise convolution, then one per head."""
 
     def __init__(self, channels: int, heads: int, kernel: int, operations, device=None, dtype=None):
         super().__init__()
@@ -63,7 +63,7 @@ class MultiscaleProjection(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Multi-scale ReLU attention (EfficientViT): linear in the number of pixels, quadratic on the smallest maps."""
+    """Multi-scale ReLU attention (EfficientViT): linear in the number of pixels, but quadratic on the smallest maps."""
 
     def __init__(self, channels: int, head_dim: int, kernels: tuple[int, ...], norm: str, operations, device=None, dtype=None):
         super().__init__()
@@ -86,7 +86,7 @@ class LinearAttention(nn.Module):
         linear = height * width > self.head_dim
         if linear:
             qkv = qkv.float()
-        # every run of 3 * head_dim channels is one head's q, k, v, across the q | k | v border too: the trained layout
+        # each run of 3 * head_dim channels is one head's q, k, v, even across the q | k | v border: the trained layout
         q, k, v = qkv.reshape(batch, -1, 3 * self.head_dim, height * width).chunk(3, 2)             # (B, heads, head_dim, HW)
         q, k = F.relu(q), F.relu(k)
         if linear:
@@ -102,7 +102,7 @@ class LinearAttention(nn.Module):
 
 
 class GatedConv(nn.Module):
-    """GLU with a depthwise convolution inside (GLUMBConv), plus the input."""
+    """Gated linear unit with a depthwise convolution (GLUMBConv), plus the input."""
 
     def __init__(self, channels: int, operations, device=None, dtype=None):
         super().__init__()
@@ -230,9 +230,9 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """DC-AE with its latent scale: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / factor, W / factor) of unit variance.
+    """DC-AE with its latent scale: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / factor, W / factor) of unit variance.
 
-    Float32 or bfloat16, never float16 (the deep stages overflow).
+    Computes in float32 or bfloat16; float16 overflows in the deep stages.
     """
 
     def __init__(self, config: AutoencoderConfig, operations=nn, device=None, dtype=None):
@@ -249,33 +249,33 @@ class Autoencoder(nn.Module):
         return self.decoder(z / self.config.scaling_factor)
 
     def tiled_encode(self, x: Tensor, tile: int | Pair = 1024, stride: int | Pair = 896) -> Tensor:
-        """Encodes in tiles of `tile` pixels (or height, width), one every `stride`; neighbours are blended linearly where they overlap."""
+        """Encodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""
         self._check(x)
         return _tiled(self.encode, x, *self._tiles(tile, stride), lambda pixels: pixels, lambda pixels: pixels // self.config.factor)
 
     def tiled_decode(self, z: Tensor, tile: int | Pair = 1024, stride: int | Pair = 896) -> Tensor:
-        """Decodes in tiles of `tile` pixels (or height, width), one every `stride`; neighbours are blended linearly where they overlap."""
+        """Decodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""
         return _tiled(self.decode, z, *self._tiles(tile, stride), lambda pixels: pixels // self.config.factor, lambda pixels: pixels)
 
     def _check(self, x: Tensor) -> None:
         factor = self.config.factor
         if x.shape[-2] % factor or x.shape[-1] % factor:
-            raise TimError(f"picture to encode: found {x.shape[-1]}x{x.shape[-2]} pixels, expected multiples of {factor}")
+            raise TimError(f"image to encode: {x.shape[-1]}x{x.shape[-2]} is not a multiple of {factor} on both sides")
 
     def _tiles(self, tile: int | Pair, stride: int | Pair) -> tuple[Pair, Pair]:
         """Both as (height, width) in pixels."""
         tile, stride = ((side, side) if isinstance(side, int) else tuple(side) for side in (tile, stride))
         factor = self.config.factor
         if any(t % factor or s % factor or not 0 < s <= t for t, s in zip(tile, stride)):
-            raise TimError(f"tiles: found tile {tile} and stride {stride}, expected multiples of {factor} with 0 < stride <= tile")
+            raise TimError(f"tiles: tile {tile} and stride {stride} must be multiples of {factor}, with 0 < stride <= tile")
         return tile, stride
 
 
 def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: Pair, stride: Pair, into: Callable[[int], int],
            out: Callable[[int], int]) -> Tensor:
-    """Runs `function` on overlapping tiles and blends each into its upper and left neighbour.
+    """Runs `function` on overlapping tiles and blends each with its upper and left neighbours.
 
-    Tile and stride are in pixels; `into` and `out` turn pixels into cells of what goes in and what comes out.
+    Tile and stride are in pixels; `into` and `out` convert pixels to cells of the input and of the output.
     """
     height, width = x.shape[-2:]
     (tile_h, tile_w), (stride_h, stride_w) = map(into, tile), map(into, stride)
@@ -301,7 +301,7 @@ def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: Pair, stride: 
 
 
 def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
-    """`after`, its first `extent` lines along `dim` faded in from the last lines of `before`."""
+    """Fades from the last `extent` lines of `before` along `dim` into the first lines of `after` -> all of `after`."""
     extent = min(before.shape[dim], after.shape[dim], extent)
     if not extent:
         return after

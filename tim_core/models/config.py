@@ -1,4 +1,4 @@
-"""Typed, frozen descriptions of the architectures, read from official configurations or from the weights themselves."""
+"""Frozen descriptions of the architectures, read from weights or from a diffusers config.json."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..errors import TimError
 
-# How the interval is embedded: a sum of embeddings, the last of them through the interval's own embedder.
+# How the interval is embedded: as a sum of embeddings, the last through its own embedder.
 CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of one transition transformer. TimError if the numbers do not fit together."""
+    """Architecture of a transition transformer. TimError if the numbers do not fit together."""
 
     in_channels: int
     hidden_size: int
@@ -25,36 +25,36 @@ class TransformerConfig:
     num_heads: int
     patch_size: int = 1
     text_dim: int | None = None  # width of the text features; None for a class-conditional model
-    num_classes: int | None = None  # without the null class; None for a text-to-image model
-    null_class: bool = True  # one more row in the class table, for guidance
+    num_classes: int | None = None  # excluding the null class; None for a text-to-image model
+    null_class: bool = True  # the class table has one more row, for guidance
     qk_norm: bool = True
     new_condition: str = "t-r"
-    use_new_embed: bool = True  # the interval has an embedder of its own
+    use_new_embed: bool = True  # the interval has its own embedder
     distance_aware: bool = True  # interval-aware attention (paper Eq. 15)
     lora_hidden_size: int | None = None  # rank of the modulation; None is the official default
     encoder_depth: int = 8  # the block, counted from 1, whose output the projector reads
     projector_dim: int = 2048
     z_dim: int | None = None  # width of the projected features (REPA); None for no projector
-    # width of the gated MLP in the blocks; None is that of the official mlp_ratio, 4. Not in repr, of which fingerprints are made
+    # width of the gated MLP; None: that of the official mlp_ratio, 4. Not in the repr, from which fingerprints are made
     mlp_hidden_size: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "patch_size"):
             if getattr(self, name) < 1:
-                raise TimError(f"TiM configuration: {name} is {getattr(self, name)}, expected at least 1")
+                raise TimError(f"TiM configuration: {name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
             raise TimError(
-                f"TiM configuration: hidden size {self.hidden_size} with {self.num_heads} heads, expected heads of a width that 4 divides"
+                f"TiM configuration: hidden_size {self.hidden_size} with {self.num_heads} heads; their width must be a multiple of 4"
             )
         if (self.text_dim is None) == (self.num_classes is None):
             raise TimError(
-                f"TiM configuration: text_dim is {self.text_dim} and num_classes is {self.num_classes}, expected exactly one of them"
+                f"TiM configuration: text_dim is {self.text_dim} and num_classes is {self.num_classes}; set exactly one of them"
             )
         if self.new_condition not in CONDITIONS:
-            expected = ", ".join(map(repr, CONDITIONS))
-            raise TimError(f"TiM configuration: new_condition is '{self.new_condition}', expected one of {expected}")
+            known = ", ".join(map(repr, CONDITIONS))
+            raise TimError(f"TiM configuration: new_condition is {self.new_condition!r}; use one of {known}")
         if self.z_dim is not None and not 1 <= self.encoder_depth <= self.depth:
-            raise TimError(f"TiM configuration: encoder_depth is {self.encoder_depth}, expected 1 to the depth, {self.depth}")
+            raise TimError(f"TiM configuration: encoder_depth is {self.encoder_depth}; it must be from 1 to depth, {self.depth}")
 
     @property
     def head_dim(self) -> int:
@@ -69,31 +69,33 @@ class TransformerConfig:
         return self.mlp_hidden_size or 4 * self.hidden_size * 2 // 3
 
     def record(self) -> dict[str, Any]:
-        """What shapes cannot tell, for from_state_dict's metadata."""
+        """What shapes cannot tell: the `metadata` of from_state_dict."""
         names = ("num_heads", "new_condition", "null_class") + (("encoder_depth",) if self.z_dim is not None else ())
         return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> TransformerConfig:
-        """Read shapes and key names. metadata may say what they cannot: num_heads (where there is no qk-norm), new_condition, null_class,
-        encoder_depth. TimError, naming what was found and what was expected, if this is not a TiM transformer.
+        """Reads the architecture from key names and shapes.
+
+        metadata: what they cannot tell: num_heads (without qk-norm), new_condition, null_class, encoder_depth. TimError naming the tensor
+        or key if this is no TiM transformer.
         """
         metadata = {name: value for name, value in (metadata or {}).items() if value is not None}
 
         def number(name: str, default: int) -> int:
             value = metadata.get(name, default)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TimError(f"TiM metadata: {name} is {value!r}, expected a whole number")
+                raise TimError(f"TiM metadata: {name} is {value!r}; it must be a whole number")
             return value
 
         def shape(name: str, *expected: int | None) -> tuple[int, ...]:
-            """The shape of a tensor that must be there; None in `expected` stands for any length."""
+            """The shape of a required tensor; None in `expected` stands for any length."""
             wanted = "[" + ", ".join("any" if length is None else str(length) for length in expected) + "]"
             if name not in state_dict:
-                raise TimError(f"not a TiM transformer: no tensor '{name}' among {len(state_dict)} tensors, expected one of shape {wanted}")
+                raise TimError(f"not a TiM transformer: tensor '{name}' of shape {wanted} is missing (there are {len(state_dict)} tensors)")
             found = tuple(getattr(state_dict[name], "shape", ()))
             if len(found) != len(expected) or any(b is not None and a != b for a, b in zip(found, expected)):
-                raise TimError(f"not a TiM transformer: tensor '{name}' has shape {list(found)}, expected {wanted}")
+                raise TimError(f"not a TiM transformer: tensor '{name}' has shape {list(found)} in place of {wanted}")
             return found
 
         hidden, channels, patch, _ = shape("x_embedder.proj.weight", None, None, None, None)
@@ -107,7 +109,7 @@ class TransformerConfig:
         numbers = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in state_dict) if match}
         depth = max(numbers) + 1
         if len(numbers) != depth:
-            raise TimError(f"not a whole TiM transformer: {len(numbers)} blocks of {depth}, expected every block from 0 to {depth - 1}")
+            raise TimError(f"not a complete TiM transformer: it has {len(numbers)} of {depth} blocks (0 to {depth - 1})")
 
         is_class = "y_embedder.embedding_table.weight" in state_dict
         null_class = bool(metadata.get("null_class", True))
@@ -126,11 +128,11 @@ class TransformerConfig:
             (head_dim,) = shape("blocks.0.attn.q_norm.weight", None)
             num_heads = hidden // max(head_dim, 1)
             if head_dim < 1 or hidden % head_dim:
-                raise TimError(f"not a TiM transformer: heads of width {head_dim} in a hidden size of {hidden}, expected a divisor of it")
+                raise TimError(f"not a TiM transformer: heads of width {head_dim} do not divide the hidden size, {hidden}")
         else:
             num_heads = number("num_heads", 16)
             if "num_heads" not in metadata and hidden % (4 * num_heads):
-                raise TimError(f"TiM transformer of width {hidden} without qk-norm: found no num_heads in the metadata, expected it there")
+                raise TimError(f"TiM transformer of width {hidden} without qk-norm: num_heads is not in the metadata; add it")
 
         has_projector = "projector.0.weight" in state_dict
         projector_dim, _ = shape("projector.0.weight", None, hidden) if has_projector else (2048, hidden)
@@ -160,7 +162,7 @@ ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "mish")
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One resolution of the DC-AE; `kernels` are the multi-scale attention's."""
+    """One resolution of a DC-AE. `kernels`: sizes of the multi-scale attention."""
 
     width: int
     layers: int
@@ -188,17 +190,17 @@ class AutoencoderConfig:
     in_shortcut: bool = True
     out_activation: str = "relu"
     scaling_factor: float = 1.0
-    force_upcast: bool = False              # the weights ask for float32
+    force_upcast: bool = False              # compute in float32 only
 
     def __post_init__(self) -> None:
         scale = self.scaling_factor
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (math.isfinite(scale) and scale > 0):
-            raise TimError(f"DC-AE: scaling_factor is {scale!r}, expected a number greater than 0")
+            raise TimError(f"DC-AE: scaling_factor is {scale!r}; it must be a number greater than 0")
         if isinstance(self.head_dim, bool) or not isinstance(self.head_dim, int) or self.head_dim < 1:
-            raise TimError(f"DC-AE: head_dim is {self.head_dim!r}, expected a whole number of at least 1")
+            raise TimError(f"DC-AE: head_dim is {self.head_dim!r}; it must be a whole number of at least 1")
         for activation in (self.out_activation, *self.encoder_activations, *self.decoder_activations):
             if activation not in ACTIVATIONS:
-                raise TimError(f"DC-AE: found the activation {activation!r}, expected {' or '.join(ACTIVATIONS)}")
+                raise TimError(f"DC-AE: unknown activation {activation!r}; use {', '.join(ACTIVATIONS)}")
 
     @property
     def encoder_activations(self) -> list[str]:
@@ -209,7 +211,7 @@ class AutoencoderConfig:
         return [stage.activation for stage in self.decoder]
 
     def record(self) -> dict[str, Any]:
-        """What shapes cannot tell, for from_state_dict's metadata."""
+        """What shapes cannot tell: the `metadata` of from_state_dict."""
         return {name: getattr(self, name) for name in self.RECORD}
 
     @property
@@ -219,7 +221,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict) -> "AutoencoderConfig":
-        """Reads the config.json of a diffusers AutoencoderDC; keys it lacks take that class's defaults."""
+        """Reads the config.json of a diffusers AutoencoderDC; missing keys take the defaults of that class."""
         multiscales = ((), (), (), (5,), (5,), (5,))
 
         def stages(side, layers, norms="rms_norm", activations="silu"):
@@ -252,16 +254,16 @@ class AutoencoderConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], metadata: dict | None = None) -> "AutoencoderConfig":
-        """Reads the architecture from key names and shapes; `metadata` may give what `record` writes.
+        """Reads the architecture from key names and shapes.
 
-        Without metadata both shortcuts are there, and the scale is 0.41407 for 32 channels (dc-ae-f32c32-sana) and 1 for any other;
-        batch-norm stages use relu, as every released DC-AE does. Raises TimError for what is no DC-AE.
+        metadata: what `record` writes. Without it, both shortcuts are on, batch-norm stages use relu, as in every released DC-AE, and the
+        scaling factor is 0.41407 for 32 channels (dc-ae-f32c32-sana), else 1. TimError if this is no DC-AE.
         """
         metadata = metadata or {}
         shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
         for key in ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight"):
             if key not in shapes:
-                raise TimError(f"DC-AE: found no key {key} among {len(shapes)}, expected the keys of diffusers' AutoencoderDC")
+                raise TimError(f"not a DC-AE: tensor '{key}' is missing (there are {len(shapes)} tensors)")
 
         def stages(side: str) -> tuple[StageConfig, ...]:
             found, n = [], 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith(side))
@@ -285,10 +287,10 @@ class AutoencoderConfig:
                     width = shapes[f"{first}attn.to_q.weight"][1]
                     found.append(StageConfig(width=width, layers=len(layers), block="EfficientViTBlock", kernels=tuple(kernels), norm=norm))
                 else:
-                    raise TimError(f"DC-AE: found an unknown block under {first}, expected a ResBlock or an EfficientViTBlock")
+                    raise TimError(f"not a DC-AE: the tensors under {first} are neither a ResBlock nor an EfficientViTBlock")
             activations = metadata.get(f"{side.partition('.')[0]}_activations") or [stage.activation for stage in found]
             if len(activations) != n:
-                raise TimError(f"DC-AE: found activations of {len(activations)} stages under {side}, expected {n}")
+                raise TimError(f"DC-AE: the metadata has {len(activations)} activations for the {n} stages of {side}")
             return tuple(replace(stage, activation=activation) for stage, activation in zip(found, activations))
 
         channels = shapes["encoder.conv_out.weight"][0]
@@ -300,7 +302,7 @@ class AutoencoderConfig:
               for i, stage in enumerate(decoder[:-1]) if stage.layers]
         first = "encoder.conv_in.weight" if encoder[0].layers else "encoder.conv_in.conv.weight"
         if first not in shapes:
-            raise TimError(f"DC-AE: found no key {first} among {len(shapes)}, expected the keys of diffusers' AutoencoderDC")
+            raise TimError(f"not a DC-AE: tensor '{first}' is missing (there are {len(shapes)} tensors)")
         return cls(
             encoder=encoder,
             decoder=decoder,

@@ -17,30 +17,30 @@ def inverse_frequencies(head_dim: int, device: torch.device | str | None = None)
 
 
 def positions(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """The two positions of every token of a height x width grid, tokens in row-major order -> (2, height * width) int64.
+    """The two positions of each token of a height x width grid, tokens in row-major order -> (2, height * width) int64.
 
-    Token n is at row n // width, but it gets (n % height, n // height). The official code flattens a transposed grid; on a square
-    this only swaps the axes, elsewhere it is not the token's place at all. Training used it, so the weights expect it.
+    Token n, in row n // width, gets (n % height, n // height): the official code flattens a transposed grid. On a square this swaps the
+    axes; on other grids it is not the position of the token. The released weights were trained so and need it.
     """
     n = torch.arange(height * width, device=device)
     return torch.stack((n % height, torch.div(n, height, rounding_mode="floor")))
 
 
 def angles(head_dim: int, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """Angle of every pair of channels, always float32: first position in the first half, second in the second -> (N, head_dim / 2)."""
+    """Angles of the channel pairs, in float32: first position in the first half, second in the second -> (N, head_dim / 2)."""
     frequencies = inverse_frequencies(head_dim, device)
     first, second = positions(height, width, device).float()
     return torch.cat((first[:, None] * frequencies, second[:, None] * frequencies), dim=-1)
 
 
 def rotary_table(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles in `dtype` (float32 or float64), (N, head_dim / 2) each. Kept between calls."""
+    """cos and sin of the angles in `dtype` (float32 or float64), (N, head_dim / 2) each. Cached."""
     if torch.compiler.is_compiling():
         return _build(head_dim, height, width, device, dtype)
     key = (head_dim, height, width, device, dtype)
     table = _tables.get(key)
     if table is None:
-        # A table made in inference mode could not be used in training later.
+        # Tables made in inference mode cannot be used in training.
         with torch.inference_mode(False), torch.no_grad():
             table = _build(head_dim, height, width, device, dtype)
         if _has_memory(table[0]):
@@ -51,7 +51,7 @@ def rotary_table(head_dim: int, height: int, width: int, device: torch.device, d
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each neighbouring pair of channels of x (..., N, head_dim) by its angle, in the table's dtype; the result has x's dtype."""
+    """Rotates each pair of neighbouring channels of x (..., N, head_dim) by its angle, in the dtype of the table -> in that of x."""
     cos, sin = table
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
@@ -63,7 +63,7 @@ def _build(head_dim: int, height: int, width: int, device: torch.device, dtype: 
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """False for the wrapped tensors of function transforms (torch.func.jvp) and fake tensors, which must not outlive their call."""
+    """False for fake tensors and those of function transforms (torch.func.jvp), which must not be cached."""
     try:
         return tensor.data_ptr() != 0
     except RuntimeError:

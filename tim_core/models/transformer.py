@@ -55,7 +55,7 @@ class SwiGLU(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Text features (B, M, text_dim) -> (B, M, hidden). There is no mask: padded rows are read like any other."""
+    """Text features (B, M, text_dim) -> (B, M, hidden). There is no mask: padded rows count like any other."""
 
     def __init__(self, text_dim: int, hidden: int, operations: Any, **factory: Any) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class PatchEmbedder(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """The two norms that an attention layer has, or none. Mixed in so that the names stay `q_norm` and `k_norm`."""
+    """Base of the attention layers: norms of queries and keys under the official names, or none."""
 
     def add_norms(self, config: TransformerConfig, operations: Any, **factory: Any) -> None:
         self.q_norm = operations.LayerNorm(config.head_dim, **factory) if config.qk_norm else nn.Identity()
@@ -115,7 +115,7 @@ class SelfAttention(HeadNorm):
             qkv = qkv + self.qkv_d(interval)
         # (B, N, 3 * hidden) -> three of (B, heads, N, head_dim)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        # Under autocast the norms answer in float32, so both are brought back to v's dtype.
+        # Under autocast the norms return float32.
         q = rotate(self.q_norm(q), table).to(v.dtype)
         k = rotate(self.k_norm(k), table).to(v.dtype)
         return self.proj(self.attention(q, k, v))
@@ -195,7 +195,7 @@ class TransitionTransformer(nn.Module):
 
     operations: a namespace with Linear, Conv2d, LayerNorm and Embedding (torch.nn, or ComfyUI's own).
     attention: (q, k, v), each (B, heads, N, head_dim), to (B, N, heads * head_dim).
-    dtype: of the weights as they are made; ComfyUI's layers may store and compute in others.
+    dtype: of new weights; ComfyUI's layers may store and compute in others.
     """
 
     def __init__(
@@ -233,10 +233,10 @@ class TransitionTransformer(nn.Module):
         self.final_layer = FinalLayer(config, operations, **factory)
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, return_projection: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, C, H, W), t and r (B,) as the transport's c_noise gives them, y (B, M, text_dim) or labels (B,) int64 -> (B, C, H, W).
+        """x (B, C, H, W), t and r (B,) as c_noise of the transport returns them, y (B, M, text_dim) or labels (B,) int64 -> (B, C, H, W).
 
-        With return_projection also the projector's features (B, N, z_dim) of block `encoder_depth`.
-        H and W are multiples of the patch size. Times are used in float32 or float64, never rounded to the network's dtype.
+        H and W are multiples of the patch size. Times stay float32 or float64, never rounded to the dtype of the network.
+        return_projection: also returns the projector's features of block `encoder_depth`, (B, N, z_dim).
         """
         config = self.config
         height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
@@ -262,7 +262,7 @@ class TransitionTransformer(nn.Module):
         return (x, projection) if return_projection else x
 
     def embed_times(self, t: Tensor, r: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The embeddings of the start time and of the interval, (B, 1, hidden) each (paper Eq. 14)."""
+        """Embeddings of the start time and of the interval, (B, 1, hidden) each (paper Eq. 14)."""
         values = {"t": t, "r": r, "t-r": t - r}
         *earlier, last = self.config.new_condition.split(",")
         own = self.delta_embedder if self.config.use_new_embed else self.t_embedder
@@ -273,7 +273,7 @@ class TransitionTransformer(nn.Module):
         return time, interval
 
     def initialize_weights(self) -> None:
-        """The official initialisation: Xavier, with the modulation and the output at zero so that every block starts as the identity."""
+        """Initialises as the official code does: Xavier; modulation and output zero, so that every block starts as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

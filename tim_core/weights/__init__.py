@@ -1,1 +1,1 @@
-"""Weight files: read, recognise, load, convert, describe."""
+"""Weight files: read, recognise, load, convert, describe, download."""

@@ -1,4 +1,4 @@
-"""Describe a weight file: what `tim inspect` prints."""
+"""Describes a weight file, for `tim inspect`."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from .parts import GEMMA_1B_WIDTH, Parts, read_parts, resolve
 
 @dataclass(frozen=True)
 class PartDescription:
-    """One part of a file; `parameters` leaves out the REPA projector, which is counted apart. `problem`: why it does not load, or none."""
+    """One part of a file. `parameters` does not count the REPA projector. `problem`: why it does not load, else empty."""
 
     part: str
     title: str
@@ -30,7 +30,7 @@ class PartDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What `tim inspect` prints."""
+    """A weight file: `str()` is the text that `tim inspect` prints."""
 
     path: str
     kind: str
@@ -39,7 +39,7 @@ class Description:
     escape_prompts: bool | None
     tokenizer: bool
     metadata: dict
-    previews: float | None = None  # share of the colours' variance that live previews explain
+    previews: float | None = None  # share of the colour variance that live previews explain
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.kind}"]
@@ -54,10 +54,10 @@ class Description:
         if self.latent_factor:
             lines.append(f"  latent factor: {self.latent_factor}")
         if any(part.part == TEXT_ENCODER for part in self.parts):
-            lines.append(f"  tokenizer: {'in the file or beside it' if self.tokenizer else 'none'}")
-            lines.append(f"  prompts: {'unicode-escaped' if self.escape_prompts else 'as they are'}")
+            lines.append(f"  tokenizer: {'yes' if self.tokenizer else 'none'}")
+            lines.append(f"  prompts: {'unicode-escaped' if self.escape_prompts else 'not escaped'}")
         if self.previews is not None:
-            lines.append(f"  live previews: {100 * self.previews:.0f} % of the colours' variance")
+            lines.append(f"  live previews: {100 * self.previews:.0f} % of the colour variance")
         if "format" in self.metadata:
             lines.append(f"  format: {json.dumps(self.metadata['format'])}")
         training = self.metadata.get("training")
@@ -65,7 +65,7 @@ class Description:
             lines.append(f"  training, {json.dumps(training.get('step'))} steps of:")
             lines += [f"    {key}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(training["configuration"].items())]
             if isinstance(changed := training.get("changed"), dict):
-                lines.append("  changed on the way, at step: key: before, since")
+                lines.append("  changed during training, at step: key: before, since")
                 lines += [f"    {step}: {json.dumps(keys)}" for step, keys in changed.items()]
         elif training is not None:
             lines.append(f"  training: {json.dumps(training, sort_keys=True)}")
@@ -73,7 +73,7 @@ class Description:
 
 
 def describe(path: str | Path) -> Description:
-    """What a file (or folder, or bundled name) holds; another model's is described as such. TimError if it cannot be opened."""
+    """Describes a file, folder or bundled name; a file of another model is named as such. TimError if it cannot be opened."""
     place = resolve(path)
     try:
         parts = read_parts(path)
@@ -102,7 +102,7 @@ def describe(path: str | Path) -> Description:
 
 
 def _lora_record(metadata: Mapping[str, str]) -> dict:
-    """How a LoRA of ours was trained, from its metadata."""
+    """The training record of a LoRA made by `tim train`."""
     try:
         return {"training": json.loads(metadata["tim_lora"])}
     except (LookupError, ValueError, TypeError):
@@ -129,7 +129,7 @@ def _describe_part(parts: Parts, kind: str) -> PartDescription:
 
 
 def _problem(parts: Parts, kind: str) -> str:
-    """What loading a part would say, without its weights; empty if it loads."""
+    """The error that loading a part would raise, found without reading weights; empty if it loads."""
     part = parts[kind]
     shapes = replace(part, tensors={name: tensor.to("meta") for name, tensor in part.tensors.items()})
     try:
@@ -143,7 +143,7 @@ def _problem(parts: Parts, kind: str) -> str:
 def _summary(part: PartDescription) -> str:
     c = part.architecture
     if c is None:
-        return "no config.json in the file or beside it"
+        return "no config.json in the file or its folder"
     if part.part == TEXT_ENCODER:
         return f"{c['num_hidden_layers']} layers of width {c['hidden_size']}, {c['vocab_size']:,} tokens"
     if part.part == AUTOENCODER:

@@ -1,4 +1,4 @@
-"""What a state dict is: parts of ours and other models, recognised by key names."""
+"""Recognises the parts of a TiM checkpoint, and other models, by their key names."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from .open import StateDict
 TRANSFORMER, TEXT_ENCODER, AUTOENCODER = "transformer", "text_encoder", "autoencoder"
 TITLES = {TRANSFORMER: "TiM transformer", TEXT_ENCODER: "Gemma-3 text model", AUTOENCODER: "DC-AE"}
 
-# A part is where all of these are; what stands before them is its prefix.
+# A part is present if all of these keys are, under one prefix.
 SIGNATURES = {
     TRANSFORMER: (
         "x_embedder.proj.weight",
@@ -44,10 +44,10 @@ FOREIGN_SIGNATURES = (
 
 
 def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict] | None:
-    """The part's prefix and its tensors under their official names; None if it is not there.
+    """Finds a part under any prefix (`model.`, `state_dict.`, `module.`, ...) -> its prefix and its tensors under their official names.
 
-    Any wrapping is understood (`model.`, `state_dict.`, `module.`, `model.diffusion_model.`, ...). Where a training checkpoint holds
-    both the trained weights and their moving average, the average (`ema`) is taken: it is what the authors sample with.
+    None if it is not there. Of a training checkpoint that holds the trained weights and their EMA, the EMA is taken, as in the official
+    sampler.
     """
     first, *others = SIGNATURES[part]
     prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
@@ -61,7 +61,7 @@ def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict]
         key[len(best) :]: tensor
         for key, tensor in tensors.items()
         if key.startswith(best)
-        and "." in key[len(best) :]  # no module's: a step, a decay
+        and "." in key[len(best) :]  # others belong to no module: a step, a decay
         and key[len(best) :].startswith(roots)
         and key.rpartition(".")[2] not in BYTE_KEYS
         and not (foreign and key.startswith(foreign))
@@ -69,20 +69,20 @@ def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict]
 
 
 def _is_optimizers(prefix: str) -> bool:
-    """Whether a prefix is that of an optimiser's moments, which have the names and shapes of the weights."""
+    """Whether a prefix belongs to an optimiser's moments, which have the names and shapes of the weights."""
     return any(word.startswith(("exp_avg", "optim", "momentum")) for word in prefix.split("."))
 
 
 def describe_unknown(tensors: Mapping[str, Tensor]) -> str:
-    """What a state dict that is none of ours looks like, in words."""
+    """Names the kind of a state dict that holds no part of a TiM checkpoint."""
     names = set(tensors)
     suffixes = {key.partition(".")[2] for key in names} | {key.split(".", 2)[-1] for key in names} | names
     if any(key.startswith("optimizers.state") for key in names):
-        title = "the state of a training run, to go on with and not to use"
+        title = "the state of a training run, for resuming only"
     elif any(key.endswith(LORA_SIGNATURES) for key in names):
         title = "a LoRA"
     else:
         titles = (title for keys, title in FOREIGN_SIGNATURES if all(key in suffixes for key in keys))
         title = next(titles, "an unknown state dict")
     shown = ", ".join(list(tensors)[:3])
-    return f"{title}: {len(tensors)} tensors" + (f", first keys {shown}" if shown else "")
+    return f"{title} ({len(tensors)} tensors" + (f", first keys {shown})" if shown else ")")

@@ -1,4 +1,4 @@
-"""Load the parts of a checkpoint as models."""
+"""Loads the parts of a checkpoint as models."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from .parts import Part, read_parts
 
 
 def load_transformer(source, operations=torch.nn, attention=None, dtype=None, device="cpu", projector=False):
-    """TransitionTransformer from a file, a bundled name or Parts. dtype None keeps the stored one. REPA's `projector.*` only if asked."""
+    """TransitionTransformer from whatever read_parts takes. dtype None keeps the stored one; `projector` loads REPA's projector too."""
     from ..models.attention import sdpa
     from ..models.transformer import TransitionTransformer
 
@@ -25,54 +25,54 @@ def load_transformer(source, operations=torch.nn, attention=None, dtype=None, de
 
 
 def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
-    """Autoencoder from a file, a folder in diffusers' layout, a bundled name or Parts. Never float16: the deep stages overflow."""
+    """Autoencoder from whatever read_parts takes. dtype None keeps the stored one. TimError for float16, in which deep stages overflow."""
     from ..models.autoencoder import Autoencoder
 
     part = read_parts(source)[AUTOENCODER]
     if dtype == torch.float16:
-        raise TimError("autoencoder: float16 overflows in its deep stages, expected float32 or bfloat16")
+        raise TimError("autoencoder: float16 overflows in its deep stages; use float32 or bfloat16")
     dtype = dtype or _main_dtype(part.tensors)
     dtype = torch.float32 if dtype == torch.float16 else dtype
     return _fill(Autoencoder(part.config, operations, device="meta", dtype=dtype), part, dtype, device)
 
 
 def load_text_encoder(source, dtype=None, device="cpu", escape=None):
-    """TextEncoder from a file with the tokenizer in it (or beside it), a folder in Hugging Face layout, a bundled name or Parts.
+    """TextEncoder from whatever read_parts takes; the tokenizer is in the file or in its folder.
 
-    escape None takes what the file says, and True where it says nothing (the released weights were trained so).
+    escape None is the checkpoint's own setting (`Parts.escape`). TimError if there is no tokenizer, or transformers is missing or too old.
     """
     parts = read_parts(source)
     part = parts[TEXT_ENCODER]
     if part.tokenizer is None:
-        raise TimError(f"{part.source}: found no tokenizer in the file or beside it, expected tokenizer.json or tokenizer.model")
+        raise TimError(f"{part.source}: no tokenizer; put tokenizer.json or tokenizer.model into the same folder")
     tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
     try:
         model = TextEncoder(part.config, tokenizer, parts.escape if escape is None else escape, device="meta")
     except TimError:
         raise
-    except Exception as error:  # transformers' own checks, of many kinds
-        raise TimError(f"{part.source}: found a Gemma config that cannot be built ({one_line(error)}), expected gemma3_text's") from None
+    except Exception as error:  # transformers raises many kinds
+        raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
     try:
-        # .to, for what is no weight: the rotary tables and the embedding scale
+        # .to() moves what is no weight: rotary tables and the embedding scale
         return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
 
 
 def check_tensors(part: Part, model: torch.nn.Module) -> None:
-    """TimError unless every name and shape of a part is the model's; `model` may be on the meta device."""
+    """TimError unless the part has the model's names and shapes. `model` may be on the meta device."""
     own = model.state_dict()
     if wrong := state_dict_mismatch(own, part.tensors, _counters(own)):
-        raise TimError(f"{part.source}: found {wrong}, expected the tensors of the {TITLES[part.kind]} that its shapes describe")
+        raise TimError(f"{part.source}: not a complete {TITLES[part.kind]}: {wrong}")
 
 
 def _counters(names: Iterable[str]) -> set[str]:
-    """Batch norm's counters of batches, which a file need not have."""
+    """Batch norm's counters, which a file may lack."""
     return {name for name in names if name.endswith("num_batches_tracked")}
 
 
 def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
-    """A model built on the meta device takes over the tensors; TimError unless every key and shape agrees."""
+    """Moves the part's tensors into a model built on the meta device. TimError unless every name and shape agrees."""
     check_tensors(part, model)
     tensors = _placed(part.tensors, dtype, device)
     tensors |= {name: torch.zeros((), dtype=torch.int64, device=device) for name in _counters(model.state_dict()) - tensors.keys()}
@@ -81,12 +81,12 @@ def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
 
 
 def _placed(tensors: StateDict, dtype, device) -> StateDict:
-    """Tensors on the device; floating ones in dtype."""
+    """The tensors on a device, floating ones in dtype."""
     return {key: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype) for key, tensor in tensors.items()}
 
 
 def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of most of the weights; bfloat16 for 8-bit floats, in which torch's own layers do not compute."""
+    """The dtype of most weights; bfloat16 for 8-bit floats, in which torch's layers do not compute."""
     counts = Counter()
     for tensor in tensors.values():
         if tensor.is_floating_point():

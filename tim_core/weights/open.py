@@ -1,4 +1,4 @@
-"""Weight files, opened without running code from them."""
+"""Opens weight files without running code from them."""
 
 import re
 import warnings
@@ -15,35 +15,35 @@ WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 
 
 def open_state_dict(path: str | Path) -> tuple[StateDict, dict[str, str]]:
-    """A weight file -> its tensors (nested dicts flattened to dotted keys; memory-mapped where the format allows) and safetensors metadata.
+    """Reads a weight file -> its tensors and its safetensors metadata.
 
-    The format is told by content. Torch files go through the weights-only loader alone. TimError naming the file if it cannot be
-    opened, or would run code.
+    Nested dicts become dotted keys. Tensors are memory-mapped where the format allows. The format is detected by content; torch files
+    are read by the weights-only loader alone. TimError naming the file if it cannot be opened, or contains code.
     """
     path = Path(path)
     if path.is_dir():
-        raise TimError(f"{path}: found a folder, expected a weight file")
+        raise TimError(f"{path}: is a folder; give a weight file")
     try:
         with open(path, "rb") as file:
             start = file.read(64)
     except FileNotFoundError:
-        raise TimError(f"{path}: found no such file, expected a weight file") from None
+        raise TimError(f"{path}: no such file") from None
     except OSError as error:
-        raise TimError(f"{path}: cannot be read ({error.strerror}), expected a weight file") from None
+        raise TimError(f"{path}: cannot be read ({error.strerror})") from None
     if not start:
-        raise TimError(f"{path}: found an empty file, expected a weight file")
+        raise TimError(f"{path}: the file is empty")
     if start[8:9] == b"{":
         return _open_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return flatten(_open_torch(path), str(path)), {}
-    strangers = {
+    other_formats = {
         b"GGUF": "a GGUF file",
         b"version https://git-lfs": "a Git LFS pointer, not the file it points to",
         b"<": "a web page, not the file itself",
         b"{": "a JSON file",
     }
-    found = next((title for magic, title in strangers.items() if start.lstrip().startswith(magic)), "an unknown or damaged file")
-    raise TimError(f"{path}: found {found}, expected safetensors or a torch weight file (.bin, .pt, .pth)")
+    found = next((title for magic, title in other_formats.items() if start.lstrip().startswith(magic)), "an unknown or damaged file")
+    raise TimError(f"{path}: this is {found}; give a safetensors or torch weight file (.safetensors, .bin, .pt, .pth)")
 
 
 def _open_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
@@ -53,11 +53,11 @@ def _open_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {_unwrapped(key): file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise TimError(f"{path}: found a truncated or damaged safetensors file ({one_line(error)}), expected a whole one") from None
+        raise TimError(f"{path}: damaged or truncated safetensors file ({one_line(error)}); download or copy it again") from None
 
 
 def _open_torch(path: Path):
-    """torch.load(weights_only=True), memory-mapped unless the file is of torch's old format (or misnamed: torch goes by .safetensors)."""
+    """torch.load(weights_only=True), memory-mapped unless the file has torch's old format or ends in .safetensors, which torch checks."""
     for mmap in (True, False) if path.suffix != ".safetensors" else (False,):
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an unusual pickle protocol
@@ -69,14 +69,14 @@ def _open_torch(path: Path):
             continue
         named = re.search(r"GLOBAL [\w.]+", text) or re.search(r"Unsupported (class|global|operand|type)\S* [\w.]+|TorchScript", text)
         if named:
-            raise TimError(f"{path}: found code or objects in the file ({named[0]}), expected tensors only; it was not opened")
-        raise TimError(f"{path}: found a truncated or damaged torch file ({text[:120]}), expected a whole one")
+            raise TimError(f"{path}: contains code or objects ({named[0]}), not tensors alone; it was not opened")
+        raise TimError(f"{path}: damaged or truncated torch file ({text[:120]}); download or copy it again")
 
 
 def flatten(value, name: str) -> StateDict:
-    """Nested dicts to dotted keys; anything but tensors (step counts, settings) is left out."""
+    """Flattens nested dicts to dotted keys; keeps tensors alone. TimError naming the source if `value` is no dict."""
     if not isinstance(value, Mapping):
-        raise TimError(f"{name}: found a {type(value).__name__}, expected a state dict")
+        raise TimError(f"{name}: holds a {type(value).__name__}, not a state dict")
     tensors = {}
 
     def walk(mapping: Mapping, prefix: str) -> None:

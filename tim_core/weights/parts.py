@@ -1,4 +1,4 @@
-"""What a weight file holds: recognised by key names and shapes, taken apart.
+"""Reads weight files and takes them apart into a transformer, a text encoder and an autoencoder.
 
 The one-file layout (safetensors):
 
@@ -7,8 +7,9 @@ The one-file layout (safetensors):
     text_encoders.tokenizer_json                 uint8, the tokenizer.json (or spiece_model, a SentencePiece tokenizer.model)
     vae.<diffusers AutoencoderDC name>
 
-and beside each part a `config_json` (uint8): what its shapes cannot tell. The text model's is its Gemma config. The same record, with
-how the model was trained, is the safetensors metadata "tim"; a file whose metadata was lost (ComfyUI's CheckpointSave) loads alike.
+Each part also has a `config_json` (uint8), a record of what shapes cannot tell; that of the text encoder is its Gemma config. The
+safetensors metadata "tim" repeats these records and adds how the model was trained. A file without metadata, as ComfyUI's
+CheckpointSave writes it, loads the same.
 """
 
 from __future__ import annotations
@@ -47,22 +48,23 @@ LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One model of a checkpoint: its tensors under their official names, as the file stores them, and what shapes cannot tell.
+    """One model of a checkpoint.
 
-    record: the part's own `config_json`, else the file's metadata, else a config.json beside the file. A transformer's REPA projector is
-    kept apart from its tensors.
+    tensors: under their official names, as the file stores them; the REPA projector of a transformer is kept apart.
+    record: what shapes cannot tell. A key comes from the part's own `config_json`, else from the file's metadata; where neither has any,
+    the record is read from a config.json in the same folder.
     """
 
     kind: str
-    source: str  # a file, folder, bundled name or class, for error messages
+    source: str  # file, folder, bundled name or class, for error messages
     tensors: StateDict
     record: dict = field(default_factory=dict)
-    prefix: str = ""  # where it stood in the file
+    prefix: str = ""  # of its keys in the file
     projector: StateDict = field(default_factory=dict)
     tokenizer: bytes | None = None
 
     def with_projector(self) -> Part:
-        """The same with the REPA projector among its tensors."""
+        """This part with the REPA projector among its tensors."""
         return replace(self, tensors=self.tensors | self.projector, projector={})
 
     @cached_property
@@ -79,7 +81,7 @@ class Part:
 
 @dataclass
 class Parts:
-    """The parts of one or several files; `parts[kind]` is a Part, or a TimError that names the source."""
+    """The parts of one or several files. `parts[kind]` is a Part; TimError naming the source if there is none."""
 
     source: str
     parts: dict[str, Part] = field(default_factory=dict)
@@ -90,12 +92,11 @@ class Parts:
 
     def __getitem__(self, kind: str) -> Part:
         if kind not in self.parts:
-            there = ", ".join(f"a {TITLES[kind]}" for kind in TITLES if kind in self.parts)
-            raise TimError(f"{self.source}: found {there or 'nothing'} and no {TITLES[kind]}, expected one")
+            raise TimError(f"{self.source}: has no {TITLES[kind]}; it holds {_list(self)}")
         return self.parts[kind]
 
     def require(self, *kinds: str) -> None:
-        """TimError naming the first of them that is not there."""
+        """TimError naming the first kind that is missing."""
         for kind in kinds:
             self[kind]
 
@@ -105,19 +106,21 @@ class Parts:
             return
         config = self[TRANSFORMER].config
         if AUTOENCODER in self and (channels := self[AUTOENCODER].config.latent_channels) != config.in_channels:
-            wanted = f"the transformer's {config.in_channels}"
-            raise TimError(f"{self.source}: found an autoencoder of {channels} latent channels, expected {wanted}")
+            own = f"the transformer has {config.in_channels}; use the autoencoder it was trained with"
+            raise TimError(f"{self.source}: the autoencoder has {channels} latent channels, {own}")
         if TEXT_ENCODER in self and (width := self[TEXT_ENCODER].tensors["embed_tokens.weight"].shape[1]) != config.text_dim:
-            wanted = "none: the transformer is class-conditional" if config.text_dim is None else f"the transformer's {config.text_dim}"
-            raise TimError(f"{self.source}: found a text model of width {width}, expected {wanted}")
+            if config.text_dim is None:
+                raise TimError(f"{self.source}: the transformer is class-conditional; leave out the text model")
+            own = f"the transformer reads width {config.text_dim}; use the text model it was trained with"
+            raise TimError(f"{self.source}: the text model has width {width}, {own}")
 
     @property
     def escape(self) -> bool:
-        """Whether prompts are unicode-escaped: as the transformer was trained, which for the released weights is yes."""
+        """Whether prompts are unicode-escaped, as in training: from the transformer's record, else the text model's, else True."""
         records = (self.parts[kind].record for kind in (TRANSFORMER, TEXT_ENCODER) if kind in self)
         escape = next((r["escape_prompts"] for r in records if r.get("escape_prompts") is not None), True)
         if not isinstance(escape, bool):
-            raise TimError(f"{self.source}: escape_prompts is {escape!r}, expected true or false")
+            raise TimError(f"{self.source}: escape_prompts is {escape!r}; it must be true or false")
         return escape
 
     @property
@@ -126,46 +129,46 @@ class Parts:
         factor = self.parts[TRANSFORMER].record.get("latent_factor") if TRANSFORMER in self else None
         if factor is not None:
             if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-                raise TimError(f"{self.source}: latent_factor is {factor!r}, expected a whole number of at least 1")
+                raise TimError(f"{self.source}: latent_factor is {factor!r}; it must be a whole number of at least 1")
             return factor
         if AUTOENCODER in self:
             return self[AUTOENCODER].config.factor
         return LATENT_FACTORS.get(self[TRANSFORMER].tensors["x_embedder.proj.weight"].shape[1], 8)
 
 
+def _list(parts: Parts) -> str:
+    return ", ".join(f"a {TITLES[kind]}" for kind in TITLES if kind in parts) or "no part of a TiM checkpoint"
+
+
 @contextmanager
 def _naming(source: str, kind: str) -> Iterator[None]:
-    """Errors inside become a TimError that names the source."""
+    """Turns errors inside into a TimError that names the source."""
     try:
         yield
     except TimError as error:
         raise TimError(f"{source}: {error}") from None
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        found = f"found keys or a record that make no sense ({type(error).__name__}: {one_line(error)})"
-        raise TimError(f"{source}: {found}, expected those of a {TITLES[kind]}") from None
-
-
-# Taking apart
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise TimError(f"{source}: malformed metadata or tensors of the {TITLES[kind]} ({reason})") from None
 
 
 def resolve(name: str | Path) -> Path:
-    """A bundled model's name, or a path, to the file; TimError listing the bundled names if there is neither."""
+    """The path of a bundled name or of a file. TimError listing the bundled names if there is no such file."""
     if str(name) in BUNDLED:
         path = BUNDLED[str(name)]
         if not path.is_file():
-            raise TimError(f"{name}: the bundled model is not in this installation, expected it at {path}")
+            raise TimError(f"{name}: the bundled model is missing from this installation ({path}); install the package again")
         return path
     path = Path(name).expanduser()
     if not str(name).strip() or not path.exists():
-        raise TimError(f"{name}: found no such file, expected a path or a bundled model ({', '.join(BUNDLED)})")
+        raise TimError(f"{name}: no such file; give a path or a bundled model ({', '.join(BUNDLED)})")
     return path
 
 
 def read_parts(source) -> Parts:
-    """Takes apart a weight file, a folder in Hugging Face layout, a bundled name, or a dict of parts ({"model": ..., "vae": ...}).
+    """Reads the parts of a weight file, a folder in Hugging Face layout, a bundled name, or a dict {"model": ..., "vae": ...}.
 
-    A dict's values are files, folders or modules. TimError, naming the file, what was found and what was expected, if nothing of ours
-    is in it.
+    The values of a dict are files, folders or modules. TimError naming the source if it holds no part of a TiM checkpoint.
     """
     if isinstance(source, Parts):
         return source
@@ -175,8 +178,8 @@ def read_parts(source) -> Parts:
     tensors, metadata, folder = _open_folder(path) if path.is_dir() else (*open_state_dict(path), path.parent)
     parts = _take_apart(tensors, _tim_record(metadata, str(source)), str(source))
     if not parts.parts:
-        found = describe_unknown(tensors)
-        raise TimError(f"{source}: found {found}, expected a TiM transformer, a Gemma-3 text model, a DC-AE, or several of them")
+        wanted = " or ".join(TITLES.values())
+        raise TimError(f"{source}: no {wanted} in it; this is {describe_unknown(tensors)}")
     parts.parts = {kind: _complete(part, folder) for kind, part in parts.parts.items()}
     return parts
 
@@ -184,7 +187,7 @@ def read_parts(source) -> Parts:
 def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> Parts:
     parts = Parts(source, metadata=metadata)
     rest = dict(tensors)
-    for kind in (AUTOENCODER, TEXT_ENCODER, TRANSFORMER):  # the transformer, which takes all that stands under its prefix, last
+    for kind in (AUTOENCODER, TEXT_ENCODER, TRANSFORMER):  # last the transformer, which takes every key under its prefix
         if (found := find_part(rest, kind)) is None:
             continue
         prefix, own = found
@@ -203,14 +206,14 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
 
 
 def _part(kind: str, source: str, tensors: StateDict, record: dict, prefix: str = "", tokenizer: bytes | None = None) -> Part:
-    """A Part, with a transformer's projector apart."""
+    """A Part, with the transformer's projector kept apart. The only place that does so."""
     projector = {name: tensor for name, tensor in tensors.items() if kind == TRANSFORMER and name.startswith("projector.")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in projector}
     return Part(kind, source, tensors, record, prefix, projector, tokenizer)
 
 
 def _record_of(kind: str, metadata: dict) -> dict:
-    """What a file's metadata says of one of its parts."""
+    """The keys of a file's metadata that describe one of its parts."""
     if kind == TRANSFORMER:
         return {key: value for key, value in metadata.items() if key not in AutoencoderConfig.RECORD}
     keys = AutoencoderConfig.RECORD if kind == AUTOENCODER else ("escape_prompts",)
@@ -221,15 +224,12 @@ def _gather(sources: Mapping) -> Parts:
     parts = Parts(" + ".join(str(s) if isinstance(s, (str, Path)) else type(s).__name__ for s in sources.values()))
     for name, source in sources.items():
         if name not in PART_NAMES:
-            raise TimError(f"parts: found '{name}', expected {', '.join(map(repr, PART_NAMES))}")
+            raise TimError(f"parts: unknown name '{name}'; use {', '.join(map(repr, PART_NAMES))}")
         kind = PART_NAMES[name]
         if isinstance(source, torch.nn.Module):
             parts.parts[kind] = _from_module(source, kind)
         elif source is not None:
             one = read_parts(source)
-            if kind not in one:
-                held = ", ".join(f"a {TITLES[k]}" for k in TITLES if k in one)
-                raise TimError(f"{one.source}: found {held}, expected a {TITLES[kind]}")
             parts.parts[kind] = one[kind]
             if kind == TRANSFORMER:
                 parts.metadata = _record_of(kind, one.metadata)
@@ -238,9 +238,9 @@ def _gather(sources: Mapping) -> Parts:
 
 def _from_module(module: torch.nn.Module, kind: str) -> Part:
     source = type(module).__name__
-    found = find_part(flatten(module.state_dict(), source), kind)  # without a compiled or distributed module's wrapping
+    found = find_part(flatten(module.state_dict(), source), kind)  # a compiled or distributed module wraps its names
     if found is None:
-        raise TimError(f"{source}: found a module without the tensors of one, expected a {TITLES[kind]}")
+        raise TimError(f"{source}: this module is no {TITLES[kind]}")
     module = getattr(module, "module", module)
     if kind == TEXT_ENCODER:
         record = {**module.gemma_config, "escape_prompts": module.escape}
@@ -260,14 +260,14 @@ def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
     files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
     files = [file for file in files if file.is_file()] or sorted(folder.glob("*.safetensors"))
     if len(files) > 1 and files[0].stem not in WEIGHT_FILES:
-        raise TimError(f"{folder}: found {len(files)} weight files, expected the name of one ({', '.join(f.name for f in files[:3])}, ...)")
+        raise TimError(f"{folder}: holds {len(files)} weight files; name one ({', '.join(f.name for f in files[:3])}, ...)")
     if not files:
-        raise TimError(f"{folder}: found a folder without weights, expected model.safetensors or another of Hugging Face's layout in it")
+        raise TimError(f"{folder}: no weights in this folder; it needs model.safetensors or another file of the Hugging Face layout")
     return (*open_state_dict(files[0]), folder)
 
 
 def _complete(part: Part, folder: Path) -> Part:
-    """A text model or an autoencoder with what its file does not hold: config.json and the tokenizer in the same folder."""
+    """The part with what its file lacks: a record from config.json, and the tokenizer, of the same folder."""
     file, record, tokenizer = folder / "config.json", part.record, part.tokenizer
     if part.kind == TEXT_ENCODER and record.keys() <= {"escape_prompts"} and file.is_file():
         config = _json(file.read_bytes(), str(file))
@@ -284,14 +284,11 @@ def _complete(part: Part, folder: Path) -> Part:
     return replace(part, record=record, tokenizer=tokenizer)
 
 
-# Small things
-
-
 def _gemma_config(tensors: Mapping[str, Tensor]) -> dict:
-    """The config of a Gemma 3 1B without config.json, which is all that its shapes identify for certain."""
+    """The config of a Gemma 3 1B, the one size that shapes identify for certain. TimError for another width."""
     vocab, hidden = tensors["embed_tokens.weight"].shape
     if hidden != GEMMA_1B_WIDTH:
-        raise TimError(f"found a Gemma-3 text model of width {hidden} without its config, expected config.json beside it")
+        raise TimError(f"the Gemma-3 text model of width {hidden} needs its config.json in the same folder")
     head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
     return {
         "vocab_size": vocab,
@@ -316,7 +313,7 @@ def _tim_record(metadata: Mapping[str, str], source: str) -> dict:
     record = _json(metadata["tim"].encode("utf-8"), f"{source}: metadata") if "tim" in metadata else {}
     form = record.get("format", FORMAT)
     if not isinstance(form, int) or form > FORMAT:
-        raise TimError(f"{source}: found checkpoint format {form!r}, expected {FORMAT}; a newer version of this package may read it")
+        raise TimError(f"{source}: checkpoint format {form!r} is not known; update this package (it reads format {FORMAT})")
     return record
 
 
@@ -324,9 +321,9 @@ def _json(data: bytes, name: str) -> dict:
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise TimError(f"{name}: found no readable JSON ({one_line(error)}), expected an object") from None
+        raise TimError(f"{name}: not valid JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
-        raise TimError(f"{name}: found a JSON {type(value).__name__}, expected an object")
+        raise TimError(f"{name}: holds a JSON {type(value).__name__}; it must be an object")
     return value
 
 

@@ -1,4 +1,4 @@
-"""A linear picture of a latent: what live previews show before a picture is decoded."""
+"""Fits the linear map from latents to colours that live previews show."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @torch.no_grad()
-def fit(autoencoder, pictures: Iterable[Tensor]) -> dict:
-    """Least squares from latents to the mean colours of their cells -> {"factors": C rows of 3, "bias": 3, "r2": share explained}.
+def fit(autoencoder, images: Iterable[Tensor]) -> dict:
+    """Fits mean colours of latent cells by least squares -> {"factors": C rows of 3, "bias": 3, "r2": share of variance explained}.
 
-    pictures: (3, H, W) in [-1, 1], sides multiples of the factor. RGB in [-1, 1] is about latent @ factors + bias, as in core's
-    latent formats. TimError if there is none.
+    images: (3, H, W) in [-1, 1], sides multiples of the autoencoder's factor. RGB in [-1, 1] is about latent @ factors + bias, as in
+    ComfyUI's latent formats. TimError if there are no images.
     """
     weight, latents, colours = next(autoencoder.parameters()), [], []
-    for picture in pictures:
-        latent = autoencoder.encode(picture[None].to(weight)).float().cpu()
+    for image in images:
+        latent = autoencoder.encode(image[None].to(weight)).float().cpu()
         latents.append(latent[0].flatten(1).T)
-        colours.append(F.avg_pool2d(picture[None].float(), autoencoder.config.factor)[0].flatten(1).T)
+        colours.append(F.avg_pool2d(image[None].float(), autoencoder.config.factor)[0].flatten(1).T)
     if not latents:
-        raise TimError("previews: found no pictures, expected some to fit on")
+        raise TimError("previews: no images to fit on")
     x, y = torch.cat(latents).double(), torch.cat(colours).double()
     x = torch.cat((x, torch.ones(len(x), 1, dtype=x.dtype)), 1)
     solution = torch.linalg.lstsq(x, y, driver="gelsd").solution
@@ -38,16 +38,16 @@ def fit(autoencoder, pictures: Iterable[Tensor]) -> dict:
 
 
 def photographs(folder: str | Path, side: int, most: int = 200) -> Iterable[Tensor]:
-    """The pictures of a folder, scaled and cut to side x side, (3, side, side) in [-1, 1]. TimError if there is none."""
+    """The first `most` images of a folder, scaled and cropped -> (3, side, side) in [-1, 1]. TimError if there is none."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in ENDINGS)[:most]
     if not files:
-        raise TimError(f"{folder}: found no pictures, expected a folder with some ({', '.join(ENDINGS)})")
+        raise TimError(f"{folder}: no images in this folder ({', '.join(ENDINGS)})")
     for file in files:
         try:
-            with Image.open(file) as picture:
-                picture = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (side, side))
+            with Image.open(file) as image:
+                image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
         except (UnidentifiedImageError, OSError) as error:
-            raise TimError(f"{file}: found a damaged picture ({error}), expected a whole one") from None
-        yield torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1) / 127.5 - 1
+            raise TimError(f"{file}: damaged image ({error})") from None
+        yield torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1) / 127.5 - 1

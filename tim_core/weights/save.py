@@ -1,4 +1,4 @@
-"""Write checkpoints: pack several parts into one file, convert one file."""
+"""Writes checkpoints: packs several parts into one file, converts a file to safetensors."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,10 @@ from .parts import CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
 
 
 def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_projector: bool = False) -> Path:
-    """Writes the one-file checkpoint from a dict of parts (files, folders or modules), Parts, or a file. Floating tensors become dtype.
+    """Writes whatever read_parts takes as a one-file checkpoint. dtype: of floating tensors, None keeps theirs.
 
-    `metadata` adds to the record (latent_factor, training, ...). The file appears whole or not at all. TimError if dst cannot be written.
+    `metadata` adds to the record (latent_factor, training, ...). The file appears complete or not at all. TimError if the parts do not
+    fit together, or dst cannot be written.
     """
     parts = read_parts(parts)
     parts.check_fit()
@@ -38,12 +39,12 @@ def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_
 
 
 def convert(src, dst: str | Path, dtype=None, metadata: dict | None = None) -> Path:
-    """Any file of ours as safetensors: several parts in the one-file layout, a lone part under its official names; nothing is dropped.
+    """Writes a weight file as safetensors: several parts in the one-file layout, a single part under its official names.
 
-    `metadata` adds to the record.
+    The projector is kept. dtype, metadata and errors as in `pack`.
     """
     parts, extra = read_parts(src), metadata or {}
-    if len(parts.parts) > 1 or TEXT_ENCODER in parts:  # a lone text model keeps its tokenizer with it
+    if len(parts.parts) > 1 or TEXT_ENCODER in parts:  # a text model keeps its tokenizer in the same file
         return pack(parts, dst, dtype, extra, keep_projector=True)
     (part,) = (part.with_projector() for part in parts.parts.values())
     records = {part.kind: _record_of(part, parts, extra)}
@@ -51,12 +52,12 @@ def convert(src, dst: str | Path, dtype=None, metadata: dict | None = None) -> P
 
 
 def json_tensor(record: dict) -> Tensor:
-    """A record as uint8, the form in which it survives every program that copies tensors only."""
+    """A record as a uint8 tensor, which survives programs that copy tensors alone."""
     return torch.frombuffer(bytearray(json.dumps(record, sort_keys=True).encode("utf-8")), dtype=torch.uint8)
 
 
 def _record_of(part: Part, parts: Parts, extra: dict) -> dict:
-    """What is written beside a part: what its shapes cannot tell; `extra` goes before what its file said."""
+    """The record to write with a part: what its shapes cannot tell. `extra` overrides what its file says."""
     config = part.config
     if part.kind == TEXT_ENCODER:
         return {**config, "escape_prompts": bool(extra.get("escape_prompts", parts.escape))}
@@ -80,7 +81,7 @@ def _whole_record(parts: Parts, records: dict[str, dict], extra: dict) -> dict:
 
 
 def _cast(tensors: StateDict, dtype) -> StateDict:
-    """Floating tensors in dtype, each with storage of its own (the format shares none)."""
+    """Floating tensors in dtype, each with its own storage, as the format needs."""
     seen, out = set(), {}
     for key, tensor in tensors.items():
         tensor = tensor.detach().to(device="cpu", dtype=dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
@@ -91,14 +92,14 @@ def _cast(tensors: StateDict, dtype) -> StateDict:
 
 
 def check_output_path(dst: str | Path) -> Path:
-    """A path that a checkpoint can be written to; TimError for a folder, another ending, or a folder that is not there."""
+    """The path of a checkpoint to write. TimError for a folder, another ending than .safetensors, or a folder that does not exist."""
     dst = Path(dst).expanduser()
     if dst.is_dir():
-        raise TimError(f"{dst}: found a folder, expected the name of a file to write")
+        raise TimError(f"{dst}: is a folder; give the name of a file")
     if dst.suffix != ".safetensors":
-        raise TimError(f"{dst}: found the ending '{dst.suffix}', expected .safetensors")
+        raise TimError(f"{dst}: the name must end in .safetensors")
     if not dst.parent.is_dir():
-        raise TimError(f"{dst}: found no folder {dst.parent}, expected one to write into")
+        raise TimError(f"{dst}: folder {dst.parent} does not exist")
     return dst
 
 
@@ -109,7 +110,7 @@ def _write(tensors: StateDict, dst: str | Path, record: dict) -> Path:
     def save(tmp: Path) -> None:
         try:
             save_file(tensors, tmp, metadata={"format": "pt", "tim": json.dumps(record, sort_keys=True)})
-        except SafetensorError as error:  # so it reports a full disk
+        except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
 
     dst = check_output_path(dst)

@@ -123,7 +123,7 @@ def export_images(
         return [own / "metadata.jsonl", *(own / "samples" / f"{k:05d}.png" for k in range(images))]
 
     write = {"geneval": write_geneval, "dpg": write_dpg}[layout]
-    left = [record for record in processes.own(records) if not all(file.is_file() for file in files(record))]
+    left = [record for record in processes.shard(records) if not all(file.is_file() for file in files(record))]
     with tqdm(total=len(left), unit="prompt", disable=not (progress and processes.is_main)) as bar:
         for record in left:
             made = []

@@ -50,7 +50,7 @@ def score(
     """
     correct = torch.zeros(len(samples))
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt.text.split()))  # prompts of equal length share a batch
-    own = processes.own(order)
+    own = processes.shard(order)
     for start in range(0, len(own), batch):
         indices = own[start : start + batch]
         noise = torch.cat([pipe.noise(1, width, height, samples[i].seed) for i in indices])
@@ -166,7 +166,7 @@ def evaluate(
     if report["curve"]:
         save()  # the baseline may have changed
     left = [count for count in steps if count not in {point["steps"] for point in report["curve"]}]
-    with tqdm(total=len(processes.own(samples)) * len(left), unit="image", disable=not (progress and processes.is_main)) as bar:
+    with tqdm(total=len(processes.shard(samples)) * len(left), unit="image", disable=not (progress and processes.is_main)) as bar:
         for count in left:
             scale = cfg if count > 1 else 1.0
             bar.set_description(f"{count} step{'s' if count > 1 else ''}")

@@ -268,7 +268,7 @@ def test_errors_are_one_line(fails, words, named):
 
 
 MODEL_ERRORS = {
-    "size": (("--size", "60x64"), "multiple of 8"), "no size": (("--size", "0x64"), "width"), "steps": (("--steps", "0"), "steps"),
+    "size": (("--size", "60x64"), "multiple of 8"), "no size": (("--size", "0x64"), "0x64"), "steps": (("--steps", "0"), "steps"),
     "cfg": (("--cfg", "nan"), "cfg"), "seed": (("--seed", "-1"), "seed"), "times": (("--times", "1,2"), "times"),
     "device": (("--device", "abacus"), "device"), "dtype": (("--dtype", "int8"), "dtype"),
 }

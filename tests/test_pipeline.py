@@ -38,7 +38,7 @@ def refused(call, *arguments, **keywords) -> str:
     with pytest.raises(TimError) as error:
         call(*arguments, **keywords)
     message = str(error.value)
-    assert "\n" not in message and "found" in message and "expected" in message, message
+    assert "\n" not in message
     return message
 
 
@@ -80,7 +80,7 @@ def test_stochastic_pictures_repeat_with_their_seed(pipe):
     assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
 
 
-def test_times_of_ones_own(pipe):
+def test_custom_times(pipe):
     base = pipe(PROMPT, steps=4, width=16, height=16)
     assert torch.equal(base, pipe(PROMPT, times="1, 0.75, 0.5, 0.25, 0", width=16, height=16))
     assert not torch.equal(base, pipe(PROMPT, times=[1, 0.9, 0.5, 0.1, 0], width=16, height=16))
@@ -179,23 +179,27 @@ def test_class_conditional_models_are_refused(tiny, tmp_path):
 
 
 BAD = {
-    "width": {"width": 60}, "height": {"height": 0}, "a broken width": {"width": 64.5}, "steps": {"steps": 0}, "half steps": {"steps": 2.5},
-    "no prompts": {"prompts": []}, "a number": {"prompts": [3]}, "negatives": {"negative": ["a", "b"]}, "cfg": {"cfg": float("nan")},
-    "seed": {"seed": -1}, "mode": {"mode": "leap"}, "interval": {"guidance_interval": (-1, 1)},
-    "inverted": {"guidance_interval": (0.9, 0.1)}, "stochasticity": {"stochasticity": -0.1},
-    "times": {"times": "1, 2"}, "times without an end": {"times": [1, 0.5]}, "no shift": {"shift": 0},
-    "shifted times of one's own": {"shift": 2, "times": "1, 0"}, "noise": {"noise": torch.zeros(1, 16, 3, 3)},
+    "width": ({"width": 60}, "size: 60x64 "), "height": ({"height": 0}, "size: 64x0 "),
+    "a broken width": ({"width": 64.5}, "size: 64.5x64 "), "steps": ({"steps": 0}, "steps: 0 "),
+    "half steps": ({"steps": 2.5}, "steps: 2.5 "), "no prompts": ({"prompts": []}, "prompts: none"),
+    "a number": ({"prompts": [3]}, "prompt: 3 "), "negatives": ({"negative": ["a", "b"]}, "negative prompts: 2 for 1"),
+    "cfg": ({"cfg": float("nan")}, "cfg: nan "), "seed": ({"seed": -1}, "seed: -1 "), "mode": ({"mode": "leap"}, "mode: 'leap' "),
+    "interval": ({"guidance_interval": (-1, 1)}, "guidance interval: -1 "),
+    "inverted": ({"guidance_interval": (0.9, 0.1)}, "guidance interval: 0.9 to 0.1 "),
+    "stochasticity": ({"stochasticity": -0.1}, "stochasticity: -0.1 "), "too much of it": ({"stochasticity": 1.5}, "stochasticity: 1.5 "),
+    "times": ({"times": "1, 2"}, "times: 2 "), "times without an end": ({"times": [1, 0.5]}, "times: [1.0, 0.5] "),
+    "no shift": ({"shift": 0}, "shift: 0 "), "shift and times": ({"shift": 2, "times": "1, 0"}, "shift: 2 "),
+    "noise": ({"noise": torch.zeros(1, 16, 3, 3)}, "noise: shape [1, 16, 3, 3] "),
 }
 
 
-@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
-def test_bad_values_are_refused(pipe, change):
-    refused(pipe, **{"prompts": ["a circle"], "width": 64, "height": 64, **change})
+@pytest.mark.parametrize("change, told", BAD.values(), ids=BAD)
+def test_bad_values_are_refused(pipe, change, told):
+    assert told in refused(pipe, **{"prompts": ["a circle"], "width": 64, "height": 64, **change})
 
 
 def test_the_size_message_says_what_to_do(pipe):
-    message = refused(pipe, "a circle", width=70)
-    assert "width" in message and "70" in message and "a multiple of 8, such as 72" in message
+    assert refused(pipe, "a circle", width=70, height=64) == "size: 70x64 is not a multiple of 8; nearest is 72x64"
 
 
 def test_importing_is_cheap():

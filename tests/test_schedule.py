@@ -39,24 +39,24 @@ def test_parse(text):
 
 
 @pytest.mark.parametrize(
-    "call, found",
+    "call, told",
     [
-        (lambda: schedule.uniform(0), "found 0"),
-        (lambda: schedule.uniform(2.5), "found 2.5"),
-        (lambda: schedule.uniform(4, 0.2, 0.5), "start of 0.2 and an end of 0.5"),
+        (lambda: schedule.uniform(0), "steps: 0 "),
+        (lambda: schedule.uniform(2.5), "steps: 2.5 "),
+        (lambda: schedule.uniform(4, 0.2, 0.5), "start 0.2 must be greater than the end 0.5"),
         (lambda: schedule.uniform(4, float("nan")), "nan"),
-        (lambda: schedule.shifted(4, 0.0), "found 0.0"),
+        (lambda: schedule.shifted(4, 0.0), "shift: 0.0 "),
         (lambda: schedule.shifted(4, 2.0, 1.5), "1.5 to 0.0"),
-        (lambda: schedule.parse("1"), "found 1 in '1'"),
-        (lambda: schedule.parse(""), "found 0"),
-        (lambda: schedule.parse("1, x, 0"), "found 'x'"),
-        (lambda: schedule.parse("1, 0.5, 0.5, 0"), "found 0.5 after 0.5"),
-        (lambda: schedule.parse("2, 1, 0"), "found 2"),
-        (lambda: schedule.parse("1, nan"), "found nan"),
-        (lambda: schedule.parse("1, -0.5"), "found -0.5"),
+        (lambda: schedule.parse("1"), "'1' has fewer than two"),
+        (lambda: schedule.parse(""), "'' has fewer than two"),
+        (lambda: schedule.parse("1, x, 0"), "times: 'x' "),
+        (lambda: schedule.parse("1, 0.5, 0.5, 0"), "0.5 follows 0.5"),
+        (lambda: schedule.parse("2, 1, 0"), "times: 2 "),
+        (lambda: schedule.parse("1, nan"), "times: nan "),
+        (lambda: schedule.parse("1, -0.5"), "times: -0.5 "),
     ],
 )
-def test_errors_say_what_was_found_in_one_line(call, found):
+def test_errors_name_the_value_in_one_line(call, told):
     with pytest.raises(TimError) as error:
         call()
-    assert found in str(error.value) and "expected" in str(error.value) and "\n" not in str(error.value)
+    assert told in str(error.value) and "\n" not in str(error.value)

@@ -17,10 +17,9 @@ def names() -> tuple[str, ...]:
 
 
 def class_number(text: str) -> int:
-    """A class by number ("207") or name ("golden retriever", "Golden_Retriever"); NULL_CLASS for nothing or "null".
+    """The number of a class, from "207", "golden retriever" or "Golden_Retriever"; NULL_CLASS for an empty text or "null".
 
-    Two classes differ by capitals alone: Cardigan, the dog, and cardigan, the garment. TimError, with the nearest names, for what is
-    neither.
+    Case matters only for Cardigan (the dog) and cardigan (the garment). TimError names the nearest classes.
     """
     text = " ".join(text.replace("_", " ").split())
     if text.lower() in ("", "null", "none"):
@@ -34,5 +33,5 @@ def class_number(text: str) -> int:
     if text.lower() in small:
         return small.index(text.lower())
     near = difflib.get_close_matches(text.lower(), small, 3) or [name for name in small if text.lower() in name][:3]
-    hint = f", perhaps {', '.join(near)}" if near else ""
-    raise TimError(f"class label: found '{text}', expected a number or a name of ImageNet's 1000 classes{hint}")
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    raise TimError(f"class label: '{text}' is not a number or the name of an ImageNet class{hint}")

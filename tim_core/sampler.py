@@ -36,28 +36,28 @@ def sample(
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool = True,
 ) -> tuple[Tensor, int]:
-    """Take x (B, C, H, W) at times[0] along the falling `times` -> (x at times[-1], float32; network evaluations per image).
+    """Sample from x (B, C, H, W) at times[0] to times[-1] -> (x at times[-1], float32; network evaluations per image).
 
-    model(x, t (B,), r (B,), y) -> F. It gets x in x's dtype, and t and r, through the transport's c_noise, in float32 or float64.
-    mode: "transition" tells the network the next time (r = next), "diffusion" that there is no interval (r = t).
-    cfg: F_null + cfg * (F_cond - F_null) while low * T_max < t < high * T_max, if cfg > 1. Ends are excluded, so a first step at T_max is
-    never guided. A guided step counts two evaluations: one call with the batch doubled, cond first, then null.
+    model(x, t (B,), r (B,), y) -> F. It receives x in x's dtype, and t and r through the transport's c_noise, in float32 or float64.
+    mode: "transition" passes the next time as r, "diffusion" passes r = t.
+    cfg: if above 1, F = F_null + cfg * (F_cond - F_null) while low * T_max < t < high * T_max. Ends are excluded: a first step at T_max is
+    not guided. A guided step counts two evaluations: one call with the batch doubled, cond first, then null.
     stochasticity: share of fresh noise per step (OT-FM only), where t < T_max and r > T_min. noise_sampler(t, r) -> standard normal like x.
-    T_max, T_min: the ends of time, the transport's own by default.
-    callback: gets k-diffusion's {"x", "i", "sigma", "sigma_hat", "denoised"} and "sigma_next" and "F", before each step.
-    TimError for a grid that does not fall, an unknown mode, guidance without null, or a time without a finite condition.
+    T_max, T_min: the transport's own by default.
+    callback: called before each step with k-diffusion's {"x", "i", "sigma", "sigma_hat", "denoised"}, "sigma_next" and "F".
+    TimError for times that do not fall, an unknown mode, guidance without null, or a time at which c_noise is not finite.
     """
     times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()):
-        raise TimError(f"times: found {_short(times)}, expected at least two times, each smaller than the one before")
+        raise TimError(f"times: {_format_times(times)} is not a list of at least two falling times")
     if mode not in MODES:
-        raise TimError(f"mode: found '{mode}', expected {' or '.join(MODES)}")
+        raise TimError(f"mode: '{mode}' is unknown; choose from {', '.join(MODES)}")
     if cfg > 1 and null is None:
-        raise TimError(f"guidance: found cfg {cfg:g} and no null condition, expected both or cfg 1")
-    seen = times if mode == "transition" else times[:-1]
-    finite = transport.c_noise(seen).isfinite()
+        raise TimError(f"cfg: {cfg:g} needs a null condition; give one, or use cfg 1")
+    conditioned = times if mode == "transition" else times[:-1]
+    finite = transport.c_noise(conditioned).isfinite()
     if not bool(finite.all()):
-        raise TimError(f"times: found {seen[~finite][0].item():g}, expected times that {type(transport).__name__} can condition on")
+        raise TimError(f"times: {conditioned[~finite][0].item():g} has no finite condition in {type(transport).__name__}; leave it out")
     T_max = transport.T_max if T_max is None else T_max
     T_min = transport.T_min if T_min is None else T_min
     low, high = guidance_interval[0] * T_max, guidance_interval[1] * T_max
@@ -72,7 +72,7 @@ def sample(
 
     for i in _steps(len(times) - 1, disable):
         t, r = grid[i], grid[i + 1]
-        told = r if mode == "transition" else t
+        r_network = r if mode == "transition" else t
         t_input, r_input = inputs[i], inputs[i + 1 if mode == "transition" else i]
         network_x = state.to(x.dtype)
         if cfg > 1 and _below(low, t) and _below(t, high):
@@ -96,7 +96,7 @@ def sample(
                     "F": F.float(),
                 }
             )
-        if transport.stochastic and stochasticity > 0 and _below(t, T_max) and _below(T_min, told):
+        if transport.stochastic and stochasticity > 0 and _below(t, T_max) and _below(T_min, r_network):
             fresh = torch.randn_like(state) if noise_sampler is None else noise_sampler(times[i], times[i + 1]).to(state)
             state = transport.step(state, F, t, r, stochasticity, fresh)
         else:
@@ -105,14 +105,14 @@ def sample(
 
 
 def fresh_noise(shape: Sequence[int], seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The noise sampler of a seed: float32 on the CPU, another stream than the first noise's (seed + 1, as k-diffusion does)."""
+    """A noise sampler for a seed: float32 on the CPU, from seed + 1, so that it differs from the initial noise, as in k-diffusion."""
     generator = torch.Generator().manual_seed((check_seed(seed) + 1) % 2**64)
     return lambda t, r: torch.randn(tuple(shape), generator=generator)
 
 
 def check_seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
-        raise TimError(f"seed: found {seed}, expected a whole number from 0 to 2^64 - 1")
+        raise TimError(f"seed: {seed} is not a whole number from 0 to 2^64 - 1")
     return int(seed)
 
 
@@ -125,7 +125,7 @@ def _steps(count: int, disable: bool) -> Any:
 
 
 def _below(a: Any, b: Any) -> bool:
-    """a < b in float32, where 0.6 and a grid's 0.6 are the same time."""
+    """a < b in float32, in which 0.6 equals the 0.6 of a grid."""
     return bool(torch.as_tensor(a, dtype=torch.float32) < torch.as_tensor(b, dtype=torch.float32))
 
 
@@ -138,7 +138,7 @@ def _has_float64(device: torch.device) -> bool:
     return True
 
 
-def _short(times: Tensor) -> str:
+def _format_times(times: Tensor) -> str:
     if times.ndim != 1:
         return f"a tensor of shape {list(times.shape)}"
     shown = ", ".join(f"{time:g}" for time in times[:8].tolist())

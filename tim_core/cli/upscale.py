@@ -61,5 +61,5 @@ def run(args: argparse.Namespace) -> None:
     print(args.output)
     wanted = target_size(image.shape[2], image.shape[1], width, height, args.factor)
     size = large.shape[1], large.shape[0]
-    rounded = "" if size == wanted else f" (asked for {wanted[0]}x{wanted[1]}; sides are multiples of {pipe.unit})"
+    rounded = "" if size == wanted else f" (asked for {wanted[0]}x{wanted[1]}; sides are multiples of {pipe.size_multiple})"
     print(f"{size[0]}x{size[1]}{rounded}, {pipe.nfe} NFE, {seconds:.2f} s")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tim_core import Pipeline, TimError, __version__, cli
+from tim_core.weights.save import convert
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a red circle left of a blue square"
@@ -86,6 +87,33 @@ def test_sample_writes_the_pipelines_image(run, tiny):
     with Image.open("picture.png") as picture:
         assert picture.format == "PNG" and np.abs(np.asarray(picture).astype(int) - expected).max() <= 1
     assert os.listdir() == ["picture.png"]
+
+
+@pytest.fixture
+def recorded(tiny, tmp_path_factory):
+    """The tiny checkpoint with a record of its defaults."""
+    record = {"native_size": [32, 16], "steps": 2, "cfg": 1.5, "guidance_interval": [0.0, 1.1]}
+    return convert(tiny, tmp_path_factory.mktemp("recorded") / "recorded.safetensors", metadata=record)
+
+
+def test_options_default_to_the_record(run, tiny, recorded):
+    assert "4 NFE" in run("sample", "a circle", "--model", recorded, "-o", "a.png")[1]
+    assert run("sample", "a circle", "--model", recorded, "--size", "32x16", "--steps", 2, "--cfg", 1.5, "--guidance-interval", "0,1.1",
+               "-o", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes() and Image.open("a.png").size == (32, 16)
+    assert "7 NFE" in run("sample", "a circle", "--model", tiny)[1] and Image.open("out.png").size == (64, 64)
+    assert run("sweep", "a circle", "--model", recorded, "--steps", "1,2")[1].splitlines()[1].startswith("1 step, 2 NFE")
+    Path("prompts.jsonl").write_text('{"prompt": "a circle"}\n')
+    command = ("evaluate", "--model", recorded, "--steps", 2, "--prompts", "prompts.jsonl", "--layout", "geneval", "-o", "made")
+    assert run(*command)[0] == 0
+    settings = json.loads(Path("made/steps-2/settings.json").read_text())
+    assert (settings["width"], settings["height"], settings["cfg"], settings["guidance_interval"]) == (32, 16, 1.5, [0.0, 1.1])
+
+
+@pytest.mark.parametrize("command", [("sample", "a circle"), ("sweep", "a circle"), ("evaluate",)], ids=lambda words: words[0])
+def test_sizes_are_checked_before_the_weights_are_loaded(fails, tiny, monkeypatch, command):
+    monkeypatch.setattr(Pipeline, "load", lambda *arguments: pytest.fail("loaded"))
+    assert "size: 60x64 is not a multiple of 8; nearest is 64x64" in fails(1, *command, "--model", tiny, "--size", "60x64")
 
 
 def test_a_batch_is_numbered(run, tiny):

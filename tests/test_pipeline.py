@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.support import load_all
 from tim_core import Pipeline, TimError
@@ -21,8 +21,9 @@ from tim_core.schedule import uniform
 from tim_core.shapes.detector import is_correct
 from tim_core.shapes.scenes import RELATIONS, TASKS, Prompt, Thing
 from tim_core.shapes.tokenizer import vocabulary
+from tim_core.weights.defaults import Defaults, find_defaults
 from tim_core.weights.parts import BUNDLED
-from tim_core.weights.save import pack
+from tim_core.weights.save import convert, pack
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = BUNDLED["tim-shapes"]
@@ -104,6 +105,47 @@ def test_the_noise_is_comfyuis(pipe):
     generator = torch.manual_seed(7)
     noise = torch.randn((2, 16, 8, 4), dtype=torch.float32, generator=generator, device="cpu")
     assert torch.equal(pipe.noise(2, 32, 64, 7), noise)
+
+
+def test_sizes_default_to_what_the_checkpoint_is_made_for(tiny, pipe, tmp_path):
+    assert pipe.defaults == Defaults(64, 64, 4, 2.5, (0.0, 1.0))
+    record = {"native_size": [32, 16], "steps": 2, "cfg": 1.5, "guidance_interval": [0, 1.1]}
+    made = Pipeline.load(convert(tiny, tmp_path / "made.safetensors", metadata=record), device="cpu")
+    assert made.defaults == Defaults(32, 16, 2, 1.5, (0.0, 1.1))
+    image = made(PROMPT)
+    assert image.shape == (1, 16, 32, 3) and made.nfe == 4
+    assert torch.equal(image, made(PROMPT, steps=2, cfg=1.5, width=32, height=16, guidance_interval=(0, 1.1)))
+    assert made(PROMPT, height=24, steps=1).shape == (1, 24, 32, 3)
+    assert torch.equal(made.upscale(image, PROMPT, steps=2), made.upscale(image, PROMPT, cfg=1.5, steps=2, guidance_interval=(0, 1.1)))
+    again = Pipeline.load(pack(made_without_metadata(tmp_path / "made.safetensors"), tmp_path / "again.safetensors"), device="cpu")
+    assert again.defaults == made.defaults
+
+
+def made_without_metadata(file: Path) -> Path:
+    """The same tensors in a file whose metadata was lost, as ComfyUI's CheckpointSave writes it."""
+    bare = file.with_name("bare.safetensors")
+    save_file(load_file(file), bare)
+    return bare
+
+
+@pytest.mark.parametrize("channels, factor, patch, side", [
+    (32, 32, 1, 1024), (4, 8, 2, 256), (16, 8, 1, 64), (16, 32, 1, 256), (8, 8, 3, 72),
+])
+def test_without_a_record_the_shapes_give_the_size(channels, factor, patch, side):
+    """32 and 4 channels are the released weights; any other file gets 8 latent cells per side, in whole patches."""
+    found = find_defaults({}, channels, factor, patch)
+    assert found == Defaults(side, side, 4, 2.5, (0.0, 1.0))
+
+
+@pytest.mark.parametrize("record", [
+    {"native_size": [64, 60]}, {"native_size": 64}, {"native_size": [64.0, 64]}, {"native_size": [0, 64]}, {"steps": 0}, {"steps": True},
+    {"steps": "4"}, {"cfg": -1}, {"cfg": float("nan")}, {"guidance_interval": [1, 0]}, {"guidance_interval": [0]},
+], ids=str)
+def test_a_record_that_cannot_be_used_is_named(tiny, tmp_path, record):
+    file = convert(tiny, tmp_path / "odd.safetensors", metadata=record)
+    message = refused(Pipeline.load, file)
+    (name, value), = record.items()
+    assert message.startswith(f"{file}: {name}: ") and repr(value) in message
 
 
 def test_it_is_the_rooms_in_a_row(pipe):

@@ -18,33 +18,42 @@ from .files import digest
 from .models.attention import get_attention
 from .sampler import check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
+from .weights.defaults import Defaults, find_defaults
 from .weights.load import load_autoencoder, load_text_encoder, load_transformer
-from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, read_parts
+from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts, read_parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Pipeline:
-    """Text to image. `nfe` is the number of network evaluations of the last call, a guided step counting two."""
+    """Text to image.
 
-    def __init__(self, transformer, text_encoder, autoencoder, factor: int | None = None):
-        """Build a pipeline from loaded modules on one device. factor: pixels per latent cell, by default the autoencoder's."""
+    nfe: network evaluations of the last call, a guided step counting two. defaults: the settings that the checkpoint is made for.
+    """
+
+    def __init__(self, transformer, text_encoder, autoencoder, factor: int | None = None, defaults: Defaults | None = None):
+        """Build a pipeline from loaded modules on one device.
+
+        factor: pixels per latent cell, by default the autoencoder's. defaults: by default those of the transformer's shapes.
+        """
         if transformer.config.text_dim is None:
             raise TimError("model: is class-conditional; Pipeline needs a text-to-image model")
         self.transformer, self.text_encoder, self.autoencoder = transformer, text_encoder, autoencoder
         self.factor = factor or autoencoder.config.factor
+        config = transformer.config
+        self.defaults = defaults or find_defaults({}, config.in_channels, self.factor, config.patch_size)
         self.nfe = 0
 
     @classmethod
     def load(
         cls,
-        source: str | Path | Mapping[str, Any] = "tim-shapes",
+        source: str | Path | Mapping[str, Any] | Parts = "tim-shapes",
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         attention: str = "auto",
     ) -> Pipeline:
-        """Load a bundled name, a one-file checkpoint, or a dict of parts {"model": ..., "text-encoder": ..., "vae": ...}.
+        """Load a bundled name, a one-file checkpoint, a dict of parts {"model": ..., "text-encoder": ..., "vae": ...}, or opened Parts.
 
         device: "auto" is the GPU if there is one. dtype: "auto" is float32 on a CPU, bfloat16 on a GPU that computes in it.
         attention: "auto", "sdpa" or "flash". TimError unless the source is a text-to-image model with all its parts.
@@ -57,12 +66,14 @@ class Pipeline:
             raise TimError(f"{parts.source}: is a class-conditional model; Pipeline needs a text-to-image model")
         parts.require(TEXT_ENCODER, AUTOENCODER)
         parts.check_fit()
+        defaults = read_defaults(parts)
         needs_float32 = dtype == torch.float16 or parts[AUTOENCODER].config.force_upcast
         return cls(
             load_transformer(parts, attention=kernel, dtype=dtype, device=device),
             load_text_encoder(parts, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device),
             load_autoencoder(parts, dtype=torch.float32 if needs_float32 else dtype, device=device),
             parts.latent_factor,
+            defaults,
         )
 
     @property
@@ -83,15 +94,15 @@ class Pipeline:
         self,
         prompts: str | Sequence[str],
         negative: str | Sequence[str] = "",
-        steps: int = 4,
-        cfg: float = 2.5,
-        width: int = 64,
-        height: int = 64,
+        steps: int | None = None,
+        cfg: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
         seed: int = 0,
         *,
         shift: float = 1.0,
         times: Tensor | Sequence[float] | str | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         stochasticity: float = 0.0,
         mode: str = "transition",
         noise: Tensor | None = None,
@@ -99,6 +110,7 @@ class Pipeline:
     ) -> Tensor:
         """Make one image per prompt -> (B, H, W, 3) float32 in [0, 1], on the CPU. An image does not depend on the other prompts.
 
+        steps, cfg, width, height, guidance_interval: None takes the value of `defaults`; sizes are in pixels.
         negative: negative prompts, one for all or one per prompt. cfg: guidance scale; 1 is no guidance.
         guidance_interval: guidance acts while low < t < high. shift: above 1 for denser steps at high noise, see `schedule.shifted`.
         times: falling times from 1 to 0, or their text ("1, 0.7, 0.3, 0"), instead of `steps` and `shift`.
@@ -107,7 +119,8 @@ class Pipeline:
         callback: called with the sampler's state before each step. TimError for unusable values.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        grid = self._grid(steps, shift, times)
+        width, height = self.defaults.width if width is None else width, self.defaults.height if height is None else height
+        grid = self._grid(self.defaults.steps if steps is None else steps, shift, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
         options = dict(mode=mode, cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
         text = self._conditioning(prompts, [negative] if isinstance(negative, str) else list(negative))
@@ -120,7 +133,7 @@ class Pipeline:
         images: Tensor,
         prompts: str | Sequence[str],
         negative: str | Sequence[str] = "",
-        cfg: float = 2.5,
+        cfg: float | None = None,
         width: int = 0,
         height: int = 0,
         steps: int | str | Sequence[int] = 4,
@@ -129,7 +142,7 @@ class Pipeline:
         *,
         factor: float = 2.0,
         stages: int = 1,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         stochasticity: float = 0.0,
         callback: Callable[[dict[str, Any]], None] | None = None,
     ) -> Tensor:
@@ -162,6 +175,8 @@ class Pipeline:
 
     def _sample(self, latent: Tensor, grid: Tensor, text: list[Tensor], seed: int, **options) -> tuple[Tensor, int]:
         """Sample latents from grid[0] to grid[-1] -> latents, network evaluations. text: the result of `_conditioning`."""
+        for name in ("cfg", "guidance_interval"):
+            options[name] = getattr(self.defaults, name) if options[name] is None else options[name]
         low, high = options["guidance_interval"]
         for name, value in (("cfg", options["cfg"]), ("guidance interval", low), ("guidance interval", high),
                             ("stochasticity", options["stochasticity"])):
@@ -267,6 +282,20 @@ class Pipeline:
             return out
 
         return model
+
+
+def read_defaults(parts: Parts) -> Defaults:
+    """The settings that a checkpoint is made for; TimError naming the source if its record cannot be used."""
+    transformer = parts[TRANSFORMER]
+    try:
+        return find_defaults(transformer.record, transformer.config.in_channels, parts.latent_factor, transformer.config.patch_size)
+    except TimError as error:
+        raise TimError(f"{transformer.source}: {error}") from None
+
+
+def size_multiple(parts: Parts) -> int:
+    """`Pipeline.size_multiple` of a checkpoint whose weights are not loaded."""
+    return parts.latent_factor * parts[TRANSFORMER].config.patch_size
 
 
 def check_size(width: Any, height: Any, multiple: int) -> None:

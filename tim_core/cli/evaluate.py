@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST",
                         help="step counts (default: 1,2,4,8,16,32,64)")
-    parser.add_argument("--cfg", type=float, default=2.5, help="guidance scale, from 2 steps on (default: 2.5)")
-    parser.add_argument("--guidance-interval", type=options.interval, default=(0.0, 1.0), metavar="LOW,HIGH", help=options.INTERVAL_HELP)
+    parser.add_argument("--cfg", type=float, metavar="C", help="guidance scale, from 2 steps on (default: the model's, else 2.5)")
+    parser.add_argument("--guidance-interval", type=options.interval, metavar="LOW,HIGH", help=options.INTERVAL_HELP)
     parser.add_argument("--shift", type=float, default=1.0, metavar="S", help=options.SHIFT_HELP)
     parser.add_argument("--prompts-per-task", type=int, metavar="P", help="prompts per task, drawn with replacement (default: 60)")
     parser.add_argument("--images", type=int, default=4, metavar="I", help="images per prompt (default: 4)")
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=options.words, metavar="LIST",
                         help="some of single,two,counting,colors,position,attribution (default: all)")
     parser.add_argument("--size", type=options.size, metavar="WxH",
-                        help="image size (default: 64x64; 1024x1024 with --prompts and a large model)")
+                        help="width and height in pixels (default: the model's, 64x64 for tim-shapes)")
     parser.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
                         help="diffusion runs the network as ordinary flow matching (default: transition)")
     parser.add_argument("--batch", type=int, metavar="B", help="images made together (default: 120; 4 with --prompts)")
@@ -62,10 +62,11 @@ def run(args: argparse.Namespace) -> None:
 
     check_options(args)
     processes = find_processes()
-    pipe = options.load_pipeline(args)
-    width, height = args.size or ((64, 64) if args.prompts is None or pipe.factor < 32 else (1024, 1024))
-    settings = {"cfg": args.cfg, "images": args.images, "seed": args.seed, "width": width, "height": height, "mode": args.mode,
-                "guidance_interval": args.guidance_interval, "processes": processes, **({} if args.shift == 1 else {"shift": args.shift})}
+    pipe = options.load_pipeline(args, args.size)
+    width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
+    settings = {"cfg": pipe.defaults.cfg if args.cfg is None else args.cfg, "images": args.images, "seed": args.seed, "width": width,
+                "height": height, "mode": args.mode, "guidance_interval": args.guidance_interval or pipe.defaults.guidance_interval,
+                "processes": processes, **({} if args.shift == 1 else {"shift": args.shift})}
     if args.prompts is not None:
         from ..evaluation.benchmark_export import export_images
 

@@ -8,7 +8,7 @@ import time
 
 from ..errors import TimError
 
-INTERVAL_HELP = "guide only between these times, ends excluded (default: 0,1; use 0,1.1 to guide the first step too)"
+INTERVAL_HELP = "guide only between these times, ends excluded; 0,1.1 guides the first step too (default: the model's, else 0,1)"
 SHIFT_HELP = "above 1: denser steps at high noise (default: 1, equal steps)"
 
 
@@ -57,15 +57,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_guidance(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt (default: empty)")
-    group.add_argument("--cfg", type=float, default=2.5, help="guidance scale; 1 is no guidance (default: 2.5)")
+    group.add_argument("--cfg", type=float, metavar="C", help="guidance scale; 1 is no guidance (default: the model's, else 2.5)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="noise seed (default: 0)")
-    group.add_argument("--guidance-interval", type=interval, default=(0.0, 1.0), metavar="LOW,HIGH", help=INTERVAL_HELP)
+    group.add_argument("--guidance-interval", type=interval, metavar="LOW,HIGH", help=INTERVAL_HELP)
     group.add_argument("--stochasticity", type=float, default=0.0, metavar="S", help="share of fresh noise per step, 0 to 1 (default: 0)")
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("image")
-    group.add_argument("--size", type=size, default=(64, 64), metavar="WxH", help="width and height in pixels (default: 64x64)")
+    group.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels (default: the model's, 64x64 for tim-shapes)")
     group.add_argument("--shift", type=float, default=1.0, metavar="S", help=SHIFT_HELP)
     group.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
                        help="diffusion runs the network as ordinary flow matching (default: transition)")
@@ -78,24 +78,30 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 # Values
 
 
-def load_pipeline(args: argparse.Namespace):
-    from ..pipeline import Pipeline
+def load_pipeline(args: argparse.Namespace, size: tuple[int, int] | None = None):
+    """Load --model; TimError for a `size` that it cannot make, before the weights are loaded."""
+    from ..pipeline import Pipeline, check_size, size_multiple
+    from ..weights.parts import read_parts
 
-    return Pipeline.load(args.model, args.device, args.dtype, args.attention)
+    parts = read_parts(args.model)
+    if size is not None:
+        check_size(*size, size_multiple(parts))
+    return Pipeline.load(parts, args.device, args.dtype, args.attention)
 
 
 def settings(args: argparse.Namespace) -> dict:
-    width, height = args.size
+    width, height = args.size or (None, None)
     names = ("negative", "cfg", "seed", "guidance_interval", "stochasticity", "shift", "mode")
     return {"width": width, "height": height, **{name: getattr(args, name) for name in names}}
 
 
-def timed(pipe, prompts: list[str], steps: int, times: str | None = None, **options):
+def timed(pipe, prompts: list[str], steps: int | None, times: str | None = None, **options):
     """Run the pipeline with a progress bar -> images, seconds."""
     from tqdm import tqdm
 
     from .. import schedule
 
+    steps = pipe.defaults.steps if steps is None else steps
     total = steps if times is None else len(schedule.parse(times)) - 1
     with tqdm(total=max(0, total), unit="step", desc=f"{total} step{'s' if total != 1 else ''}", leave=False) as bar:
         started = time.perf_counter()

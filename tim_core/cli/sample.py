@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_guidance(parser)
     options.add_image(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="text to draw")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="number of steps (default: 4)")
+    parser.add_argument("--steps", type=int, metavar="N", help="number of steps (default: the model's, else 4)")
     parser.add_argument("--times", metavar="LIST", help="falling times from 1 to 0, instead of --steps (default: none)")
     parser.add_argument("--batch", type=int, default=1, metavar="B",
                         help="number of images; several are numbered: out-0.png, out-1.png (default: 1)")
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     check_output_image(args.output)
     if args.batch < 1:
         raise TimError(f"--batch: {args.batch} is not a whole number of at least 1")
-    pipe = options.load_pipeline(args)
+    pipe = options.load_pipeline(args, args.size)
     from ..images import to_pil
 
     images, seconds = options.timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **options.settings(args))

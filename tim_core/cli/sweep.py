@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         raise TimError(f"--steps: '{','.join(map(str, args.steps))}' is not a list of whole numbers of at least 1, such as 1,2,4")
     if args.columns is not None and args.columns < 1:
         raise TimError(f"--columns: {args.columns} is not a whole number of at least 1")
-    pipe = options.load_pipeline(args)
+    pipe = options.load_pipeline(args, args.size)
     from ..images import contact_sheet, step_label
 
     pipe([args.prompt], steps=1, **options.settings(args))  # warm-up, so that the first time on the sheet is right

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import TimError
 from ..files import atomic_write
 from ..models.text_encoder import is_json
+from .defaults import RECORD
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
 from .parts import CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
@@ -66,6 +67,7 @@ def _record_of(part: Part, parts: Parts, extra: dict) -> dict:
         record["latent_factor"] = int(extra.get("latent_factor") or parts.latent_factor)
         if preview := extra.get("preview", part.record.get("preview")):
             record["preview"] = preview
+        record |= {name: extra.get(name, part.record.get(name)) for name in RECORD if name in extra or name in part.record}
         if config.text_dim is not None:
             record["escape_prompts"] = bool(extra.get("escape_prompts", parts.escape))
     return record

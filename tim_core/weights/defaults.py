@@ -1,0 +1,61 @@
+"""The settings that a checkpoint is made for: from its record, else from its shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import TimError
+
+RECORD = ("native_size", "steps", "cfg", "guidance_interval")  # keys of a transformer's record
+RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
+OTHER_CELLS = 8  # latent cells per side where neither record nor channels tell; tim-shapes, of factor 8, was trained mostly at 64x64
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Image size in pixels, number of steps, guidance scale, and the times between which guidance acts."""
+
+    width: int
+    height: int
+    steps: int = 4
+    cfg: float = 2.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+
+def find_defaults(record: Mapping[str, Any], channels: int, factor: int, patch_size: int = 1) -> Defaults:
+    """The defaults of a transformer with `channels` latent channels, `factor` pixels per latent cell, `patch_size` cells per patch.
+
+    TimError naming a key of the record whose value cannot be used.
+    """
+    multiple = factor * patch_size
+    found: dict[str, Any] = {}
+    if (size := record.get("native_size")) is None:
+        side = RELEASED_SIDES.get(channels, OTHER_CELLS * factor)
+        size = (math.ceil(side / multiple) * multiple,) * 2
+    elif not (isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_whole(side) and side % multiple == 0 for side in size)):
+        raise TimError(f"native_size: {size!r} is not [width, height] in multiples of {multiple}; correct the record")
+    if (steps := record.get("steps")) is not None:
+        if not _is_whole(steps):
+            raise TimError(f"steps: {steps!r} is not a whole number of at least 1; correct the record")
+        found["steps"] = steps
+    if (cfg := record.get("cfg")) is not None:
+        if not _is_number(cfg):
+            raise TimError(f"cfg: {cfg!r} is not a number of at least 0; correct the record")
+        found["cfg"] = float(cfg)
+    if (interval := record.get("guidance_interval")) is not None:
+        pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(_is_number, interval))
+        if not (pair and interval[0] < interval[1]):
+            raise TimError(f"guidance_interval: {interval!r} is not [low, high] with 0 <= low < high; correct the record")
+        found["guidance_interval"] = (float(interval[0]), float(interval[1]))
+    return Defaults(int(size[0]), int(size[1]), **found)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

@@ -6,7 +6,10 @@ import os
 import pickle
 import shutil
 import stat
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,8 +447,47 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         atomic_write(path, interrupted)
     assert path.read_text() == "first" and [file.name for file in tmp_path.iterdir()] == ["note.txt"]
-    for place in (tmp_path / "nowhere" / "x", path / "x", tmp_path / ("x" * 254)):
+    for place in (tmp_path / "nowhere" / "x", path / "x", tmp_path / ("x" * 256)):
         assert str(place) in refused(atomic_write, place, lambda tmp: tmp.write_text("x"))
+    assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / ("n" * 250)
+
+    def slow(tmp):
+        tmp.write_text("slow")
+        atomic_write(path, lambda other: other.write_text("quick"))
+        assert path.read_text() == "quick" and tmp.read_text() == "slow"
+
+    atomic_write(path, slow)
+    assert path.read_text() == "slow" and list(tmp_path.iterdir()) == [path]
+
+
+WRITER = """
+import os, sys, time
+from tim_core.files import atomic_write
+path, what = sys.argv[1:]
+if what == "die":
+    atomic_write(path, lambda tmp: (tmp.write_text("half"), os.kill(os.getpid(), 9)))
+for _ in range(200):
+    atomic_write(path, lambda tmp: tmp.write_text(what * 1000))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill and locks of POSIX")
+def test_writers_in_many_processes(tmp_path):
+    """They never fail, nobody reads a mixture, and what a killed one left is removed by a later one."""
+    path, environment = tmp_path / "report.json", {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", WRITER, str(path)]
+    assert subprocess.run([*command, "die"], env=environment).returncode == -9
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (0, 0))
+    writers = [subprocess.Popen([*command, letter], env=environment) for letter in "abc"]
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            assert path.read_text() in ("a" * 1000, "b" * 1000, "c" * 1000)
+    assert [writer.returncode for writer in writers] == [0, 0, 0] and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")

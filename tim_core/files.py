@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
+import secrets
+import shutil
 import stat
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,22 +21,55 @@ if TYPE_CHECKING:
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Calls write(tmp) and renames the result to `path`; a failure leaves the old file as it was. TimError for an OSError."""
+    """Calls write(tmp) and renames the result to `path`; a failure leaves the old file as it was. TimError for an OSError.
+
+    Every writer has a folder of its own beside `path`. Folders of writers that were killed are removed.
+    """
     path = Path(path)
-    tmp = path.with_name(f"{path.name}.part")
     try:
-        tmp.unlink(missing_ok=True)
-        tmp.touch()
-        mode = stat.S_IMODE(tmp.stat().st_mode)
-        write(tmp)
-        tmp.chmod(mode)  # some writers (safetensors) allow the owner alone
-        os.replace(tmp, path)
+        with _own_folder(path) as folder:
+            tmp = folder / "file"
+            tmp.touch()
+            mode = stat.S_IMODE(tmp.stat().st_mode)
+            write(tmp)
+            tmp.chmod(mode)  # some writers (safetensors) allow the owner alone
+            os.replace(tmp, path)
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise TimError(f"{path}: cannot be written ({reason})") from error
+
+
+@contextlib.contextmanager
+def _own_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, locked while in use and removed afterwards."""
+    start = path.name[:32]  # short, so that every legal name can be written
+    for other in path.parent.glob(f"{glob.escape(start)}.????????.part"):
+        with contextlib.suppress(FileNotFoundError), _locked(other) as abandoned:
+            if abandoned and time.time() - other.stat().st_mtime > 3:  # a new folder may not be locked yet
+                shutil.rmtree(other, ignore_errors=True)
+    folder = path.with_name(f"{start}.{secrets.token_hex(4)}.part")
+    folder.mkdir()
+    try:
+        with _locked(folder):
+            yield folder
     finally:
-        with contextlib.suppress(OSError):
-            tmp.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder -> whether nobody else does. False where folders cannot be locked (Windows)."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (ImportError, OSError):
+            yield False
+        else:
+            yield True
 
 
 def make_folder(path: Path) -> None:

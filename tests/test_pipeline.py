@@ -39,7 +39,7 @@ def refused(call, *arguments, **keywords) -> str:
     with pytest.raises(TimError) as error:
         call(*arguments, **keywords)
     message = str(error.value)
-    assert "\n" not in message
+    assert "\n" not in message, message
     return message
 
 

@@ -59,8 +59,8 @@ def native_upscale(run: Template, pipe: Pipeline) -> dict:
 
 def again(run: Template, pipe: Pipeline, mask: torch.Tensor | None = None) -> dict:
     """A first picture, then a second sampler on its latent by a new prompt; core keeps the latent where the mask is 0."""
-    first, second = run.inputs["A picture to start from"], run.inputs["TiMSampler"]
-    before = pipe(run.inputs["Positive"]["text"], steps=first["steps"], **run.settings("A picture to start from"))
+    first, second = run.inputs["First image"], run.inputs["TiMSampler"]
+    before = pipe(run.inputs["Positive"]["text"], steps=first["steps"], **run.settings("First image"))
     latent, noise, start = pipe.encode(before), pipe.noise(1, 64, 64, second["seed"]), second["start"]
     mask = torch.ones_like(latent) if mask is None else mask
     cond, null = pipe.text_encoder.conditioning([run.inputs["New prompt"]["text"]], [""])
@@ -77,7 +77,7 @@ def again(run: Template, pipe: Pipeline, mask: torch.Tensor | None = None) -> di
 
 
 def inpainting(run: Template, pipe: Pipeline) -> dict:
-    assert run.inputs["Its left half, to keep"]["width"] == 32
+    assert run.inputs["Left half, to keep"]["width"] == 32
     mask = torch.ones(1, 1, 8, 8)
     mask[..., :4] = 0
     expected = again(run, pipe, mask)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+import urllib.error
 
 import pytest
 import torch
@@ -57,21 +58,35 @@ def test_nodes(comfyui):
     assert comfyui.object_info["TiMSampler"]["output"] == comfyui.object_info["TiMEmptyLatent"]["output"] == ["LATENT"]
 
 
-def test_templates_help_and_words_are_served(comfyui):
+def test_templates_and_words_are_served(comfyui):
     assert "text-to-image" in comfyui.get("workflow_templates")[FOLDER]
     assert comfyui.get(f"api/workflow_templates/{FOLDER}/text-to-image.json")["nodes"]
     words = comfyui.get("i18n")["en"]
     assert words["nodeCategories"]["TiM"]
     for name in NODES:
         info = comfyui.object_info[name]
-        page = comfyui.read(f"extensions/{FOLDER}/docs/{name}/en.md").decode()
-        assert info["display_name"].startswith(page.splitlines()[0].removeprefix("# "))
         inputs = info["input"]["required"] | info["input"].get("optional", {})
-        assert all(f"| {key}" in page or f", {key}" in page for key in inputs)
         entry = words["nodeDefs"][name]
         assert entry["description"] == info["description"]
         tooltips = {key: options["tooltip"] for key, (_, options) in inputs.items()}
         assert {key: value["tooltip"] for key, value in entry["inputs"].items()} == tooltips
+
+
+@pytest.mark.parametrize("language", ["en", "ja", "ko", "zh", "fr"])
+@pytest.mark.parametrize("name", NODES)
+def test_help_is_served(comfyui, name, language):
+    """The editor asks for the language's page, then for the fallback."""
+    folder, info = f"extensions/{FOLDER}/docs", comfyui.object_info[name]
+    try:
+        page = comfyui.read(f"{folder}/{name}/{language}.md").decode()
+    except urllib.error.HTTPError as error:
+        assert error.code == 404 and language == "fr"
+        page = comfyui.read(f"{folder}/{name}.md").decode()
+    title = comfyui.get("i18n").get(language, {}).get("nodeDefs", {}).get(name, {}).get("display_name") or info["display_name"]
+    assert title.startswith(page.splitlines()[0].removeprefix("# "))
+    inputs = info["input"]["required"] | info["input"].get("optional", {})
+    assert all(f"| {key} |" in page or f"(`{key}`)" in page for key in inputs)
+    assert comfyui.read(f"{folder}/{name}/graph.jpg").startswith(b"\xff\xd8\xff") and f"({name}/graph.jpg)" in page
 
 
 # The same picture as tim_core

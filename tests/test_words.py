@@ -13,6 +13,7 @@ FUNCTIONS = {part.name: part for tree in TREES for part in tree.body if isinstan
 WORDS = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "locales").glob("*/nodeDefs.json"))}
 DOCS = ROOT / "web" / "docs"
 TRANSLATIONS = ("ja", "ko", "zh")
+LANGUAGES = ("en", *TRANSLATIONS)
 
 
 def calls(tree: ast.AST) -> list[ast.Call]:
@@ -61,8 +62,19 @@ CORE = {  # nodes of core as the editor calls them in ja, ko and zh
 }
 
 
-def page(node: str) -> str:
-    return (DOCS / node / "en.md").read_text(encoding="utf-8")
+def page(node: str, language: str) -> str:
+    return (DOCS / node / f"{language}.md").read_text(encoding="utf-8")
+
+
+def sections(text: str) -> list[tuple[str, str]]:
+    """A page's sections as (heading, text); the first is its title and opening."""
+    return [(head, body.strip()) for head, _, body in (part.partition("\n") for part in re.split(r"^#+ ", text, flags=re.M)[1:])]
+
+
+def rows(section: str) -> list[list[str]]:
+    """The cells of a section's table, without its head."""
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
 
 def leaves(value, place: str = "") -> dict[str, str]:
@@ -76,7 +88,7 @@ def test_every_node_has_words_and_a_page():
     assert len(SCHEMAS) >= 12 and {"en", *TRANSLATIONS} <= WORDS.keys()
     for language, words in WORDS.items():
         assert words.keys() == SCHEMAS.keys(), language
-    assert {folder.name for folder in DOCS.iterdir()} == SCHEMAS.keys()
+    assert {path.name for path in DOCS.iterdir()} == SCHEMAS.keys() | {f"{node}.md" for node in SCHEMAS}
 
 
 @pytest.mark.parametrize("node", SCHEMAS)
@@ -84,9 +96,6 @@ def test_every_input_has_words(node):
     assert SCHEMAS[node] and len(SCHEMAS[node]) == len(set(SCHEMAS[node]))
     for language, words in WORDS.items():
         assert words[node]["inputs"].keys() == set(SCHEMAS[node]), language
-    table = page(node).partition("\n## Inputs\n")[2].partition("\n## ")[0].strip().partition("\n\n")[0]
-    rows = [row.split("|")[1].strip() for row in table.splitlines()[2:]]
-    assert sorted(name for row in rows for name in row.split(", ")) == sorted(SCHEMAS[node])
 
 
 @pytest.mark.parametrize("language", TRANSLATIONS)
@@ -135,17 +144,36 @@ def test_every_output_has_words(node):
         assert all(output["name"].strip() and output["tooltip"].strip() for output in words[node]["outputs"].values()), language
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("node", SCHEMAS)
-def test_every_page_says_what_the_node_does_and_what_goes_wrong(node):
-    opening = page(node).split("\n\n")[1]
-    assert len(opening) > 60 and not opening.startswith(("#", "!", "|"))
-    mistakes = page(node).partition("\n## Common mistakes\n")[2]
-    assert len(mistakes.strip()) > 60 and mistakes.strip().startswith("- ")
+def test_every_page_has_the_words_of_the_node(node, language):
+    words = WORDS[language][node]
+    name = words.get("display_name", NAMES[node])
+    (title, opening), (_, inputs), (_, outputs), *_, (_, mistakes) = sections(page(node, language))
+    assert title == name and len(opening) > 60 and not opening.startswith(("!", "|"))
+    assert re.search(rf"^!\[.*{re.escape(name)}.*\]\({node}/graph\.jpg\)$", opening, re.M) and (DOCS / node / "graph.jpg").is_file()
+    labels = [word["name"] if word["name"] == key else f"{word['name']} (`{key}`)" for key, word in words["inputs"].items()]
+    assert rows(inputs) == [[label, word["tooltip"]] for label, word in zip(labels, words["inputs"].values())]
+    assert rows(outputs) == [[word["name"], word["tooltip"]] for word in words["outputs"].values()]
+    assert mistakes.startswith("- ") and len(mistakes) > 60
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+@pytest.mark.parametrize("node", SCHEMAS)
+def test_every_page_is_translated_whole(node, language):
+    """As many sections, rows and points as in English, with the same code in each section and the names of the TiM nodes."""
+    english, translated = sections(page(node, "en")), sections(page(node, language))
+    assert len(english) == len(translated)
+    names = {name: WORDS[language][other]["display_name"] for other, name in NAMES.items()}
+    for (head, text), (other_head, other) in zip(english, translated):
+        assert head != other_head and text != other
+        assert len(rows(text)) == len(rows(other)) and text.count("\n- ") == other.count("\n- ")
+        for name in (name for name in names if f"**{name}**" in text):
+            assert names[name] in other, name
+        if head != "Inputs":  # whose ids are code in translations alone
+            assert sorted(re.findall(r"`[^`]+`", text)) == sorted(re.findall(r"`[^`]+`", other)), other_head
 
 
 @pytest.mark.parametrize("node", SCHEMAS)
-def test_every_page_has_its_title_and_a_picture(node):
-    name = NAMES[node]
-    assert page(node).startswith(f"# {name}\n")
-    assert f"\n![{name} in a graph]({node}/graph.jpg)\n" in page(node)
-    assert (DOCS / node / "graph.jpg").is_file()
+def test_the_page_for_other_languages_is_the_english_one(node):
+    assert (DOCS / f"{node}.md").read_text(encoding="utf-8") == page(node, "en")

@@ -680,7 +680,8 @@ def changed(file):
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("target, said", [("model.bin", "model.bin: .*safetensors"), ("", "is a folder"), ("nowhere/model.safetensors", "nowhere does not exist")])
+@pytest.mark.parametrize("target, said", [("model.bin", "model.bin: .*safetensors"), ("", "is a folder"),
+                                          ("nowhere/model.safetensors", "nowhere does not exist")])
 def test_a_file_that_cannot_be_written_is_said_before_the_first_step(tmp_path, target, said):
     run([autoencoder_yaml(tmp_path)])
     path = tim_yaml(tmp_path)

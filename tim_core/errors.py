@@ -1,10 +1,27 @@
+import re
 from collections.abc import Collection, Mapping
+
+LONGEST_WORD, LONGEST_LINE = 300, 2000
 
 
 class TimError(ValueError):
-    """An input cannot be used. The message is one line: what is wrong, with its value, and what to do."""
+    """An input cannot be used. The message is one printable line: what is wrong, with its value, and what to do."""
 
     __module__ = "tim_core.errors"  # ComfyUI imports the pack under its path, and shows an error's module to the user
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` as one line for a terminal: control characters escaped, long words (such as keys) and long lines cut in the middle."""
+    text = re.sub(r"\s*\n\s*", " ", text)
+    text = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: _cut(word[0], LONGEST_WORD), text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _cut(text, LONGEST_LINE))
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]}...{text[-limit // 3 :]}"
 
 
 def one_line(error: Exception, limit: int | None = 160) -> str:

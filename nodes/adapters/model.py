@@ -73,12 +73,12 @@ class TiMNetwork(TransitionTransformer):
     def _condition(self, context: Tensor | None) -> Tensor:
         """The network's condition: text features (B, L, text_dim) as they are, class numbers (B,) from the digits of `class_label`."""
         config = self.config
-        width = None if context is None else context.shape[-1]
-        if config.text_dim and width != config.text_dim:
-            found = {None: "missing", 2: "a class label"}.get(width, f"text features of width {width}")
-            raise TimError(f"conditioning: {found}; connect CLIP Text Encode with this model's own CLIP, of width {config.text_dim}")
-        if not config.text_dim and width != 2:
-            raise TimError(f"conditioning: {'missing' if width is None else 'text'}; connect TiM Class Label, this model takes classes")
+        if context is None or context.shape[-1] != (config.text_dim or 2):
+            width = 0 if context is None else context.shape[-1]
+            found = {0: "missing", 2: "a class label"}.get(width, f"text features of width {width}")
+            if config.text_dim:
+                raise TimError(f"conditioning: {found}; connect CLIP Text Encode with this model's own CLIP, of width {config.text_dim}")
+            raise TimError(f"conditioning: {found}; connect TiM Class Label, this model takes classes")
         if config.text_dim:
             return context
         # The digits survive half precision, the number does not.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import TimError, one_line, state_dict_mismatch
+from ..errors import TimError, one_line, printable, state_dict_mismatch
 from ..files import digest
 
 MAX_LENGTH = 256  # tokens of a prompt, <bos> included
@@ -89,7 +89,8 @@ class Tokenizer:
         mask = torch.zeros(len(prompts), MAX_LENGTH, dtype=torch.bool)
         for row, tokens in enumerate(self._encode(texts)):
             if len(tokens) >= MAX_LENGTH:
-                logging.warning(f"prompt: has {len(tokens)} tokens; only the first {MAX_LENGTH - 1} are used: {texts[row][:40]}...")
+                start = printable(texts[row][:40])
+                logging.warning(f"prompt: has {len(tokens)} tokens; only the first {MAX_LENGTH - 1} are used: {start}...")
             tokens = [self.bos_id, *tokens[: MAX_LENGTH - 1]]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True

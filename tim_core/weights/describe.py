@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import TimError
+from ..errors import TimError, printable
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .load import load_autoencoder, load_text_encoder, load_transformer
 from .open import open_state_dict
@@ -69,7 +69,7 @@ class Description:
                 lines += [f"    {step}: {json.dumps(keys)}" for step, keys in changed.items()]
         elif training is not None:
             lines.append(f"  training: {json.dumps(training, sort_keys=True)}")
-        return "\n".join(lines)
+        return "\n".join(line[: len(line) - len(line.lstrip())] + printable(line.lstrip()) for line in lines)
 
 
 def describe(path: str | Path) -> Description:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -241,11 +242,11 @@ def _from_module(module: torch.nn.Module, kind: str) -> Part:
     found = find_part(flatten(module.state_dict(), source), kind)  # a compiled or distributed module wraps its names
     if found is None:
         raise TimError(f"{source}: this module is no {TITLES[kind]}")
-    module = getattr(module, "module", module)
+    inner: Any = getattr(module, "module", module)
     if kind == TEXT_ENCODER:
-        record = {**module.gemma_config, "escape_prompts": module.escape}
-        return _part(kind, source, found[1], record, tokenizer=module.tokenizer.data)
-    return _part(kind, source, found[1], module.config.record())
+        record = {**inner.gemma_config, "escape_prompts": inner.escape}
+        return _part(kind, source, found[1], record, tokenizer=inner.tokenizer.data)
+    return _part(kind, source, found[1], inner.config.record())
 
 
 def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:

@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict] = {
     "curriculum": {"objective": FLOW_MATCHING, "objective_from": {"600": PAPER}},
     "curriculum-one-embedding": {"objective": FLOW_MATCHING, "objective_from": {"600": PAPER}, "transformer": {"use_new_embed": False}},
     "nearer-noise": {"p_mean": 0.8},
-    "matched": {"matching": {"share": 0.5, "paths": [[1.0, 0.0], [0.75, 0.0]]}},
+    "matched": {"matching": {"batch_fraction": 0.5, "paths": [[1.0, 0.0], [0.75, 0.0]]}},
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tim_core import TimError
-from tim_core.training.objectives.distillation import DistillationConfig, distillation_loss, draw_distillation
+from tim_core.training.objectives.distillation import DistillationConfig, distillation_loss, draw_distillation_noise
 from tim_core.transport import OTFM
 
 SHAPE, TIMES = (64, 2, 3, 3), (1.0, 0.75, 0.5, 0.0)
@@ -35,8 +35,8 @@ class Arrives(nn.Module):
         state, landed = x, torch.zeros_like(x)
         for before, after in zip(TIMES, TIMES[1:]):
             time, condition = torch.full_like(t, before), torch.cat((y, torch.zeros_like(y)))
-            told, untold = self.flow(torch.cat((state, state)), time.repeat(2), time.repeat(2), condition).chunk(2)
-            state = state - (before - after) * (untold + self.cfg * (told - untold))
+            F, F_null = self.flow(torch.cat((state, state)), time.repeat(2), time.repeat(2), condition).chunk(2)
+            state = state - (before - after) * (F_null + self.cfg * (F - F_null))
             landed = torch.where((r == after).view(-1, 1, 1, 1), state, landed)
         return (x - landed) / (1 - r).view(-1, 1, 1, 1) + self.misses
 
@@ -46,7 +46,7 @@ def loss(model, teacher, y=None, **settings):
     torch.manual_seed(0)
     y = torch.randn(SHAPE[0], 1, 1) if y is None else y
     return distillation_loss(model, teacher, y, torch.zeros(1, 1, 1), transport=OTFM(), config=config,
-                             draws=draw_distillation(SHAPE, config))
+                             noise=draw_distillation_noise(SHAPE, config))
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
@@ -71,21 +71,21 @@ def test_small_errors_count_as_squares_and_large_ones_as_they_are():
 def test_the_teacher_goes_once_through_its_times_and_reads_its_own_conditions():
     teacher, config = Bent(), DistillationConfig(times=TIMES)
     torch.manual_seed(0)
-    draws, y = draw_distillation(SHAPE, config), torch.randn(SHAPE[0], 1, 1)
-    given = {"transport": OTFM(), "config": config, "draws": draws}
+    noise, y = draw_distillation_noise(SHAPE, config), torch.randn(SHAPE[0], 1, 1)
+    given = {"transport": OTFM(), "config": config, "noise": noise}
     distillation_loss(Bent(), teacher, y, y * 0, **given)
     assert [(t[0].item(), r[0].item(), len(t)) for t, r in teacher.heard] == [(t, r, 2 * SHAPE[0]) for t, r in zip(TIMES, TIMES[1:])]
     model = Arrives(Bent(), 2.5)
-    assert distillation_loss(model, Bent(), y, y * 0, **given, told=(y, y * 0)).max() < 1e-6
-    assert distillation_loss(model, Bent(), y, y * 0, **given, told=(y + 1, y * 0)).mean() > 0.1
+    assert distillation_loss(model, Bent(), y, y * 0, **given, teacher_conditions=(y, y * 0)).max() < 1e-6
+    assert distillation_loss(model, Bent(), y, y * 0, **given, teacher_conditions=(y + 1, y * 0)).mean() > 0.1
 
 
 def test_every_trajectory_teaches_two_jumps():
-    ends = draw_distillation((300, 1, 2, 2), DistillationConfig(times=TIMES)).ends
+    ends = draw_distillation_noise((300, 1, 2, 2), DistillationConfig(times=TIMES)).ends
     assert (ends[:, 0] != ends[:, 1]).all() and set(ends.flatten().tolist()) == {1, 2, 3}
 
 
-@pytest.mark.parametrize("change", [{"share": 0.0}, {"share": 1.5}, {"weight": 0.0}, {"knee": 0.0}, {"times": (1.0, 0.5)},
+@pytest.mark.parametrize("change", [{"batch_fraction": 0.0}, {"batch_fraction": 1.5}, {"weight": 0.0}, {"knee": 0.0}, {"times": (1.0, 0.5)},
                                     {"times": (0.9, 0.5, 0.2)}, {"times": (1.0, 0.5, 0.5)}, {"times": (1.0, 0.5, -0.1)}])
 def test_bad_settings_are_named(change):
     with pytest.raises(TimError, match=next(iter(change))):

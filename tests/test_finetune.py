@@ -77,11 +77,11 @@ def test_native_sizes():
 def test_folders_and_lists(tmp_path, data, caplog):
     found = scan(FolderConfig(str(data)), labels=False)
     assert [item.file.name for item in found] == [*(f"{k}.png" for k in range(5)), "broken.png", "cut.jpg", "tiny.png", "words.png"]
-    assert found[0].told == "a circle 0" and "1 pictures have no .txt" in caplog.text
+    assert found[0].caption_or_label == "a circle 0" and "1 images without a .txt caption" in caplog.text and "silent.png" in caplog.text
     listed = tmp_path / "list.jsonl"
     listed.write_text("\n".join(json.dumps({"image": f"pictures/{k}.png", "caption": f"number {k}"}) for k in (3, 1)) + "\n\n")
     found = scan(FolderConfig(str(listed)), False)
-    assert [(item.file, item.told) for item in found] == [(data / "3.png", "number 3"), (data / "1.png", "number 1")]
+    assert [(item.file, item.caption_or_label) for item in found] == [(data / "3.png", "number 3"), (data / "1.png", "number 1")]
     for line, labels in (('{"image": "x.png"}', False), ("[]", False), ('{"image": "x.png", "label": "dog"}', True), ("no", False)):
         listed.write_text(line)
         with pytest.raises(TimError, match="line 1"):
@@ -93,21 +93,20 @@ def test_folders_and_lists(tmp_path, data, caplog):
 def test_folders_of_classes(tmp_path, caplog):
     for name in ("dog", "cat"):
         draw(tmp_path / name / "a.png", 32, 32, caption=None)
-    assert [(item.file.parent.name, item.told) for item in scan(FolderConfig(str(tmp_path)), labels=True)] == [("cat", 0), ("dog", 1)]
-
-
+    found = scan(FolderConfig(str(tmp_path)), labels=True)
+    assert [(item.file.parent.name, item.caption_or_label) for item in found] == [("cat", 0), ("dog", 1)]
     (tmp_path / "bird").mkdir()
     draw(tmp_path / "cat" / "more" / "b.png", 32, 32, caption=None)
-    assert [item.told for item in scan(FolderConfig(str(tmp_path)), labels=True)] == [1, 1, 2]
-    assert "1 folders have no pictures, and count as classes; first bird" in caplog.text
+    assert [item.caption_or_label for item in scan(FolderConfig(str(tmp_path)), labels=True)] == [1, 1, 2]
+    assert "1 class folders have no images" in caplog.text and "bird" in caplog.text
     inside = FolderConfig(str(tmp_path), cache=str(tmp_path / "a cache"))
     (tmp_path / "a cache").mkdir()
-    assert [item.told for item in scan(inside, labels=True)] == [1, 1, 2]
+    assert [item.caption_or_label for item in scan(inside, labels=True)] == [1, 1, 2]
     (tmp_path / "a cache").rmdir()
     draw(tmp_path / "cover.png", 32, 32, caption=None)
-    with pytest.raises(TimError, match="found cover.png outside of them, expected pictures in a folder for each class"):
+    with pytest.raises(TimError, match="cover.png is in no class folder"):
         scan(FolderConfig(str(tmp_path)), labels=True)
-    with pytest.raises(TimError, match="found no folders"):
+    with pytest.raises(TimError, match="bird: no class folders"):
         scan(FolderConfig(str(tmp_path / "bird")), labels=True)
 
 
@@ -116,7 +115,7 @@ def test_captions_of_other_editors(tmp_path):
         draw(tmp_path / f"{name}.png", 32, 32)
         (tmp_path / f"{name}.txt").write_bytes(data)
     first, second = scan(FolderConfig(str(tmp_path)), labels=False)
-    assert first.told == "a red circle" and not first.problem and "no UTF-8" in second.problem
+    assert first.caption_or_label == "a red circle" and not first.problem and "b.txt: not UTF-8" in second.problem
 
 
 def test_deep_and_transparent_pictures(tmp_path):
@@ -125,18 +124,18 @@ def test_deep_and_transparent_pictures(tmp_path):
     clear = np.zeros((64, 64, 4), np.uint8)
     clear[..., 1], clear[:32, :, 3] = 200, 255  # green, its lower half invisible
     Image.fromarray(clear).save(tmp_path / "clear.png")
-    deep, half = (pictures.open_picture(Item(tmp_path / f"{name}.png", "", 64, 64)) for name in ("deep", "clear"))
+    deep, half = (pictures.open_image(Item(tmp_path / f"{name}.png", "", 64, 64)) for name in ("deep", "clear"))
     assert deep[:, 0, 0].tolist() == [-1] * 3 and deep[:, 0, -1].tolist() == [1] * 3 and abs(deep.mean()) < 0.02
     assert half[:, -1, 0].tolist() == [1] * 3 and half[:, 0, 0].tolist() == pytest.approx([-1, 200 / 127.5 - 1, -1])
 
 
 def test_rare_sizes_join_similar_ones(tmp_path):
     sizes = [(1024, 1024)] * 3 + [(992, 1056), (1056, 992), (1024, 960)] + [(1440, 704)] * 2 + [(512, 512)] * 9
-    found = pictures.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], least=4)
+    found = pictures.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], min_bucket_size=4)
     assert [(item.width, item.height) for item in found] == [(1024, 1024)] * 6 + [(1440, 704)] * 2 + [(512, 512)] * 9
-    assert pictures.similar_sizes(found, least=1) == found
+    assert pictures.similar_sizes(found, min_bucket_size=1) == found
     sizes = [(1024, 1024)] * 100 + [(896, 1120), (800, 1088)]  # the two are alike, but too few together
-    found = pictures.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], least=4)
+    found = pictures.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], min_bucket_size=4)
     assert (found[100].width, found[100].height) == (1024, 1024)
 
 
@@ -153,7 +152,7 @@ def test_a_folder_is_trained_on_and_what_is_broken_is_named_once(tmp_path, tiny,
         (made,) = run([config])
     for name in ("broken.png", "cut.jpg", "tiny.png", "words.png"):
         assert sum(name in record.getMessage() for record in caplog.records) == 1
-    assert "4 of 9 pictures were left out" in caplog.text
+    assert "4 of 9 images were skipped" in caplog.text
     before, after = load_transformer(tiny, dtype=torch.float32), load_transformer(made, dtype=torch.float32)
     assert before.config == after.config
     moved = [name for name, value in before.state_dict().items() if (value - after.state_dict()[name]).abs().max() > 1e-4]
@@ -214,8 +213,8 @@ def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, tiny, data):
 
 
 def test_the_cache_is_encoded_once(tmp_path, tiny, data, monkeypatch):
-    opened, real = [], pictures.open_picture
-    monkeypatch.setattr(pictures, "open_picture", lambda item: opened.append(item.file.name) or real(item))
+    opened, real = [], pictures.open_image
+    monkeypatch.setattr(pictures, "open_image", lambda item: opened.append(item.file.name) or real(item))
     run([yaml(tmp_path, tiny, data, "first", loop=", lr: 0.0001")])
     first, opened[:] = list(opened), []
     draw(data / "1.png", 64, 64, (0, 200, 0), "another caption")
@@ -227,12 +226,12 @@ def test_the_cache_is_encoded_once(tmp_path, tiny, data, monkeypatch):
 
 def test_an_empty_folder_is_refused(tmp_path, tiny):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TimError, match="no usable picture of 0"):
+    with pytest.raises(TimError, match="empty: none of 0 images is usable"):
         run([yaml(tmp_path, tiny, tmp_path / "empty")])
 
 
 def test_batches_hold_one_size_and_as_many_tokens(tmp_path, tiny, data):
-    encode = pictures.Encoder(tmp_path, "none", lambda picture: torch.zeros(1, 4, 1, 1), lambda told: torch.zeros(1))
+    encode = pictures.Encoder(tmp_path, "none", lambda picture: torch.zeros(1, 4, 1, 1), lambda caption: torch.zeros(1))
     items = [Item(data / "0.png", "a", *size) for size in [(64, 64)] * 3 + [(128, 64)]]
     batches = pictures.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=8, seed=0, parts=2)
     assert batches.sizes == [(64, 64), (128, 64)] and batches.counts == [8, 4]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tim_core import TimError
-from tim_core.training.objectives.matching import MatchingConfig, draw_matching, matching_losses
+from tim_core.training.objectives.matching import MatchingConfig, draw_matching_noise, matching_losses
 from tim_core.transport import OTFM
 
 SHAPE = (512, 1, 1, 1)
@@ -48,7 +48,7 @@ def losses(model, teacher, critic, config=MatchingConfig(cfg=1.0), seed=0):
     torch.manual_seed(seed)
     y = torch.zeros(SHAPE[0], 1, 1)
     return matching_losses(model, teacher, critic, torch.randn(SHAPE), y, y, transport=OTFM(), config=config,
-                           draws=draw_matching(SHAPE, config))
+                           noise=draw_matching_noise(SHAPE, config))
 
 
 @pytest.mark.parametrize("real, fake, way", [(2.0, 0.0, 1), (-2.0, 0.0, -1), (0.0, 1.0, -1)])
@@ -135,7 +135,7 @@ def test_the_critic_learns_where_results_are():
 
 def test_guidance_leads_on():
     """The guided flow goes from the null condition's through the condition's."""
-    class Told(Gaussian):
+    class Conditional(Gaussian):
         def forward(self, x, t, r, y):
             self.mean.data = (y.mean(1, keepdim=True).unsqueeze(-1) > 0).float()
             return super().forward(x, t, r, y)
@@ -143,8 +143,8 @@ def test_guidance_leads_on():
     def pull(cfg):
         torch.manual_seed(0)
         config, model = MatchingConfig(cfg=cfg), Gaussian(0.0)
-        loss, _ = matching_losses(model, Told(0.0), Gaussian(1.0), torch.randn(SHAPE), torch.ones(SHAPE[0], 1, 1),
-                                  torch.zeros(SHAPE[0], 1, 1), transport=OTFM(), config=config, draws=draw_matching(SHAPE, config))
+        loss, _ = matching_losses(model, Conditional(0.0), Gaussian(1.0), torch.randn(SHAPE), torch.ones(SHAPE[0], 1, 1),
+                                  torch.zeros(SHAPE[0], 1, 1), transport=OTFM(), config=config, noise=draw_matching_noise(SHAPE, config))
         loss.mean().backward()
         return -model.lands.grad.item()
 
@@ -153,17 +153,17 @@ def test_guidance_leads_on():
 
 def test_paths_take_turns_and_jumps_are_compared_after_their_ends():
     config = MatchingConfig(paths=((1.0, 0.0), (1.0, 0.75, 0.5)))
-    draws = draw_matching((300, 1, 2, 2), config)
-    kinds, counts = draws.path.unique(dim=0, return_counts=True)
+    noise = draw_matching_noise((300, 1, 2, 2), config)
+    kinds, counts = noise.path.unique(dim=0, return_counts=True)
     assert kinds.tolist() == [[1.0, 0.75, 0.5], [1.0, 1.0, 0.0]] and counts.tolist() == [150, 150]
-    end = draws.path[:, -1]
-    for t in (draws.t, draws.t_critic):
+    end = noise.path[:, -1]
+    for t in (noise.t, noise.t_critic):
         assert (t > end).all() and (t < 1).all() and t[end == 0].min() < 0.5
-    assert draws.noise.shape == (300, 1, 2, 2) and not torch.equal(draws.noise, draws.noise_t)
-    assert {draw_matching((1, 1, 2, 2), config).path[0, -1].item() for _ in range(64)} == {0.0, 0.5}  # a first item has each of them
+    assert noise.noise.shape == (300, 1, 2, 2) and not torch.equal(noise.noise, noise.noise_t)
+    assert {draw_matching_noise((1, 1, 2, 2), config).path[0, -1].item() for _ in range(64)} == {0.0, 0.5}  # a first item has each of them
 
 
-class Told(nn.Module):
+class Conditional(nn.Module):
     """F is the condition; what it is asked is kept, and its answers are leaves that have a gradient."""
 
     def __init__(self):
@@ -176,35 +176,35 @@ class Told(nn.Module):
         return self.answers[-1]
 
 
-def told(count, config, path=None):
-    """Conditions 1, 2, ... and -1 for none, from noise; the loss, the network and the draws."""
+def answers(count, config, path=None):
+    """Conditions 1, 2, ... and -1 for none, from noise; the loss, the network and the noise."""
     torch.manual_seed(0)
-    model, draws = Told(), draw_matching((count, 1, 1, 1), config)
+    model, noise = Conditional(), draw_matching_noise((count, 1, 1, 1), config)
     if path:
-        draws = replace(draws, path=torch.tensor(path))
+        noise = replace(noise, path=torch.tensor(path))
     loss, _ = matching_losses(model, Gaussian(2.0), lambda x, t, interval, y: x, torch.zeros(count, 1, 1, 1),
                               torch.arange(1.0, count + 1).view(-1, 1, 1), -torch.ones(count, 1, 1), transport=OTFM(), config=config,
-                              draws=draws)
-    return loss, model, draws
+                              noise=noise)
+    return loss, model, noise
 
 
 def test_a_jump_begins_where_the_guided_steps_before_it_end():
     """Unguided to 0.75, then guided by 3 to 0.5 and to 0.25; the other half of the batch jumps at once."""
-    _, model, draws = told(8, MatchingConfig(cfg=1.0, paths=((1.0, 0.75, 0.5, 0.25), (1.0, 0.0)), path_cfg=3.0))
-    long = (draws.path[:, 1] < 1).nonzero().flatten()
+    _, model, noise = answers(8, MatchingConfig(cfg=1.0, paths=((1.0, 0.75, 0.5, 0.25), (1.0, 0.0)), rollout_cfg=3.0))
+    long = (noise.path[:, 1] < 1).nonzero().flatten()
     (first, *_, y, _), (second, *_), (last, t, r, _, _) = model.seen
-    noise, told_y = draws.noise[long], (long + 1.0).view(-1, 1, 1, 1)
-    assert torch.equal(first, noise) and torch.equal(y, told_y.flatten())
-    assert torch.allclose(second, (noise - 0.25 * told_y).repeat(2, 1, 1, 1))                # with the condition, and without
-    assert torch.allclose(last[long], noise - 0.25 * told_y - 0.25 * (-1 + 3 * (told_y + 1)))
+    start, condition = noise.noise[long], (long + 1.0).view(-1, 1, 1, 1)
+    assert torch.equal(first, start) and torch.equal(y, condition.flatten())
+    assert torch.allclose(second, (start - 0.25 * condition).repeat(2, 1, 1, 1))                # with the condition, and without
+    assert torch.allclose(last[long], start - 0.25 * condition - 0.25 * (-1 + 3 * (condition + 1)))
     assert [grad for *_, grad in model.seen] == [False, False, True] and len(last) == 12
     assert torch.equal(t[long], torch.full((4,), 0.5)) and torch.equal(r[long], torch.full((4,), 0.25))
 
 
 def test_of_a_guided_jump_both_answers_learn():
     """By cfg and cfg - 1 times the pull of its length; a jump from noise, in the same batch, learns unguided."""
-    loss, model, draws = told(7, MatchingConfig(cfg=1.0, paths=((1.0, 0.0), (1.0, 0.75, 0.5)), path_cfg=3.0))
-    long = draws.path[:, 1] < 1
+    loss, model, noise = answers(7, MatchingConfig(cfg=1.0, paths=((1.0, 0.0), (1.0, 0.75, 0.5)), rollout_cfg=3.0))
+    long = noise.path[:, 1] < 1
     loss.sum().backward()
     with_y, without = model.answers[-1].grad.flatten().abs().split((7, int(long.sum())))
     pull = (2 * loss * torch.where(long, 0.25, 1.0)).sqrt().detach()
@@ -213,13 +213,13 @@ def test_of_a_guided_jump_both_answers_learn():
 
 def test_a_batch_without_longer_paths_stays_at_its_noise():
     """One of two processes may have such a part of a batch, and makes as many calls as the other."""
-    _, model, draws = told(1, MatchingConfig(cfg=1.0, paths=((1.0, 0.0), (1.0, 0.75, 0.5)), path_cfg=3.0), path=[[1.0, 1.0, 0.0]])
-    assert len(model.seen) == 2 and all(torch.equal(x, draws.noise) for x, *_ in model.seen)
+    _, model, noise = answers(1, MatchingConfig(cfg=1.0, paths=((1.0, 0.0), (1.0, 0.75, 0.5)), rollout_cfg=3.0), path=[[1.0, 1.0, 0.0]])
+    assert len(model.seen) == 2 and all(torch.equal(x, noise.noise) for x, *_ in model.seen)
 
 
-@pytest.mark.parametrize("change", [{"share": 0.0}, {"share": 1.5}, {"paths": ()}, {"paths": ((1.0,),)}, {"critic_lr": 0.0},
-                                    {"critic_muon_lr": 0.0}, {"critic_first": -1}, {"path_cfg": 0.5},
-                                    {"path_cfg": float("nan")}, {"paths": ((1.0, -0.1),)},
+@pytest.mark.parametrize("change", [{"batch_fraction": 0.0}, {"batch_fraction": 1.5}, {"paths": ()}, {"paths": ((1.0,),)},
+                                    {"critic_lr": 0.0}, {"critic_muon_lr": 0.0}, {"critic_warmup_steps": -1}, {"rollout_cfg": 0.5},
+                                    {"rollout_cfg": float("nan")}, {"paths": ((1.0, -0.1),)},
                                     {"paths": ((1.0, 0.0), (0.5, 0.75))}, {"paths": ((1.2, 0.0),)}])
 def test_bad_settings_are_named(change):
     with pytest.raises(TimError, match=next(iter(change))):

@@ -15,7 +15,7 @@ def gaussian(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def draws(transport, seed=5):
+def raw_times(transport, seed=5):
     first, second = draw_times(B, transport, torch.Generator().manual_seed(seed))
     return first.double(), second.double()
 
@@ -25,7 +25,7 @@ def loss(model, transport=OTFM(), x=None, **settings):
     x = gaussian(*SHAPE) if x is None else x
     return transition_loss(
         model, x, gaussian(*SHAPE, seed=1), gaussian(B, 2, 3, seed=2), transport=transport,
-        config=ObjectiveConfig(**settings), draws=draws(transport), **given,
+        config=ObjectiveConfig(**settings), raw_times=raw_times(transport), **given,
     )  # fmt: skip
 
 
@@ -47,8 +47,8 @@ class Smooth(torch.nn.Module):
 def test_the_true_network_has_no_loss(transport, settings):
     """Where all data is one x the optimal F is known for every interval; it is a fixed point of the objective, for every transport."""
     x = gaussian(1, *SHAPE[1:]).expand(SHAPE)
-    hear = [transport.c_noise(time) for time in sample_times(draws(transport), transport, ObjectiveConfig())[:2]]
-    times = torch.cat(sample_times(draws(transport), transport, ObjectiveConfig())[:2])
+    hear = [transport.c_noise(time) for time in sample_times(raw_times(transport), transport, ObjectiveConfig())[:2]]
+    times = torch.cat(sample_times(raw_times(transport), transport, ObjectiveConfig())[:2])
 
     def unhear(s):
         if type(transport).__name__ == "EDM":
@@ -166,7 +166,7 @@ def test_derivative_passes_see_only_the_transition_items_and_no_gradient():
 def test_times_and_groups():
     for name, cls in TRANSPORTS.items():
         transport = cls()
-        t, r, count = sample_times(draws(transport), transport, ObjectiveConfig(diffusion_ratio=0.3, consistency_ratio=0.2))
+        t, r, count = sample_times(raw_times(transport), transport, ObjectiveConfig(diffusion_ratio=0.3, consistency_ratio=0.2))
         assert count == 3 and torch.equal(t[:3], r[:3]), name
         assert (r[-2:] == transport.T_min).all() and (r[3:-2] < t[3:-2]).all(), name
     first = draw_times(4, VP(), torch.Generator().manual_seed(0))
@@ -177,9 +177,9 @@ def test_times_and_groups():
 def test_near_shortens_transitions_from_near_noise_alone():
     for name, cls in TRANSPORTS.items():
         transport = cls()
-        t, r, _ = sample_times(draws(transport), transport, ObjectiveConfig())
+        t, r, _ = sample_times(raw_times(transport), transport, ObjectiveConfig())
         near = float(t.median() / transport.T_max)
-        t_near, r_near, _ = sample_times(draws(transport), transport, ObjectiveConfig(near=near))
+        t_near, r_near, _ = sample_times(raw_times(transport), transport, ObjectiveConfig(shorten_above=near))
         above = t > near * transport.T_max
         assert torch.equal(t_near, t) and torch.equal(r_near[~above], r[~above]) and (t > r)[above].any() and (t > r)[~above].any(), name
         assert torch.allclose((t - r_near)[above], (1 - near) * (t - r)[above]), name
@@ -273,7 +273,7 @@ def test_an_item_without_a_finite_target_costs_nothing():
 def test_no_step_below_time_zero():
     small = torch.full((B,), -9.0, dtype=torch.float64), torch.full((B,), -12.0, dtype=torch.float64)
     out = transition_loss(
-        Smooth(), gaussian(*SHAPE), gaussian(*SHAPE, seed=1), gaussian(B, 2, 3), transport=EDM(), config=ObjectiveConfig(), draws=small
+        Smooth(), gaussian(*SHAPE), gaussian(*SHAPE, seed=1), gaussian(B, 2, 3), transport=EDM(), config=ObjectiveConfig(), raw_times=small
     )
     assert (out.t < 0.005).all() and out.dF_dt.isfinite().all() and out.F_target.isfinite().all()
 
@@ -290,5 +290,6 @@ def test_half_precision_answers_are_used_in_float32():
 
 @pytest.mark.parametrize("settings", [{"derivative": "fd"}, {"weight_time_type": "cubic"}])
 def test_unknown_settings_are_refused(settings):
-    with pytest.raises(TimError, match="expected"):
+    (name,) = settings
+    with pytest.raises(TimError, match=f"objective.{name} is '{settings[name]}'; use "):
         ObjectiveConfig(**settings)

@@ -25,17 +25,17 @@ RUN = """
 import json, sys
 from tim_core.training import loop, run
 
-wrap = loop.share
+wrap = loop.distribute
 
 def watched(step, parts, processes, how):
     wrapped = wrap(step, parts, processes, how)
     weights = list(step.model.parameters())
-    held = sum(loop.local(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights)
+    held = sum(loop.local_shard(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights)
     with open(f"{sys.argv[1]}.{processes.index}.json", "w") as file:
         json.dump({"processes": processes.count, "held": held, "wrapper": type(wrapped).__name__}, file)
     return wrapped
 
-loop.share = watched
+loop.distribute = watched
 run(sys.argv[1:])
 """
 
@@ -140,11 +140,11 @@ def test_two_processes_train_as_one(folder, alone, how):
     assert agree(two, one)
 
 
-PATHS = "paths: [[1, 0.5, 0], [1, 0]], path_cfg: 2.0"  # of two processes one has all of the longer ones
-BY_START = f"matching: {{share: 1.0, teacher: start, {PATHS}}}\ndistillation: {{share: 1.0}}\nfreeze_text: true\n"
+PATHS = "paths: [[1, 0.5, 0], [1, 0]], rollout_cfg: 2.0"  # of two processes one has all of the longer ones
+BY_START = f"matching: {{batch_fraction: 1.0, teacher: start, {PATHS}}}\ndistillation: {{batch_fraction: 1.0}}\nfreeze_text: true\n"
 
 
-@pytest.mark.parametrize("target, setting", [("composed", "matching: {share: 1.0}\n"), ("teacher", BY_START)])
+@pytest.mark.parametrize("target, setting", [("composed", "matching: {batch_fraction: 1.0}\n"), ("teacher", BY_START)])
 def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target, setting):
     """The critic learns in step, too; every process has jumps and trajectories in every step."""
     made = {}
@@ -162,8 +162,8 @@ def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target,
 
 def test_fewer_trajectories_than_parts_are_an_error(folder):
     config = configuration(folder, "few", "teacher", ", accumulate: 2")
-    config.write_text("distillation: {share: 0.1}\n" + config.read_text())
-    with pytest.raises(TimError, match="distillation.share: found 1"):
+    config.write_text("distillation: {batch_fraction: 0.1}\n" + config.read_text())
+    with pytest.raises(TimError, match="distillation.batch_fraction is 0.1, 1 of 4 items, for 2 "):
         run([config])
 
 

@@ -582,7 +582,7 @@ def replay_objective(case: Case, deviated) -> None:
             n["in/y"],
             transport=transport,
             config=config,
-            draws=(n["in/rnd_1"], n["in/rnd_2"]),
+            raw_times=(n["in/rnd_1"], n["in/rnd_2"]),
             y_null=n.get("in/y_null"),
             ema_model=ema,
             h_target=n["in/h_target"],

@@ -69,11 +69,11 @@ def test_fine_tuning_keeps_the_features_in_the_cache(trained, tmp_path):
 def test_what_does_not_fit_is_named(trained, tiny, tmp_path):
     folder, config, made = trained
     draw(tmp_path / "pictures" / "0.png", 32, 32)
-    with pytest.raises(TimError, match="projector"):
+    with pytest.raises(TimError, match="the transformer has no projector"):
         run([yaml(tmp_path, tiny, tmp_path / "pictures")], image_encoder=colors)
     for wrong, found in ((lambda pictures: colors(pictures)[:, :4], "1, 4, 6"), (lambda pictures: colors(pictures)[..., :1], "1, 16, 1")):
         wrong.name = found
-        with pytest.raises(TimError, match=rf"features \[{found}\].*expected \[1, 16, 6\]"):
+        with pytest.raises(TimError, match=rf"features \[{found}\].*of shape \[1, 16, 6\]"):
             run([yaml(tmp_path, made, tmp_path / "pictures")], image_encoder=wrong)
     with pytest.raises(TimError, match="proj_coeff"):
         run([yaml(tmp_path, made, tmp_path / "pictures", more="objective: {proj_coeff: 0.5}\n")])

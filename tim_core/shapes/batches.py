@@ -21,8 +21,8 @@ class ShapesBatches(torch.utils.data.Dataset):
 
         for (width, height), count in zip(self.sizes, map(self.count, self.sizes)):
             if count < parts:
-                raise TimError(f"training config: loop.batch: found {count} pictures of {width}x{height} for {parts} processes or "
-                               "accumulated parts, expected at least as many")
+                raise TimError(f"training config: loop.batch: {count} images of {width}x{height} for {parts} processes or accumulated "
+                               "parts; use at least one each")
 
     def count(self, size: tuple[int, int]) -> int:
         """Pictures in a batch: as many tokens in every one, so that large pictures cost no more than small ones."""

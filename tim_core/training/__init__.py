@@ -1,4 +1,4 @@
-"""Training: nothing in inference imports it."""
+"""Training. Inference does not import it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def run(configs: list[str | Path], image_encoder: Callable[[Tensor], Tensor] | None = None) -> list[Path | None]:
-    """Runs training configurations one after the other; returns the files they made (of several processes, only the first knows them).
+    """Runs training configurations one after another; returns the files they wrote (None in all processes but the main one).
 
-    image_encoder: pictures (B, 3, H, W) in [-1, 1] to features (B, N, z_dim), one for each token of the transformer, N = (H / unit) *
-    (W / unit). With it a transformer that has a projector learns the REPA term, too (arXiv 2410.06940), with weight objective.proj_coeff.
+    image_encoder: maps images (B, 3, H, W) in [-1, 1] to features (B, N, z_dim), one row per token of the transformer. It adds the REPA
+    term (arXiv 2410.06940) with weight objective.proj_coeff; the transformer must have a projector.
     """
     from .autoencoder import train_autoencoder
     from .config import AutoencoderTraining, FineTuning, TransitionTraining, read

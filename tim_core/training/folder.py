@@ -1,4 +1,4 @@
-"""A folder of pictures for fine-tuning: found, fitted to native sizes, encoded once, and drawn in batches of one size."""
+"""A folder of images for fine-tuning: scanned, cropped to native sizes, encoded once, and drawn in batches of one size."""
 
 import hashlib
 import json
@@ -21,55 +21,55 @@ from ..processes import Processes
 from .config import FolderConfig
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-Kept = tuple[Tensor, list[Tensor], Tensor | None]  # latents, what they were told, an image encoder's features
-VERSION = "2"  # of what is made of a picture: others in the cache are made again
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for pictures that it cannot read
+CachedBatch = tuple[Tensor, list[Tensor], Tensor | None]  # latents, conditions, features of an image encoder
+VERSION = "3"  # of cached files; files of another version are encoded again
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised for images that it cannot read
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: its file, what it is told to show (a caption, or a class's number), and the size it trains at, in pixels.
+    """An image file, its caption or class number, and the size in pixels that it trains at.
 
-    problem: why it cannot be used, if so.
+    problem: why it cannot be used; empty if it can.
     """
 
     file: Path
-    told: str | int
+    caption_or_label: str | int
     width: int = 0
     height: int = 0
     problem: str = ""
 
 
 def class_folders(config: FolderConfig) -> list[Path]:
-    """The folders of classes, from number 0 on: those in `path`, by name, but hidden ones and the cache."""
+    """The folders in `path`, by name, without hidden ones and the cache; their positions are the class numbers."""
     place = Path(config.path).expanduser()
     inside = sorted(place.iterdir()) if place.is_dir() else []
     return [one for one in inside if one.is_dir() and not one.name.startswith(".") and one.resolve() != config.cache_folder.resolve()]
 
 
 def scan(config: FolderConfig, labels: bool) -> list[Item]:
-    """What a folder or a .jsonl names, in order. TimError if there is no such place, for a line that makes no sense, or unclear classes."""
+    """The images of a folder or a .jsonl, in order. TimError if there is none, for an invalid line, or for images outside class folders."""
     place = Path(config.path).expanduser()
     if place.is_file():
         lines = enumerate(_text(place).split("\n"), 1)
         return [_line(place, number, line, labels) for number, line in lines if line.strip()]
     if not place.is_dir():
-        raise TimError(f"data.path: {place}: found no such folder, expected one with pictures, or a .jsonl that names them")
+        raise TimError(f"data.path: {place} does not exist; name a folder of images, or a .jsonl that lists them")
     files = sorted(file for file in place.rglob("*") if file.suffix.lower() in ENDINGS)
     if labels:
         classes = class_folders(config)
         loose = [file.name for file in files if file.parent == place]
         if loose or not classes:
-            raise TimError(f"{place}: found {f'{loose[0]} outside of them' if loose else 'no folders'}, expected pictures in a folder for "
-                           "each class")
+            reason = f"{loose[0]} is in no class folder" if loose else "no class folders"
+            raise TimError(f"{place}: {reason}; put the images of each class into a folder of their own")
         found = {folder: [file for file in files if folder in file.parents] for folder in classes}
         if empty := [folder.name for folder in classes if not found[folder]]:
-            logging.warning(f"{place}: {len(empty)} folders have no pictures, and count as classes; first {empty[0]}")
+            logging.warning(f"{place}: {len(empty)} class folders have no images, but keep their class numbers; the first is {empty[0]}")
         return [Item(file, number) for number, folder in enumerate(classes) for file in found[folder]]
     captions = {file: file.with_suffix(".txt") for file in files}
     without = [file for file, caption in captions.items() if not caption.is_file()]
     if without:
-        logging.warning(f"{place}: {len(without)} pictures have no .txt beside them and are left out, first {without[0].name}")
+        logging.warning(f"{place}: {len(without)} images without a .txt caption are skipped; the first is {without[0].name}")
     items = []
     for file, caption in captions.items():
         try:
@@ -81,88 +81,89 @@ def scan(config: FolderConfig, labels: bool) -> list[Item]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")  # some editors put a mark first that is no part of the caption
+        return file.read_text(encoding="utf-8-sig")  # without the byte order mark that some editors write
     except UnicodeDecodeError:
-        raise TimError(f"{file}: found bytes that are no UTF-8, expected text") from None
+        raise TimError(f"{file}: not UTF-8; save it as UTF-8") from None
 
 
 def _line(place: Path, number: int, line: str, labels: bool) -> Item:
     name, kind = ("label", int) if labels else ("caption", str)
     try:
         values = json.loads(line)
-        file, told = values["image"], values[name]
+        file, value = values["image"], values[name]
     except (ValueError, TypeError, LookupError):
-        file = told = None
-    if not isinstance(file, str) or not isinstance(told, kind) or isinstance(told, bool):
-        raise TimError(f'{place}: line {number}: found {line[:60]}, expected {{"image": path, "{name}": {kind.__name__}}}')
-    return Item(place.parent / file, told)
+        file = value = None
+    if not isinstance(file, str) or not isinstance(value, kind) or isinstance(value, bool):
+        raise TimError(f'{place}: line {number} is {line[:60]}; write {{"image": path, "{name}": {kind.__name__}}}')
+    return Item(place.parent / file, value)
 
 
 def native_size(width: int, height: int, unit: int, max_pixels: int) -> tuple[int, int]:
-    """The size a picture trains at: its own, or smaller to have max_pixels, cut to multiples of `unit` (paper C.2); 0, 0 for none."""
+    """Training size: scaled down to max_pixels and cropped to multiples of `unit` (paper C.2); (0, 0) if the image is too small."""
     scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
     across, down = (int(side * scale + 1e-6) // unit * unit for side in (width, height))
     return (across, down) if across and down else (0, 0)
 
 
-def similar_sizes(items: list[Item], least: int) -> list[Item]:
-    """Sizes that fewer than `least` pictures have give theirs to the most similar other one.
+def similar_sizes(items: list[Item], min_bucket_size: int) -> list[Item]:
+    """Merges every size with fewer than `min_bucket_size` images into the most similar other size.
 
-    Of a picture at least 0.8 stay uncut, and of its pixels 0.75 to 1.1 times as many; a size without such a neighbour stays. A batch is of
-    one size: many sizes of one picture each are many batches of copies.
+    A batch has one size, so a rare size would fill a batch with duplicates. An image keeps at least 0.8 of its area when cropped and 0.75
+    to 1.1 of its pixels; a size without such a neighbour stays.
     """
-    members: dict[tuple[int, int], dict[tuple[int, int], int]] = {}  # size -> the sizes that train at it, and how many pictures have them
+    members: dict[tuple[int, int], dict[tuple[int, int], int]] = {}  # training size -> original size -> number of images
     for item in items:
-        own = members.setdefault((item.width, item.height), {(item.width, item.height): 0})
-        own[(item.width, item.height)] += 1
+        sizes = members.setdefault((item.width, item.height), {(item.width, item.height): 0})
+        sizes[(item.width, item.height)] += 1
 
-    def uncut(size: tuple[int, int], other: tuple[int, int]) -> float:
+    def uncropped(size: tuple[int, int], other: tuple[int, int]) -> float:
+        """The fraction of an image of one size that is left at the aspect ratio of another; 0 for too different areas."""
         across, down = size[0] * other[1], size[1] * other[0]
-        alike = 0.75 <= other[0] * other[1] / (size[0] * size[1]) <= 1.1
-        return min(across, down) / max(across, down) if alike else 0.0
+        similar = 0.75 <= other[0] * other[1] / (size[0] * size[1]) <= 1.1
+        return min(across, down) / max(across, down) if similar else 0.0
 
     for size in sorted(members, key=lambda size: (sum(members[size].values()), size)):
-        if sum(members[size].values()) < least:
-            fits = {other: min(uncut(one, other) for one in members[size]) for other in members if other != size}
+        if sum(members[size].values()) < min_bucket_size:
+            fits = {other: min(uncropped(one, other) for one in members[size]) for other in members if other != size}
             fits = {other: fit for other, fit in fits.items() if fit >= 0.8}
             if fits:
-                best = max(fits, key=lambda other: (sum(members[other].values()) >= least, fits[other], other))
+                best = max(fits, key=lambda other: (sum(members[other].values()) >= min_bucket_size, fits[other], other))
                 members[best] |= members.pop(size)
     trains_at = {one: size for size, ones in members.items() for one in ones}
-    return [Item(item.file, item.told, *trains_at[item.width, item.height]) for item in items]
+    return [Item(item.file, item.caption_or_label, *trains_at[item.width, item.height]) for item in items]
 
 
-def in_colour(picture: Image.Image) -> Image.Image:
-    """Eight bits of red, green and blue; deeper grey is scaled, what is transparent shows white."""
-    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion cuts them off at 255
-        return Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; 16-bit grey is scaled to 8 bits, transparent areas become white."""
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
-def open_picture(item: Item) -> Tensor:
-    """(3, H, W) in [-1, 1] at the item's size: scaled until it covers it, the rest cut off evenly."""
-    with Image.open(item.file) as picture:
-        fitted = ImageOps.fit(in_colour(ImageOps.exif_transpose(picture)), (item.width, item.height), Image.Resampling.LANCZOS)
+def open_image(item: Item) -> Tensor:
+    """The image (3, H, W) in [-1, 1], scaled and centre-cropped to the item's size."""
+    with Image.open(item.file) as image:
+        fitted = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (item.width, item.height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-class Broken(Exception):
-    """A picture that cannot be read."""
+class UnreadableImage(Exception):
+    """An image file that cannot be read."""
 
 
 class FolderBatches(torch.utils.data.Dataset):
-    """batches[k] -> latents (B, C, h, w), what each was told, and the image encoder's features (B, N, z_dim) or None.
+    """batches[k]: latents (B, C, h, w), B conditions (text features (M, D), or labels), features (B, N, z_dim) of an image encoder or None.
 
-    One size a batch, a pure function of (seed, k); every picture is as likely as any other. Told: text features (M, D), or a label.
+    A batch has one size and is a pure function of (seed, k). All images are equally likely.
     """
 
     def __init__(self, config: FolderConfig, items: list[Item], encode: "Encoder", batch: int, seed: int, parts: int):
         self.files = {}
         for item in items:
-            self.files.setdefault((item.width, item.height), []).append(encode.place(item))
+            self.files.setdefault((item.width, item.height), []).append(encode.cache_path(item))
         self.sizes = sorted(self.files)
         tokens = [batch * config.base_pixels / (width * height) for width, height in self.sizes]
         self.counts = [max(parts, round(count)) for count in tokens]
@@ -170,24 +171,24 @@ class FolderBatches(torch.utils.data.Dataset):
         self.weights, self.seed = weights / weights.sum(), seed
 
     def __str__(self) -> str:
-        """What there is to train on, for people: the sizes that most pictures have, and how many of them are a batch."""
+        """The number of images, and the most frequent sizes with their batch sizes."""
         order = sorted(range(len(self.sizes)), key=lambda k: -len(self.files[self.sizes[k]]))
         found = [f"{len(self.files[self.sizes[k]])} of {'x'.join(map(str, self.sizes[k]))} in batches of {self.counts[k]}" for k in order]
-        return f"{sum(map(len, self.files.values()))} pictures: " + ", ".join(found[:6] + ["..."] * (len(found) > 6))
+        return f"{sum(map(len, self.files.values()))} images: " + ", ".join(found[:6] + ["..."] * (len(found) > 6))
 
-    def __getitem__(self, step: int) -> "Kept":
+    def __getitem__(self, step: int) -> "CachedBatch":
         rng = np.random.default_rng([self.seed, step])
         which = int(rng.choice(len(self.sizes), p=self.weights))
         files, count = self.files[self.sizes[which]], self.counts[which]
-        # without repeats as far as they go: a small folder is seen several times in one batch
+        # no repeats before all images were drawn; a small folder is drawn several times per batch
         order = np.concatenate([rng.permutation(len(files)) for _ in range(-(-count // len(files)))])[:count]
         kept = [load_file(files[i]) for i in order]
         features = torch.stack([one["features"] for one in kept]) if "features" in kept[0] else None
-        return torch.stack([one["latent"].float() for one in kept]), [one["told"] for one in kept], features
+        return torch.stack([one["latent"].float() for one in kept]), [one["condition"] for one in kept], features
 
 
 def readable(file: Path) -> bool:
-    """Whether it is a whole safetensors file."""
+    """Whether a file is a complete safetensors file."""
     try:
         with safe_open(file, "pt"):
             return True
@@ -196,34 +197,40 @@ def readable(file: Path) -> bool:
 
 
 class Encoder:
-    """What networks make of pictures and captions, each encoded once and kept in the cache."""
+    """Encodes every image and its caption once, and caches the result."""
 
-    def __init__(self, cache: Path, identity: str, look: Callable[[Tensor], dict[str, Tensor]], told: Callable[[str | int], Tensor]):
-        """identity: what the encoders are; other encoders find nothing of these in the cache. look: (1, 3, H, W) -> tensors by name."""
-        self.cache, self.identity, self.look, self.told = cache, identity, look, told
+    def __init__(
+        self, cache: Path, identity: str, encode_image: Callable[[Tensor], dict[str, Tensor]],
+        encode_condition: Callable[[str | int], Tensor],
+    ):
+        """identity: changes with the encoders, so that they do not share cached files. encode_image: (1, 3, H, W) -> tensors by name."""
+        self.cache, self.identity = cache, identity
+        self.encode_image, self.encode_condition = encode_image, encode_condition
 
-    def place(self, item: Item) -> Path:
+    def cache_path(self, item: Item) -> Path:
+        """The cached file of an item. Its name changes with the encoders, the image file, the caption or label, and the size."""
         stat = item.file.stat()
-        words = (self.identity, str(item.file.resolve()), stat.st_size, stat.st_mtime_ns, item.told, item.width, item.height)
-        return self.cache / f"{hashlib.sha256(repr(words).encode()).hexdigest()[:32]}.safetensors"
+        key = (self.identity, str(item.file.resolve()), stat.st_size, stat.st_mtime_ns, item.caption_or_label, item.width, item.height)
+        return self.cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
 
     @torch.no_grad()
     def keep(self, item: Item) -> None:
-        """Encodes a picture unless it is in the cache. Broken for one that cannot be read."""
-        if not readable(place := self.place(item)):
+        """Encodes an item unless it is cached. UnreadableImage if its image cannot be read."""
+        if not readable(path := self.cache_path(item)):
             try:
-                picture = open_picture(item)[None]
-            except BROKEN as error:
-                raise Broken(str(error)) from error
-            tensors = {name: value[0] for name, value in self.look(picture).items()} | {"told": self.told(item.told)}
+                image = open_image(item)[None]
+            except PILLOW_ERRORS as error:
+                raise UnreadableImage(str(error)) from error
+            tensors = {name: value[0] for name, value in self.encode_image(image).items()}
+            tensors["condition"] = self.encode_condition(item.caption_or_label)
             tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            atomic_write(place, lambda tmp: save_file(tensors, tmp))
+            atomic_write(path, lambda tmp: save_file(tensors, tmp))
 
 
 def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, processes: Processes) -> list[Item]:
-    """The usable pictures of a folder, all of them in the cache; each that is broken or too small is named in one warning, and counted.
+    """The usable images of a folder, after encoding them into the cache. Each unreadable or small image is skipped with one warning.
 
-    The processes share the encoding. TimError where nothing is left.
+    The processes share the encoding. TimError if no image is usable.
     """
     items, fitted = scan(config, labels), []
     for item in items:
@@ -231,35 +238,35 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
             _skip(item, item.problem, processes)
             continue
         try:
-            with Image.open(item.file) as picture:
-                turned = picture.getexif().get(0x0112, 1) >= 5
-                width, height = picture.size[::-1] if turned else picture.size
-        except BROKEN as error:
+            with Image.open(item.file) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5
+                width, height = image.size[::-1] if turned else image.size
+        except PILLOW_ERRORS as error:
             _skip(item, one_line(error), processes)
             continue
         size = native_size(width, height, unit, config.max_pixels)
         if not all(size):
-            cut = "" if min(width, height) < unit else f" within max_pixels {config.max_pixels}"
-            _skip(item, f"{width}x{height} pixels, expected at least {unit}x{unit}{cut}", processes)
+            limit = "" if min(width, height) < unit else f" within max_pixels {config.max_pixels}"
+            _skip(item, f"{width}x{height} pixels; at least {unit}x{unit} are needed{limit}", processes)
             continue
-        fitted.append(Item(item.file, item.told, *size))
-    fitted = similar_sizes(fitted, config.least)
+        fitted.append(Item(item.file, item.caption_or_label, *size))
+    fitted = similar_sizes(fitted, config.min_bucket_size)
     encode.cache.mkdir(parents=True, exist_ok=True)
-    own = processes.shard(list({encode.place(item): item for item in fitted}.values()))  # the same twice is one in the cache
-    for item in tqdm(own, desc="encode", unit="picture", disable=not processes.is_main):
+    mine = processes.shard(list({encode.cache_path(item): item for item in fitted}.values()))  # duplicates share a cached file
+    for item in tqdm(mine, desc="encode", unit="image", disable=not processes.is_main):
         try:
             encode.keep(item)
-        except Broken as error:
-            logging.warning(f"{item.file}: left out ({one_line(error)})")
+        except UnreadableImage as error:
+            logging.warning(f"{item.file}: skipped ({one_line(error)})")
     processes.wait()
-    usable = [item for item in fitted if encode.place(item).is_file()]  # files of the cache are written whole
+    usable = [item for item in fitted if encode.cache_path(item).is_file()]  # cached files are complete
     if not usable:
-        raise TimError(f"{config.path}: found no usable picture of {len(items)}, expected some ({', '.join(ENDINGS)})")
+        raise TimError(f"{config.path}: none of {len(items)} images is usable; add some ({', '.join(ENDINGS)})")
     if processes.is_main and len(usable) < len(items):
-        logging.warning(f"{config.path}: {len(items) - len(usable)} of {len(items)} pictures were left out")
+        logging.warning(f"{config.path}: {len(items) - len(usable)} of {len(items)} images were skipped")
     return usable
 
 
 def _skip(item: Item, reason: str, processes: Processes) -> None:
     if processes.is_main:
-        logging.warning(f"{item.file}: left out ({reason})")
+        logging.warning(f"{item.file}: skipped ({reason})")

@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv 2106.09685) for fine-tuning: W x + alpha / rank * B (A x), of which only A and B learn."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W x + alpha / rank * B (A x), of which only A and B are trained."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from .config import LoraConfig
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with an adapter, which starts at zero."""
+    """A frozen linear layer with an adapter that is zero at first."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -28,12 +28,12 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(network: nn.Module, config: LoraConfig) -> None:
-    """Freezes the network and gives an adapter to every linear layer whose name one of the targets matches. TimError if there is none."""
+    """Freezes the network and adds an adapter to every linear layer whose name matches a target. TimError if none does."""
     network.requires_grad_(False)
     found = [name for name, module in network.named_modules()
              if isinstance(module, nn.Linear) and any(re.search(target, name) for target in config.targets)]
     if not found:
-        raise TimError(f"training config: lora.targets: found {list(config.targets)}, expected patterns of layers such as attn.qkv")
+        raise TimError(f"training config: lora.targets is {list(config.targets)}, which matches no layer; use patterns such as attn.qkv")
     for name in found:
         parent, _, leaf = name.rpartition(".")
         holder = network.get_submodule(parent)
@@ -41,7 +41,7 @@ def add_lora(network: nn.Module, config: LoraConfig) -> None:
 
 
 def save_lora(weights: dict[str, Tensor], config: LoraConfig, path: Path, record: str) -> Path:
-    """The adapters among `weights`, under the names of ComfyUI's LoRA loaders: diffusion_model.<layer>.lora_A.weight, lora_B, alpha."""
+    """Writes the adapters in `weights` under the names ComfyUI reads: diffusion_model.<layer>.lora_A.weight, .lora_B.weight, .alpha."""
     tensors = {}
     for name, value in weights.items():
         layer, found, rest = name.partition(".lora_")

@@ -1,4 +1,4 @@
-"""metrics.csv of a run, and TensorBoard's file beside it."""
+"""metrics.csv of a run, and a TensorBoard log beside it."""
 
 import csv
 from pathlib import Path
@@ -9,6 +9,7 @@ NAME = "metrics.csv"
 
 
 def log(folder: Path, row: dict, board=None) -> None:
+    """Appends a row to metrics.csv and to the TensorBoard writer `board`. New columns are added to the file."""
     path = folder / NAME
     if not path.exists() or not path.stat().st_size:
         _write_rows(path, list(row), [])
@@ -16,7 +17,7 @@ def log(folder: Path, row: dict, board=None) -> None:
         columns = list((rows := csv.DictReader(file)).fieldnames)
         more = [name for name in row if name not in columns]
         before = list(rows) if more else []
-    if more:  # of a run that another version began
+    if more:
         columns += more
         atomic_write(path, lambda tmp: _write_rows(tmp, columns, before))
     with path.open("a", newline="") as file:
@@ -29,7 +30,7 @@ def log(folder: Path, row: dict, board=None) -> None:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Drops the rows of metrics.csv that the resumed run will write again."""
+    """Drops rows of later steps, which a resumed run writes again, and damaged rows."""
     path = folder / NAME
     if path.exists():
         with path.open(newline="") as file:
@@ -39,7 +40,7 @@ def forget_after(folder: Path, step: int) -> None:
 
 
 def tensorboard(folder: Path, start: int):
-    """A writer beside metrics.csv where tensorboard is installed, else None."""
+    """A TensorBoard writer for a run that starts at step `start`; None if tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""How the processes of a run share weights and gradients: DDP and FSDP2."""
+"""Data-parallel training in several processes: DDP and FSDP2."""
 
 from collections.abc import Iterable
 
@@ -7,41 +7,41 @@ from torch import Tensor, nn
 from ..processes import Processes
 
 
-def share(step: nn.Module, parts: Iterable[nn.Module], processes: Processes, how: str) -> nn.Module:
-    """`step`, whose forward is a loss, such that its backward pass leaves the mean gradient of all processes -> what to call.
+def distribute(step: nn.Module, units: Iterable[nn.Module], processes: Processes, how: str) -> nn.Module:
+    """Wraps `step`, a module whose forward pass returns a loss, so that its backward pass averages gradients over all processes.
 
-    how: "ddp", every process holds everything; "fsdp2", every process holds a slice of the weights, and of what the optimiser keeps of
-    them. `parts`: the modules to slice, inner ones before those that hold them (fsdp2); `step` itself is not sliced.
+    how: "ddp", every process holds all weights; "fsdp2", every process holds a shard of the weights, the EMA and the optimiser state.
+    units: the modules to shard one by one under fsdp2, inner ones before those that contain them; `step` itself is not sharded.
     """
     if processes.count == 1:
         return step
     if how == "ddp":
-        # no device_ids: with them all of a batch would go to every GPU, and not only its part
+        # without device_ids, with which DDP would copy the whole batch to every GPU
         return nn.parallel.DistributedDataParallel(step, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(processes.device.type, (processes.count,))
-    for part in parts:
-        # by default an outermost module stays gathered until its backward pass: the averaged weights, which have none, would go stale
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    for unit in units:
+        # by default a root module stays gathered until its backward pass, which the EMA never has: its weights would go stale
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     return step
 
 
-def synchronise(step: nn.Module, parts: Iterable[nn.Module], last: bool) -> None:
-    """Whether the next backward pass shares its gradients: only that of the last accumulated part has to."""
+def synchronise(step: nn.Module, units: Iterable[nn.Module], last: bool) -> None:
+    """Turns the averaging of gradients on for the last accumulated part of a batch, and off for those before it."""
     if isinstance(step, nn.parallel.DistributedDataParallel):
         step.require_backward_grad_sync = last
-    for part in parts:
-        if hasattr(part, "set_requires_gradient_sync"):
-            part.set_requires_gradient_sync(last, recurse=False)
+    for unit in units:
+        if hasattr(unit, "set_requires_gradient_sync"):
+            unit.set_requires_gradient_sync(last, recurse=False)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The slice of a shared tensor that this process holds."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """The shard of a distributed tensor that this process holds; other tensors as they are."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All slices of a shared tensor, on the CPU. Every process has to call it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A distributed tensor gathered on the CPU. Every process must call it."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()

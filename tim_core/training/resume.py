@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, and taken up again exactly or not at all."""
+"""Checkpoints of a run: written atomically, and resumed exactly or refused."""
 
 import sys
 from collections.abc import Collection
@@ -23,19 +23,20 @@ from . import metrics
 from .config import LoopConfig
 
 AVERAGED = "ema"
-# Of the configuration, when a run goes on: what may be another value without a word, since it changes how the same is computed; what may
-# not be, since it is about what the run began from; and what has keys of its own.
-FREE = {"attention", "keep_start", *(f"loop.{name}" for name in ("seconds", "log_every", "save_every", "keep", "workers", "parallel",
-                                                                 "accumulate", "compile", "checkpointing"))}
-BEGUN_WITH = {"start", "alike", "freeze_text", "model", "loop.optimizer"}
-MAPS = {"sizes", "forms", "alike", "objective_from"}
+# Keys of the configuration that a resumed run may change silently, because they do not change what is computed,
+LOOP_MAY_CHANGE = ("seconds", "log_every", "save_every", "keep", "workers", "parallel", "accumulate", "compile", "checkpointing")
+MAY_CHANGE = {"attention", "interpolate_start", *(f"loop.{name}" for name in LOOP_MAY_CHANGE)}
+# keys that it must not change, because they determine its first weights or its optimiser state,
+MUST_MATCH = {"start", "add_embedding", "freeze_text", "model", "loop.optimizer"}
+# and keys whose value is a mapping with keys of its own.
+MAPS = {"sizes", "forms", "add_embedding", "objective_from"}
 
 
 @dataclass
-class Begun:
-    """How far a run is: steps and seconds, the sums of what is not in metrics.csv yet, of `counted` steps.
+class ResumeState:
+    """The progress of a run. totals: sums of the losses of the last `counted` steps, which are not in metrics.csv yet.
 
-    changed: step -> key of the configuration -> what it was before that step, and since.
+    changed: step -> key of the configuration -> [value before that step, value since].
     """
 
     step: int = 0
@@ -46,10 +47,7 @@ class Begun:
 
 
 def differences(before: dict, now: dict, where: str = "") -> dict[str, list]:
-    """Dotted key -> [value before, value now], of what two configurations both have and is not the same.
-
-    What only one has is a key of another version of the code.
-    """
+    """Dotted key -> [value before, value now], for keys of both configurations. Keys of only one belong to another version of the code."""
     found: dict[str, list] = {}
     for name in before.keys() & now.keys():
         a, b = before[name], now[name]
@@ -60,18 +58,15 @@ def differences(before: dict, now: dict, where: str = "") -> dict[str, list]:
     return found
 
 
-def begin_from(model: nn.Module, tensors: dict[str, Tensor], source: str, optional: Collection[str] = ()) -> None:
-    """The model takes over another run's weights; TimError naming the source unless it has the same architecture.
-
-    `optional` ones may be missing, and stay as they are.
-    """
+def init_from(model: nn.Module, tensors: dict[str, Tensor], source: str, optional: Collection[str] = ()) -> None:
+    """Loads weights into a model. TimError naming the source if it has another architecture; `optional` tensors may be missing."""
     if wrong := state_dict_mismatch(model.state_dict(), tensors, optional):
-        raise TimError(f"{source}: found another architecture ({wrong}), expected that of the training configuration")
+        raise TimError(f"{source}: another architecture than in the training configuration ({wrong}); use a file that fits it")
     set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def frozen(model: nn.Module) -> set[str]:
-    """The names of the parameters that do not learn."""
+    """The names of the parameters that are not trained."""
     return {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
@@ -81,10 +76,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def save(folder: Path, config: LoopConfig, step: int, progress: dict, model, optims, weights: dict[str, Tensor],
          processes: Processes) -> None:
-    """The whole state of a run, the same file whatever the number of processes; the first of them writes it.
-
-    What does not learn is not in it: it comes from where the run began.
-    """
+    """Writes the state of a run to step-N.pt, the same for any number of processes, without frozen weights. Keeps `config.keep` files."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     names = frozen(model)
     state = {"step": step, **progress, "model": get_model_state_dict(model, options=options),
@@ -97,44 +89,44 @@ def save(folder: Path, config: LoopConfig, step: int, progress: dict, model, opt
     processes.wait()
 
 
-def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str, settings: dict, processes: Processes) -> Begun:
-    """Takes up the newest checkpoint, if any. TimError where it is none of this run."""
+def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str, settings: dict, processes: Processes) -> ResumeState:
+    """Loads the newest checkpoint, if there is one. TimError if it belongs to a run with another configuration or other frozen weights."""
     found = checkpoints(folder)
     if not found:
         if processes.is_main:
-            metrics.forget_after(folder, 0)  # of a run that was killed before its first checkpoint
-        return Begun()
+            metrics.forget_after(folder, 0)  # rows of a run that was killed before its first checkpoint
+        return ResumeState()
     try:
         state = torch.load(found[-1], weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a damaged file provokes
-        raise TimError(f"{found[-1]}: found a damaged checkpoint ({one_line(error)}), expected a whole one; remove it to go on") from None
+        raise TimError(f"{found[-1]}: damaged checkpoint ({one_line(error)}); delete it to resume from the one before") from None
     ended = state["step"] >= config.steps
-    other = {key: both for key, both in sorted(differences(state.get("settings", settings), settings).items()) if key not in FREE}
+    other = {key: both for key, both in sorted(differences(state.get("settings", settings), settings).items()) if key not in MAY_CHANGE}
     if ended:
         other.pop("loop.steps", None)
-    if wrong := [key for key in other if ended or key in BEGUN_WITH]:
+    if wrong := [key for key in other if ended or key in MUST_MATCH]:
         before, now = other[wrong[0]]
-        raise TimError(f"{found[-1]}: {wrong[0]}: found {before!r} in the run that is here, expected {now!r} as in the configuration; take "
-                       "another output")
+        raise TimError(f"{found[-1]}: its run has {wrong[0]} {before!r}, the configuration has {now!r}; restore it or choose another "
+                       "output")
     if state.get("fixed", fixed) != fixed:
-        raise TimError(f"{found[-1]}: found other weights that do not learn than this run began with, expected the same; put the files "
-                       "back that it began from, or take another output")
-    begin_from(model, state["model"], str(found[-1]), frozen(model))
-    options = [[{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        raise TimError(f"{found[-1]}: the frozen weights differ from those of its run; restore the files that it was initialised from or "
+                       "choose another output")
+    init_from(model, state["model"], str(found[-1]), frozen(model))
+    configured = [[{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
                for optimizer in optims]
     try:
         set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
-    except (KeyError, RuntimeError) as error:  # a state or a part of it is missing
-        raise TimError(f"{found[-1]}: found the state of other optimisers ({one_line(error)}), expected those of this version; take "
-                       "another output") from None
-    for optimizer, groups in zip(optims, options):
-        for group, own in zip(optimizer.param_groups, groups):
-            group.update(own)  # the configuration's, not those of the checkpoint
+    except (KeyError, RuntimeError) as error:  # for missing entries
+        raise TimError(f"{found[-1]}: its optimiser state does not fit the configuration ({one_line(error)}); choose another "
+                       "output") from None
+    for optimizer, groups in zip(optims, configured):
+        for group, options in zip(optimizer.param_groups, groups):
+            group.update(options)  # of the configuration, not of the checkpoint
     set_model_state_dict(average, state[AVERAGED], options=StateDictOptions(full_state_dict=True, strict=False))
     if processes.is_main:
         metrics.forget_after(folder, state["step"])
-        tqdm.write(f"{'finished already:' if ended else 'resumed'} {found[-1]}", file=sys.stderr)
+        tqdm.write(f"{'already finished:' if ended else 'resumed'} {found[-1]}", file=sys.stderr)
         for key, (a, b) in other.items():
-            tqdm.write(f"from here on {key} is {b!r}, no longer {a!r}", file=sys.stderr)
+            tqdm.write(f"changed {key}: {a!r} -> {b!r}", file=sys.stderr)
     changed = state.get("changed", {}) | ({str(state["step"]): other} if other else {})
-    return Begun(state["step"], state["seconds"], state.get("totals", {}), state.get("counted", 0), changed)
+    return ResumeState(state["step"], state["seconds"], state.get("totals", {}), state.get("counted", 0), changed)

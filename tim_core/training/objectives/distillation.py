@@ -1,8 +1,8 @@
-"""Distillation of guided steps into the first jumps from noise (after arXiv 2210.03142): ours, no part of the TiM paper.
+"""Distillation of guided steps into the first jumps from noise (after arXiv 2210.03142); not in the TiM paper.
 
-Guidance is closed at the first time, so that the first of few steps decides without it what goes where, and no later step can mend
-that. Here that step learns where a teacher, guided from the first time on, gets in several steps from the same noise. Only jumps that
-begin at the first time are taught; what keeps the rest of the network where it is, is the objective's target "teacher".
+Guidance is off at t = 1, so the first of few steps places objects without it, and later steps cannot move them. Here the jumps that start
+at t = 1 learn where a teacher arrives that takes several steps from the same noise, guided from the first one on. Other jumps are not
+trained; the objective's target "teacher" keeps the network as it is there.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,69 +15,70 @@ from ...errors import TimError
 from ...transport import OTFM, guide
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-ENDS = 2  # jumps that each trajectory teaches
+ENDS = 2  # jumps trained per trajectory
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Defaults: the run in configs/tim-shapes-guided.yaml."""
+    """Distillation of the weights in `start`, beside the objective."""
 
-    share: float = 0.25                          # trajectories a step, of the batch
-    times: tuple[float, ...] = (1.0, 0.9375, 0.875, 0.8125, 0.75, 0.5)   # the teacher's; jumps end at two of them
+    batch_fraction: float = 0.25                 # trajectories per step, as a fraction of the batch
+    times: tuple[float, ...] = (1.0, 0.9375, 0.875, 0.8125, 0.75, 0.5)   # steps of the teacher; jumps end at two of these times
     cfg: float = 2.5                             # guidance of the teacher, at every step
-    weight: float = 1.0                          # of the loss, beside that of the transitions
-    knee: float = 0.1                            # errors below this one, each over the channels of a place, count as squares
+    weight: float = 1.0                          # of the loss
+    knee: float = 0.1                            # the loss is quadratic below this error (RMS over channels) and linear above it
 
     def __post_init__(self) -> None:
-        for name in ("share", "weight", "knee"):
+        for name in ("batch_fraction", "weight", "knee"):
             if not getattr(self, name) > 0:
-                raise TimError(f"distillation: {name} is {getattr(self, name)}, expected more than 0")
-        if self.share > 1:
-            raise TimError(f"distillation: share is {self.share}, expected up to 1")
+                raise TimError(f"distillation.{name} is {getattr(self, name)}; use more than 0")
+        if self.batch_fraction > 1:
+            raise TimError(f"distillation.batch_fraction is {self.batch_fraction}; use at most 1")
         falling = all(0 <= after < before <= 1 for before, after in zip(self.times, self.times[1:]))
         if len(self.times) <= ENDS or not falling or self.times[0] != 1:
-            raise TimError(f"distillation: times is {list(self.times)}, expected {ENDS + 1} or more, falling from 1")
+            raise TimError(f"distillation.times is {list(self.times)}; use {ENDS + 1} or more decreasing times, the first one 1")
 
 
 @dataclass(frozen=True)
-class DistillationDraws:
-    """What is random in a step: noise (B, C, H, W), and which of `times` two jumps end at (B, 2)."""
+class DistillationNoise:
+    """The random tensors of a step: noise (B, C, H, W), and the indices in `times` at which two jumps end (B, 2)."""
 
     noise: Tensor
     ends: Tensor
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "DistillationDraws":
-        return DistillationDraws(*(change(value) for value in vars(self).values()))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "DistillationNoise":
+        """Applies a function to every tensor."""
+        return DistillationNoise(*(change(value) for value in vars(self).values()))
 
 
-def draw_distillation(shape: Sequence[int], config: DistillationConfig) -> DistillationDraws:
-    """For latents of `shape`, from torch's own generator."""
+def draw_distillation_noise(shape: Sequence[int], config: DistillationConfig) -> DistillationNoise:
+    """Draws for latents of `shape`, from torch's global generator."""
     ends = torch.rand(shape[0], len(config.times) - 1).argsort(1)[:, :ENDS] + 1
-    return DistillationDraws(torch.randn(*shape), ends)
+    return DistillationNoise(torch.randn(*shape), ends)
 
 
 def distillation_loss(
     model: Network, teacher: Network, y: Tensor, y_null: Tensor, *, transport: OTFM, config: DistillationConfig,
-    draws: DistillationDraws, told: tuple[Tensor, Tensor] | None = None,
+    noise: DistillationNoise, teacher_conditions: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Loss (B,) of the model for conditions y and y_null (B, ...). It reaches the model alone: neither the teacher nor y learns from it.
+    """Loss (B,) for conditions y and y_null (B, ...), with gradients for the model only, not for the teacher or y.
 
-    told: y and y_null as the teacher reads them, where its text model is another.
+    teacher_conditions: y and y_null of the teacher, where it has another text model.
     """
-    state = noise = draws.noise  # x_t at t = 1
-    count, states = len(noise), []
-    times = torch.tensor(config.times, device=noise.device)
-    condition, null = told or (y, y_null)
+    x_1 = x_t = noise.noise
+    count, states = len(x_1), []
+    times = torch.tensor(config.times, device=x_1.device)
+    condition, null = teacher_conditions or (y, y_null)
     both = torch.cat((condition, null.expand_as(condition)))
     with torch.no_grad():
         for t, r in zip(times, times[1:]):
-            told_t, told_r = (transport.c_noise(time.expand(2 * count)) for time in (t, r))
-            state = transport.step(state, guide(teacher(torch.cat((state, state)), told_t, told_r, both).float(), config.cfg), t, r)
-            states.append(state)
+            t_input, r_input = (transport.c_noise(time.expand(2 * count)) for time in (t, r))
+            x_t = transport.step(x_t, guide(teacher(torch.cat((x_t, x_t)), t_input, r_input, both).float(), config.cfg), t, r)
+            states.append(x_t)
         # times (B, ENDS) and states (T - 1, B, C, H, W) -> (ENDS * B,) and (ENDS * B, C, H, W)
-        ends, item = draws.ends.T.flatten(), torch.arange(count, device=noise.device).repeat(ENDS)
-        start, r, goal = times[:1].expand(len(ends)), times[ends], torch.stack(states)[ends - 1, item]
-        target = transport.solve_F(noise[item], goal, start.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1))
-    F = model(noise[item], transport.c_noise(start), transport.c_noise(r), y[item].detach()).float()
+        ends, item = noise.ends.T.flatten(), torch.arange(count, device=x_1.device).repeat(ENDS)
+        start, r, x_r = times[:1].expand(len(ends)), times[ends], torch.stack(states)[ends - 1, item]
+        target = transport.solve_F(x_1[item], x_r, start.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1))
+    F = model(x_1[item], transport.c_noise(start), transport.c_noise(r), y[item].detach()).float()
     error = ((F - target).square().mean(1) + config.knee**2).sqrt() - config.knee
     return error.mean((1, 2)).unflatten(0, (ENDS, count)).mean(0)

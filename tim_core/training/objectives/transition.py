@@ -26,22 +26,23 @@ TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The settings of the loss; the distribution of times lives on the transport. Defaults: the official text-to-image training."""
+    """Settings of the loss; defaults as in the official text-to-image training. The transport has the distribution of times."""
 
-    diffusion_ratio: float = 0.5  # share of the batch, from its start, with r = t
-    consistency_ratio: float = 0.1  # share of the batch, from its end, with r = T_min
-    near: float = 1.0  # of T_max: transitions from above it are shortened to 1 - near of their length (1: none); ours
+    diffusion_ratio: float = 0.5  # fraction of the batch, its first items, with r = t
+    consistency_ratio: float = 0.1  # fraction of the batch, its last items, with r = T_min
+    # fraction of T_max: transitions from above it are shortened to 1 - shorten_above of their length (1: none); not in the paper
+    shorten_above: float = 1.0
     derivative: str = "dde"  # "dde", the central difference of Eq. 10, or "jvp", forward-mode differentiation
     epsilon: float = 0.005  # half the width of the central difference
-    # of transitions: Eq. 9, or "composed", F(t, r) from F(t, s) and F(s, r), ours; or of all items "teacher", what another network answers
+    # "differential", Eq. 9; not in the paper: "composed", F(t, r) from F(t, s) and F(s, r), or "teacher", another network's prediction
     target: str = "differential"
-    adaptive_floor: float = 1e-5  # added to an item's loss before its inverse is taken as the item's weight
+    adaptive_floor: float = 1e-5  # the weight of an item is 1 / (its loss + adaptive_floor)
     weight_time_type: str = "sqrt"
-    weight_time_tangent: bool = True  # weigh tan t - tan r (wins over the sigmoid)
-    weight_time_sigmoid: bool = False  # weigh t / (1 - t) - r / (1 - r)
-    weight_t_and_r: bool = True  # weigh the interval; else t alone
+    weight_time_tangent: bool = True  # weight as a function of tan t - tan r; overrides weight_time_sigmoid
+    weight_time_sigmoid: bool = False  # weight as a function of t / (1 - t) - r / (1 - r)
+    weight_t_and_r: bool = True  # weight as a function of the interval, else of t
     use_dir_loss: bool = True  # add 1 - cosine over channels
-    proj_coeff: float = 1.0  # of the REPA term, used when h_target is given
+    proj_coeff: float = 1.0  # weight of the REPA term
     enhance_target: bool = False  # model guidance, for w_start <= t <= w_end
     w_gt: float = 1.0
     w_cond: float = 0.0
@@ -49,34 +50,34 @@ class ObjectiveConfig:
     w_end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.near <= 1:
-            raise TimError(f"objective: near is {self.near}, expected more than 0 and up to 1")
+        if not 0 < self.shorten_above <= 1:
+            raise TimError(f"objective.shorten_above is {self.shorten_above}; use more than 0 and at most 1")
         if self.derivative not in ("dde", "jvp"):
-            raise TimError(f"objective: derivative is '{self.derivative}', expected 'dde' or 'jvp'")
+            raise TimError(f"objective.derivative is '{self.derivative}'; use 'dde' or 'jvp'")
         if self.target not in ("differential", "composed", "teacher"):
-            raise TimError(f"objective: target is '{self.target}', expected 'differential', 'composed' or 'teacher'")
+            raise TimError(f"objective.target is '{self.target}'; use 'differential', 'composed' or 'teacher'")
         if self.target == "teacher" and self.enhance_target:
-            raise TimError("objective: enhance_target is on with target 'teacher', expected off: what a teacher answers is not guided")
+            raise TimError("objective.enhance_target is true; use false with target 'teacher', whose predictions are not guided")
         if self.weight_time_type not in TIME_WEIGHTS:
-            expected = ", ".join(repr(name) for name in TIME_WEIGHTS)
-            raise TimError(f"objective: weight_time_type is '{self.weight_time_type}', expected one of {expected}")
+            names = ", ".join(repr(name) for name in TIME_WEIGHTS)
+            raise TimError(f"objective.weight_time_type is '{self.weight_time_type}'; use one of {names}")
         for name in ("diffusion_ratio", "consistency_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise TimError(f"objective: {name} is {getattr(self, name)}, expected 0 to 1")
+                raise TimError(f"objective.{name} is {getattr(self, name)}; use 0 to 1")
         if not self.adaptive_floor > 0:
-            raise TimError(f"objective: adaptive_floor is {self.adaptive_floor}, expected more than 0")
+            raise TimError(f"objective.adaptive_floor is {self.adaptive_floor}; use more than 0")
         if not 0 < self.epsilon < 0.5:
-            raise TimError(f"objective: epsilon is {self.epsilon}, expected more than 0 and less than 0.5, half the path")
+            raise TimError(f"objective.epsilon is {self.epsilon}; use more than 0 and less than 0.5")
         for name in ("proj_coeff", "w_gt", "w_cond"):
             if not getattr(self, name) >= 0:
-                raise TimError(f"objective: {name} is {getattr(self, name)}, expected 0 or more")
+                raise TimError(f"objective.{name} is {getattr(self, name)}; use 0 or more")
         if not self.w_start <= self.w_end:
-            raise TimError(f"objective: w_start is {self.w_start} and w_end {self.w_end}, expected w_start to be no greater")
+            raise TimError(f"objective.w_start is {self.w_start}; use at most w_end, {self.w_end}")
 
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is what to backpropagate; the rest is for logs and tests. t and r are (B, 1, 1, 1), weights and losses (B,)."""
+    """`total` is the loss to minimise; the rest is for logs and tests. t and r are (B, 1, 1, 1), weights and losses (B,)."""
 
     total: Tensor
     weighted_loss: Tensor
@@ -98,7 +99,7 @@ class Losses:
 
 
 def draw_times(batch: int, transport: Transport, generator: torch.Generator | None = None, device: Any = None) -> tuple[Tensor, Tensor]:
-    """The two raw draws (B,) float32 of `sample_times`, on the generator's device and then moved to `device`."""
+    """The two raw draws (B,) float32 for `sample_times`, drawn on the generator's device and moved to `device`."""
     draw = torch.randn if transport.time_distribution == "normal" else torch.rand
     where = generator.device if generator is not None else device
     first = draw(batch, generator=generator, device=where)
@@ -107,27 +108,27 @@ def draw_times(batch: int, transport: Transport, generator: torch.Generator | No
 
 
 def sample_times(
-    draws: tuple[Tensor, Tensor], transport: Transport, config: ObjectiveConfig, shift: float = 1.0
+    raw_times: tuple[Tensor, Tensor], transport: Transport, config: ObjectiveConfig, shift: float = 1.0
 ) -> tuple[Tensor, Tensor, int]:
-    """t, r (B,) and how many items, from the first on, have r = t. Ratios round half to even; the two groups may overlap.
+    """t and r (B,), and the number of first items with r = t. Ratios round half to even; the two groups may overlap.
 
     shift: s of the resolution-dependent time shift t -> s t / (1 + (s - 1) t) (Eq. 50), for times in [0, 1].
-    config.near leaves out the long transitions from near noise, where distribution matching gives another answer than a teacher.
+    config.shorten_above leaves out long transitions from high noise, for which distribution matching and a teacher disagree.
     """
-    first, second = (shift * t / (1 + (shift - 1) * t) for t in map(transport.times, draws))
+    first, second = (shift * t / (1 + (shift - 1) * t) for t in map(transport.times, raw_times))
     t, r = torch.maximum(first, second), torch.minimum(first, second)
     n_diffusion = round(config.diffusion_ratio * len(t))
     n_consistency = round(config.consistency_ratio * len(t))
     item = torch.arange(len(t), device=t.device)
     r = torch.where(item < n_diffusion, t, r)
     r = torch.where(item >= len(t) - n_consistency, torch.full_like(r, transport.T_min), r)
-    if config.near < 1:  # some transports draw times beyond T_max
-        r = torch.where(t > config.near * transport.T_max, t - (1 - config.near) * (t - r), r)
+    if config.shorten_above < 1:  # at 1 nothing is shortened, though some transports draw times above T_max
+        r = torch.where(t > config.shorten_above * transport.T_max, t - (1 - config.shorten_above) * (t - r), r)
     return t, r, n_diffusion
 
 
 def time_weight(t: Tensor, r: Tensor, n_diffusion: int, sigma_d: float, config: ObjectiveConfig) -> Tensor:
-    """w(t, r) (B,) of Eq. 12 and its relatives; 1 where r = t by construction, 0 where the formula has no value (tan beyond pi/2)."""
+    """w(t, r) (B,) of Eq. 12 and its variants; 1 for the first n_diffusion items, 0 where undefined (tan beyond pi/2)."""
     t, r = t.flatten(), r.flatten()
     if config.weight_time_tangent:
         t, r = t.tan(), r.tan()
@@ -146,7 +147,7 @@ def transition_loss(
     *,
     transport: Transport,
     config: ObjectiveConfig,
-    draws: tuple[Tensor, Tensor] | None = None,
+    raw_times: tuple[Tensor, Tensor] | None = None,
     times: tuple[Tensor, Tensor, int] | None = None,
     transitions: bool | None = None,
     between: Tensor | None = None,
@@ -157,19 +158,21 @@ def transition_loss(
     h_target: Tensor | None = None,
     plain_model: Model | None = None,
 ) -> Losses:
-    """One batch of clean latents x (B, C, H, W) with noise of the same shape and conditions y (B, ...).
+    """The objective (paper Alg. 1) for clean latents x (B, C, H, W), noise of the same shape and conditions y (B, ...).
 
-    draws: the two raw draws (B,), else made with `generator`. times: what sample_times made of them, where x is a part of a batch;
-    transitions: whether the whole batch has any. Then every part runs the network as often: where weights are shared they have to.
-    between: uniform numbers (B,) for the times that composed targets go over, else made with `generator`.
-    ema_model: for config.enhance_target, which also asks for y_null (B, ...), and in place of the model for composed targets.
-    teacher(x_t, t, r) -> F: for target "teacher", with its own conditions inside.
-    h_target (B, N, z_dim): asks for the REPA term. plain_model: the same weights without a training wrapper (DDP), for the derivative.
+    Times: from `times`, what sample_times returned, cut to this part of a batch; else from `raw_times`, the two draws of draw_times;
+    else drawn with `generator`.
+    transitions: whether the whole batch has items with r < t (default: whether x has). If so, every part of the batch evaluates the
+    network equally often, as FSDP needs it.
+    between: uniform numbers (B,) that place the middle time of composed targets, else drawn with `generator`.
+    ema_model: for config.enhance_target, with y_null (B, ...), and for composed targets, for which it replaces the model.
+    teacher(x_t, t, r) -> F: for target "teacher"; it has its own conditions.
+    h_target (B, N, z_dim): adds the REPA term. plain_model: the model without a training wrapper (DDP), for the derivative.
     """
     if config.target == "teacher" and teacher is None:
-        raise TimError("objective: target is 'teacher' and teacher is missing, expected the network that answers")
+        raise TimError("objective.target is 'teacher', and the teacher is missing; pass teacher")
     if times is None:
-        times = sample_times(draws or draw_times(len(x), transport, generator, x.device), transport, config)
+        times = sample_times(raw_times or draw_times(len(x), transport, generator, x.device), transport, config)
     flat_t, flat_r, n_diffusion = times
     t, r = flat_t.view(-1, 1, 1, 1), flat_r.view(-1, 1, 1, 1)
     x_t, v_t = transport.interpolate(x, noise, t), transport.velocity(x, noise, t)
@@ -180,15 +183,15 @@ def transition_loss(
         F_pred = model(*arguments)
     else:
         F_pred, projection = model(*arguments, return_projection=True)
-    F_pred = _wide(F_pred)
+    F_pred = _to_float32(F_pred)
 
     with torch.no_grad():
         dF_dt = torch.zeros_like(F_pred)
-        rest, composed, taught = slice(n_diffusion, None), config.target == "composed", config.target == "teacher"
-        some = slice(min(n_diffusion, len(x) - 1), None)  # the rest, or one item whose answer nobody needs
+        rest, composed, use_teacher = slice(n_diffusion, None), config.target == "composed", config.target == "teacher"
+        some = slice(min(n_diffusion, len(x) - 1), None)  # the rest, or one item whose result is not used
         if transitions is None:
             transitions = n_diffusion < len(x)
-        if transitions and not composed and not taught:
+        if transitions and not composed and not use_teacher:
             derive = _difference if config.derivative == "dde" else _forward_mode
             found = derive(plain_model or model, x[some], noise[some], t[some], r[some], y[some], transport, config)
             dF_dt[rest] = found[n_diffusion - some.start :].to(dF_dt.dtype)
@@ -199,27 +202,27 @@ def transition_loss(
             diffusion = guided_target(transport.diffusion_target(x, noise, t), F_cond, F_null, t, config)
         F_target = transport.target(x, noise, t, r, dF_dt, diffusion)
         if transitions and composed:
-            leader = ema_model or plain_model or model
+            target_model = ema_model or plain_model or model
             if between is None:
                 between = torch.rand(len(x), generator=generator, device=x.device if generator is None else generator.device)
             s = r + (t - r) * between.to(t).view(-1, 1, 1, 1)
-            found = _composed(leader, x_t[some], t[some], s[some], r[some], y[some], transport)
+            found = _composed(target_model, x_t[some], t[some], s[some], r[some], y[some], transport)
             F_target[rest] = found[n_diffusion - some.start :].to(F_target.dtype)
-        if taught:
-            F_target = _wide(teacher(*arguments[:3]))
+        if use_teacher:
+            F_target = _to_float32(teacher(*arguments[:3]))
 
-    # Where a transport has no finite target the item counts as learned: its loss and its gradient are 0, not NaN.
-    goal = torch.where(F_target.isfinite(), F_target, F_pred.detach())
-    denoising_loss = _finite(((F_pred - goal) ** 2).flatten(1).mean(1))
+    # Where the target of a transport is not finite, loss and gradient are 0 instead of NaN.
+    target = torch.where(F_target.isfinite(), F_target, F_pred.detach())
+    denoising_loss = _finite(((F_pred - target) ** 2).flatten(1).mean(1))
     if config.use_dir_loss:
-        denoising_loss = denoising_loss + _finite((1 - F.cosine_similarity(F_pred, goal, dim=1)).flatten(1).mean(1))
+        denoising_loss = denoising_loss + _finite((1 - F.cosine_similarity(F_pred, target, dim=1)).flatten(1).mean(1))
     weight = time_weight(t, r, n_diffusion, transport.sigma_d, config)
     adaptive = 1 / (denoising_loss.detach() + config.adaptive_floor)
     weighted_loss = (weight * adaptive * denoising_loss).mean()
 
     total, proj_loss = weighted_loss, None
     if h_target is not None:
-        proj_loss = _finite((1 - F.cosine_similarity(_wide(projection), h_target, dim=-1)).flatten(1).mean(1)).mean()
+        proj_loss = _finite((1 - F.cosine_similarity(_to_float32(projection), h_target, dim=-1)).flatten(1).mean(1)).mean()
         total = total + config.proj_coeff * proj_loss
     return Losses(
         total=total,
@@ -248,12 +251,12 @@ def _difference(
     """dF/dt along the path by the central difference (Eq. 10), r fixed."""
     epsilon = torch.full_like(t, config.epsilon)
     if transport.positive_times:
-        # A step below t = 0 has no value, so the difference is narrower there.
+        # t - epsilon must stay above 0.
         epsilon = torch.where(t > epsilon, epsilon, t / 2)
     r_input = transport.c_noise(r.flatten())
 
     def along(time: Tensor) -> Tensor:
-        return _wide(model(transport.interpolate(x, noise, time), transport.c_noise(time.flatten()), r_input, y))
+        return _to_float32(model(transport.interpolate(x, noise, time), transport.c_noise(time.flatten()), r_input, y))
 
     return (along(t + epsilon) - along(t - epsilon)) / (2 * epsilon)
 
@@ -265,9 +268,9 @@ def _forward_mode(
     r_input = transport.c_noise(r.flatten())
 
     def along(x_t: Tensor, time: Tensor) -> Tensor:
-        return _wide(model(x_t, transport.c_noise(time.flatten()), r_input, y))
+        return _to_float32(model(x_t, transport.c_noise(time.flatten()), r_input, y))
 
-    # Of torch's attention kernels only the plain one has forward-mode derivatives.
+    # Only this attention kernel of torch has forward-mode derivatives.
     with sdpa_kernel(SDPBackend.MATH):
         _, dF_dt = torch.func.jvp(
             along, (transport.interpolate(x, noise, t), t), (transport.velocity(x, noise, t), torch.ones_like(t))
@@ -276,17 +279,17 @@ def _forward_mode(
 
 
 def _composed(model: Model, x_t: Tensor, t: Tensor, s: Tensor, r: Tensor, y: Tensor, transport: Transport) -> Tensor:
-    """The F that jumps from t to r as the model does over the time s between them.
+    """The F of the jump from t to r that arrives where the model's jumps from t to s and from s to r do.
 
-    The transition identity over a finite distance, as in shortcut models (arXiv 2410.12557): no derivative, so nothing blows up where
-    the trajectories bend sharply.
+    The transition identity over a finite distance, as in shortcut models (arXiv 2410.12557). Without a derivative, targets stay bounded
+    where trajectories bend sharply.
     """
 
     def jump(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        F = _wide(model(x.to(x_t.dtype), transport.c_noise(t.flatten()), transport.c_noise(r.flatten()), y))
-        return transport.step(_wide(x), F, t, r)
+        F = _to_float32(model(x.to(x_t.dtype), transport.c_noise(t.flatten()), transport.c_noise(r.flatten()), y))
+        return transport.step(_to_float32(x), F, t, r)
 
-    return transport.solve_F(_wide(x_t), jump(jump(x_t, t, s), s, r), t, r)
+    return transport.solve_F(_to_float32(x_t), jump(jump(x_t, t, s), s, r), t, r)
 
 
 def guided_target(plain: Tensor, F_cond: Tensor, F_null: Tensor, t: Tensor, config: ObjectiveConfig) -> Tensor:
@@ -298,18 +301,18 @@ def guided_target(plain: Tensor, F_cond: Tensor, F_null: Tensor, t: Tensor, conf
 def _ema_predictions(
     ema_model: Model | None, x_t: Tensor, t: Tensor, y: Tensor, y_null: Tensor | None, transport: Transport, config: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
-    """The EMA network at r = t, with and without the condition. What w_cond = 0 makes useless is not computed."""
+    """The EMA network at r = t with the condition (zeros if w_cond is 0) and without it."""
     if ema_model is None or y_null is None:
         missing = "ema_model" if ema_model is None else "y_null"
-        raise TimError(f"objective: enhance_target is on and {missing} is missing, expected the EMA network and the null condition")
+        raise TimError(f"objective.enhance_target is true, and {missing} is missing; pass the EMA network and the null condition")
     time = transport.c_noise(t.flatten())
-    F_null = _wide(ema_model(x_t, time, time, y_null))
-    F_cond = _wide(ema_model(x_t, time, time, y)) if config.w_cond > 0 else torch.zeros_like(F_null)
+    F_null = _to_float32(ema_model(x_t, time, time, y_null))
+    F_cond = _to_float32(ema_model(x_t, time, time, y)) if config.w_cond > 0 else torch.zeros_like(F_null)
     return F_cond, F_null
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
+def _to_float32(x: Tensor) -> Tensor:
+    """float64 as it is, all other dtypes as float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

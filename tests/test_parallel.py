@@ -1,4 +1,4 @@
-"""Several processes train as one does, on the same global batch: two on the CPU (gloo), started as accelerate starts those of GPUs."""
+"""Several processes train as one does, on the same global batch: two on the CPU (gloo), started with torchrun."""
 
 import csv
 import json
@@ -15,10 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_training import autoencoder_yaml, tim_yaml
 from tim_core.errors import TimError
-from tim_core.processes import Shard
+from tim_core.processes import Shard, find_processes
 from tim_core.training import run
-
-pytest.importorskip("accelerate", reason="no accelerate found (`pip install accelerate` gets it)")
 
 # What is started twice: the run, and a word from every process on how much of the weights it holds.
 RUN = """
@@ -45,7 +43,6 @@ def launch(folder, config, resumes=False) -> list[dict]:
     script = folder / "launched.py"
     script.write_text(RUN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    # what `accelerate launch` calls for GPUs; for CPUs it would want MPI
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, config]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -248,3 +245,12 @@ def test_forward_mode_and_muon_in_two_processes(folder, change):
     apart = (weights(two) - weights(one)).abs()
     # Muon makes directions that a batch of four has no gradient in, but for rounding, as long as the others: compared in the mean
     assert apart.max() < 1e-4 if name == "jvp" else apart.mean() < 3e-4
+
+
+def test_processes_that_cannot_connect_are_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(TimError, match="WORLD_SIZE is 2.*RANK.*torchrun") as error:
+        find_processes()
+    assert "\n" not in str(error.value)

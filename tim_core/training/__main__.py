@@ -1,4 +1,4 @@
-"""`accelerate launch -m tim_core.training CONFIG.yaml ...`: `tim train` in several processes."""
+"""`torchrun -m tim_core.training CONFIG.yaml ...`: `tim train` in several processes."""
 
 import sys
 

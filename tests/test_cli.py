@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support import mentions
 from tim_core import Pipeline, TimError, __version__, cli
 from tim_core.weights.save import convert
 
@@ -110,7 +111,7 @@ def test_options_default_to_the_record(run, tiny, recorded):
 @pytest.mark.parametrize("command", [("sample", "a circle"), ("sweep", "a circle"), ("evaluate",)], ids=lambda words: words[0])
 def test_sizes_are_checked_before_the_weights_are_loaded(fails, tiny, monkeypatch, command):
     monkeypatch.setattr(Pipeline, "load", lambda *arguments: pytest.fail("loaded"))
-    assert "size: 60x64 is not a multiple of 8; nearest is 64x64" in fails(1, *command, "--model", tiny, "--size", "60x64")
+    assert mentions(fails(1, *command, "--model", tiny, "--size", "60x64"), "size", "60x64", 8, "64x64")
 
 
 def test_a_batch_is_numbered(run, tiny):
@@ -184,7 +185,7 @@ def test_evaluate_makes_images_for_other_benchmarks(run, fails, tiny):
     assert len(list(Path("geneval/steps-1/00000/samples").iterdir())) == 4
     for given in (("--tasks", "two"), ("--prompts-per-task", 3)):
         assert given[0] in fails(1, *options, "--layout", "geneval", *given)
-    assert "prompts per task: 0" in fails(1, "evaluate", "--model", tiny, "--prompts-per-task", 0)
+    assert mentions(fails(1, "evaluate", "--model", tiny, "--prompts-per-task", 0), "prompts per task", 0)
     assert "--layout" in fails(1, *options) and "--prompts" in fails(1, "evaluate", "--layout", "dpg")
     assert "--baseline" in fails(1, *options, "--layout", "dpg", "--baseline", "report.json")
 
@@ -277,8 +278,8 @@ def test_wrong_usage_is_2(fails, words):
 
 ERRORS = {
     "no such model": (("sample", "a", "--model", "nothing.safetensors"), "nothing.safetensors"),
-    "no file extension": (("sample", "a", "-o", "image"), "image: has no file extension; use .png"),
-    "an unsupported format": (("sample", "a", "-o", "picture.tga"), ".tga"),
+    "no file extension": (("sample", "a", "-o", "image"), "image: .*extension.*[.]png"),
+    "an unsupported format": (("sample", "a", "-o", "picture.tga"), "[.]tga"),
     "no folder": (("sweep", "a", "-o", "none/sweep.png"), "none"),
     "no steps": (("sweep", "a", "--steps", ","), "--steps"),
     "zero steps in a list": (("sweep", "a", "--steps", "0,1"), "0,1"),
@@ -292,7 +293,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("words, named", ERRORS.values(), ids=ERRORS)
 def test_errors_are_one_line(fails, words, named):
-    assert named in fails(1, *words)
+    assert re.search(named, fails(1, *words))
 
 
 MODEL_ERRORS = {

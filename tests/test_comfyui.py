@@ -461,7 +461,7 @@ def test_another_model_is_refused(comfyui):
         latent = graph.empty()
         graph.model = graph.add("TiMTestProbe", **probe(another_model))
         message = refusal(comfyui, graph, graph.tim(latent) if sampled else graph.empty())
-        assert "\n" not in message and "Linear is not a TiM model" in message
+        assert "\n" not in message and "Linear" in message
         assert "Load TiM Checkpoint" in message and "Load TiM Model" in message
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -18,36 +19,89 @@ from tim_core.errors import TimError
 from tim_core.processes import Shard, find_processes
 from tim_core.training import run
 
-# What is started twice: the run, and a word from every process on how much of the weights it holds.
-RUN = """
-import json, sys
+# What is started twice. It runs the configurations named in its folder's files 0, 1, ... and answers with how much of the weights each
+# process held; an error ends both processes.
+WORKER = """
+import json, os, sys, threading, time
+from pathlib import Path
 from tim_core.training import loop, run
 
+def end_with_the_tests():
+    os.read(0, 1)  # returns when pytest closes the pipe, or dies
+    os._exit(0)
+
+threading.Thread(target=end_with_the_tests, daemon=True).start()
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 wrap = loop.distribute
 
 def watched(step, parts, processes, how):
     wrapped = wrap(step, parts, processes, how)
     weights = list(step.model.parameters())
     held = sum(loop.local_shard(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights)
-    with open(f"{sys.argv[1]}.{processes.index}.json", "w") as file:
-        json.dump({"processes": processes.count, "held": held, "wrapper": type(wrapped).__name__}, file)
+    said.update(processes=processes.count, held=held, wrapper=type(wrapped).__name__)
     return wrapped
 
 loop.distribute = watched
-run(sys.argv[1:])
+for number in range(1000):
+    while not (asked := folder / str(number)).exists():
+        time.sleep(0.01)
+    said = {}
+    run([asked.read_text()])
+    answer = folder / f"{number}.{rank}.json"
+    answer.with_suffix(".tmp").write_text(json.dumps(said))
+    answer.with_suffix(".tmp").rename(answer)
 """
 
 
-def launch(folder, config, resumes=False) -> list[dict]:
-    """Runs a configuration in two processes -> what each said."""
-    script = folder / "launched.py"
-    script.write_text(RUN)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, config]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert ("resumed" in done.stderr) == resumes
-    return [json.loads(config.with_name(f"{config.name}.{index}.json").read_text()) for index in (0, 1)]
+class Pair:
+    """Two processes that torchrun started, which run one configuration after another; started once, since their imports take longest."""
+
+    def __init__(self, folder):
+        self.folder, self.number = folder, 0
+        (folder / "worker.py").write_text(WORKER)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", folder / "worker.py", folder]
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
+
+    def run(self, config) -> tuple[list[dict], str]:
+        """What each process answered, and what they wrote on the terminal."""
+        before, end = len(self.log()), time.monotonic() + 600
+        answers = [self.folder / f"{self.number}.{rank}.json" for rank in (0, 1)]
+        (self.folder / "next").write_text(str(config))
+        (self.folder / "next").rename(self.folder / str(self.number))
+        while not all(answer.exists() for answer in answers):
+            assert self.process.poll() is None and time.monotonic() < end, self.log()
+            time.sleep(0.02)
+        self.number += 1
+        return [json.loads(answer.read_text()) for answer in answers], self.log()[before:]
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def stop(self):
+        self.process.stdin.close()
+        try:
+            assert self.process.wait(60) == 0, self.log()
+        finally:
+            self.process.terminate()
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """launch(config, resumes=False) runs a configuration in two processes -> what each answered."""
+    pairs = []
+
+    def launch(config, resumes=False) -> list[dict]:
+        if not pairs or pairs[-1].process.poll() is not None:  # a pair ends where a run fails
+            pairs.append(Pair(tmp_path_factory.mktemp("pair")))
+        said, log = pairs[-1].run(config)
+        assert ("resumed" in log) == resumes
+        return said
+
+    yield launch
+    if pairs and pairs[-1].process.poll() is None:
+        pairs[-1].stop()
 
 
 def configuration(folder, name, target, more=""):
@@ -124,10 +178,10 @@ def alone(folder, request):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(folder, alone, how):
+def test_two_processes_train_as_one(launch, folder, alone, how):
     target, one = alone
     two = configuration(folder, f"{how}-{target}", target, f", parallel: {how}")
-    said = launch(folder, two)
+    said = launch(two)
     assert [word["processes"] for word in said] == [2, 2]
     if how == "ddp":
         assert all(word["held"] == 1 and word["wrapper"] == "DistributedDataParallel" for word in said)
@@ -142,7 +196,7 @@ BY_START = f"matching: {{batch_fraction: 1.0, teacher: start, {PATHS}}}\ndistill
 
 
 @pytest.mark.parametrize("target, setting", [("composed", "matching: {batch_fraction: 1.0}\n"), ("teacher", BY_START)])
-def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target, setting):
+def test_matching_and_distillation_in_two_processes_and_in_parts(launch, folder, target, setting):
     """The critic learns in step, too; every process has jumps and trajectories in every step."""
     made = {}
     for name, more in (("alone", ""), ("ddp", ", parallel: ddp"), ("fsdp2", ", parallel: fsdp2"), ("parts", ", accumulate: 2")):
@@ -151,7 +205,7 @@ def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target,
         if name in ("alone", "parts"):
             run([made[name]])
         else:
-            launch(folder, made[name])
+            launch(made[name])
     for name in ("ddp", "fsdp2", "parts"):
         assert losses(made[name]) == pytest.approx(losses(made["alone"]), rel=1e-3, abs=1e-6), name
         assert agree(made[name], made["alone"]), name
@@ -172,7 +226,7 @@ def test_accumulated_parts_are_one_batch(folder, alone):
     assert agree(parts, one)
 
 
-def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
+def test_a_run_goes_on_in_another_number_of_processes(launch, folder, alone):
     """Its checkpoint after four steps, from one process, is finished by two that slice the weights."""
     target, one = alone
     two = configuration(folder, f"handed-over-{target}", target, ", parallel: fsdp2")
@@ -182,7 +236,7 @@ def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
     run([short])
     for name in ("step-00000004.pt", "metrics.csv"):
         (short.with_suffix("") / name).rename(place / name)
-    launch(folder, two, resumes=True)
+    launch(two, resumes=True)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
     assert agree(two, one)
 
@@ -197,7 +251,7 @@ def test_parts_of_a_batch():
         shards[0].loss_weight(2)
 
 
-def test_a_lora_in_two_processes(folder, tmp_path):
+def test_a_lora_in_two_processes(launch, folder, tmp_path):
     """They go on from the checkpoint of one, in which only what learns is."""
     draw_pictures = tmp_path / "pictures"
     draw_pictures.mkdir()
@@ -222,7 +276,7 @@ def test_a_lora_in_two_processes(folder, tmp_path):
         (tmp_path / how).mkdir()
         for name in ("step-00000003.pt", "metrics.csv"):
             shutil.copy(tmp_path / "alone" / name, tmp_path / how)
-        said = launch(tmp_path, two, resumes=True)
+        said = launch(two, resumes=True)
         assert [word["processes"] for word in said] == [2, 2]
         assert torch.allclose(weights(two), weights(one), atol=1e-5)
         made, expected = (load_file(tmp_path / name / "lora.safetensors") for name in (how, "alone"))
@@ -233,14 +287,14 @@ def test_a_lora_in_two_processes(folder, tmp_path):
     ("target: differential", "target: differential, derivative: jvp"),
     ("optimizer: adamw", "optimizer: muon"),
 ])
-def test_forward_mode_and_muon_in_two_processes(folder, change):
+def test_forward_mode_and_muon_in_two_processes(launch, folder, change):
     name = change[1].split()[-1]
     one, two = (configuration(folder, f"{name}-{how}", "differential", more) for how, more in (("alone", ""), ("ddp", ", parallel: ddp")))
     for config in (one, two):
         assert change[0] in config.read_text()
         config.write_text(config.read_text().replace(*change))
     run([one])
-    launch(folder, two)
+    launch(two)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
     apart = (weights(two) - weights(one)).abs()
     # Muon makes directions that a batch of four has no gradient in, but for rounding, as long as the others: compared in the mean

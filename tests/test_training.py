@@ -390,14 +390,15 @@ def test_a_critic_learns_first_and_by_its_own_optimiser(tmp_path, monkeypatch):
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
     before, real = {}, training_loop.optimizers
 
-    def spied(config, model, matching):
-        before.update({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-        found, names = real(config, model, matching), {id(p): name for name, p in model.named_parameters()}
+    def spied(config, groups):
+        trained = {name: p for group in groups for name, p in group.parameters.items()}
+        before.update({name: p.detach().clone() for name, p in trained.items()})
+        found, names = real(config, groups), {id(p): name for name, p in trained.items()}
         for optimizer in found:
             (group,) = optimizer.param_groups
             own, muon = {names[id(p)] for p in group["params"]}, isinstance(optimizer, torch.optim.Muon)
             (of_critic,) = {name.startswith("critic.") for name in own}
-            rates = (matching.critic_lr, matching.critic_muon_lr) if of_critic else (config.lr, config.muon_lr)
+            rates = (3e-4, 0.02) if of_critic else (config.lr, config.muon_lr)
             assert group["lr"] == rates[muon] and group["start_step"] == (0 if of_critic else 4)
             assert all(muon == ("blocks." in name and "adaLN" not in name and before[name].ndim == 2) for name in own)
         assert len(found) == 4

@@ -16,25 +16,48 @@ from safetensors.torch import load_file, save_file
 from tests.test_training import autoencoder_yaml, tim_yaml
 from tim_core.errors import TimError
 from tim_core.processes import Shard, find_processes
+from tim_core.shapes.batches import ShapesBatches
 from tim_core.training import run
+from tim_core.training.config import SizesConfig
 
-# What is started twice: the run, and a word from every process on how much of the weights it holds.
+SIZES = {"32x32": 0.5, "32x64": 0.5}  # as tim_yaml has them
+
+# What is started twice: the run; every process reports how much of the weights it holds, and how many images it rendered and encoded.
 RUN = """
 import json, sys
+from tim_core.models.autoencoder import Autoencoder
+from tim_core.shapes import scenes
 from tim_core.training import loop, run
+from tim_core.training.transition import TransitionTask
 
-wrap = loop.distribute
+counts = {"rendered": 0, "encoded": 0}
+wrap, render, encode, export = loop.distribute, scenes.render, Autoencoder.encode, TransitionTask.export
+
+def counting_render(*args):
+    counts["rendered"] += 1
+    return render(*args)
+
+def counting_encode(self, images):
+    counts["encoded"] += len(images)
+    return encode(self, images)
+
+def uncounted_export(self, *args):  # it fits preview colours to images of its own
+    before = dict(counts)
+    made = export(self, *args)
+    counts.update(before)
+    return made
 
 def watched(step, parts, processes, how):
     wrapped = wrap(step, parts, processes, how)
     weights = list(step.model.parameters())
     held = sum(loop.local_shard(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights)
-    with open(f"{sys.argv[1]}.{processes.index}.json", "w") as file:
-        json.dump({"processes": processes.count, "held": held, "wrapper": type(wrapped).__name__}, file)
+    counts.update(index=processes.index, processes=processes.count, held=held, wrapper=type(wrapped).__name__)
     return wrapped
 
-loop.distribute = watched
+loop.distribute, scenes.render, Autoencoder.encode, TransitionTask.export = watched, counting_render, counting_encode, uncounted_export
 run(sys.argv[1:])
+with open(f"{sys.argv[1]}.{counts['index']}.json", "w") as file:
+    json.dump(counts, file)
 """
 
 
@@ -133,6 +156,8 @@ def test_two_processes_train_as_one(folder, alone, how):
         assert all(word["held"] == 1 and word["wrapper"] == "DistributedDataParallel" for word in said)
     else:
         assert all(0.4 < word["held"] < 0.6 for word in said)
+    images = sum(part.total for step in range(6) for part in ShapesBatches(SizesConfig(SIZES), 4, seed=0)[step])
+    assert all(word["rendered"] == word["encoded"] == images / 2 for word in said)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
     assert agree(two, one)
 

@@ -13,7 +13,7 @@ from ..files import atomic_write
 from ..models.autoencoder import Autoencoder
 from ..models.config import AutoencoderConfig, StageConfig
 from ..processes import Shard, find_processes
-from ..shapes.batches import ShapesBatches
+from ..shapes.batches import ShapesBatches, ShapesPart
 from ..weights.load import load_autoencoder
 from .config import AutoencoderTraining, recorded
 from .loop import Task, train
@@ -61,12 +61,12 @@ class AutoencoderTask(Task):
             init_from(self.model, start.state_dict(), config.start)
         self.model.encoder.requires_grad_(not config.freeze_encoder)
         self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
-        self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
+        self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
 
-    def loss(self, average: nn.Module, batch: tuple[Tensor, list[str]], step: int, shard: Shard) -> dict[str, Tensor]:
+    def loss(self, average: nn.Module, part: ShapesPart, step: int, shard: Shard) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
-        images = shard.take(batch[0]).to(device).contiguous(memory_format=torch.channels_last)
-        total, factor = len(batch[0]), self.model.config.factor
+        images = part.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        total, factor = part.total, self.model.config.factor
         level = torch.rand(total, 1, 1, 1) * self.config.latent_noise
         noise = level * torch.randn(total, self.config.latent_channels, *(side // factor for side in images.shape[2:]))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.loop.autocast):
@@ -75,7 +75,7 @@ class AutoencoderTask(Task):
 
     def sample(self, average: nn.Module, step: int) -> Image.Image:
         """Held-out images above, decoded ones below."""
-        held_out = ShapesBatches(self.config.data, 8, self.config.loop.seed + 1)[0][0]
+        held_out = ShapesBatches(self.config.data, 8, self.config.loop.seed + 1)[0][0].images
         with torch.no_grad():
             decoded = average.decode(average.encode(held_out.to(next(average.parameters()).device)))
         return grid([held_out, decoded])

@@ -20,7 +20,7 @@ from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
 from ..weights.parts import TRANSFORMER, Parts, read_parts
 from ..weights.save import check_output_path, pack
 from .config import FineTuning, export_path, recorded, time_shift
-from .folder import VERSION, CachedBatch, Encoder, FolderBatches, class_folders, prepare
+from .folder import VERSION, Encoder, FolderBatches, FolderPart, class_folders, prepare
 from .loop import Task, train
 from .lora import add_lora, save_lora
 from .noise import draw_noise
@@ -52,7 +52,11 @@ class ClassLabels:
             raise TimError(f"{self.source}: class {value} is not in the model; use 0 to {self.num_classes - 1}")
         return torch.tensor(value)
 
-    def batch(self, conditions: list[Tensor], dropped: list[bool]) -> Tensor:
+    def longest(self, lengths: list[int], dropped: list[bool]) -> int:
+        """Labels have one row each."""
+        return 1
+
+    def batch(self, conditions: list[Tensor], dropped: list[bool], length: int) -> Tensor:
         """Labels (B,); dropped ones are replaced by `null`."""
         return torch.stack([self.null if drop else label for drop, label in zip(dropped, conditions)])
 
@@ -73,22 +77,22 @@ class Captions:
         features = self.text_encoder.encode([value])
         return torch.cat((features.rows[0, : features.lengths[0]].cpu(), self.pad))
 
-    def batch(self, conditions: list[Tensor], dropped: list[bool]) -> Tensor:
-        """Features (B, M, D), M being the longest text; dropped ones are replaced by `null`."""
-        return padded(conditions, self.null, dropped)
+    def longest(self, lengths: list[int], dropped: list[bool]) -> int:
+        """The rows M of a whole batch, for the rows (M_i + 1) of its conditions."""
+        return max(len(self.null) if drop else rows for drop, rows in zip(dropped, lengths)) - 1
+
+    def batch(self, conditions: list[Tensor], dropped: list[bool], length: int) -> Tensor:
+        """Features (B, length, D); dropped ones are replaced by `null`."""
+        return padded(conditions, self.null, dropped, length)
 
     def null_like(self, y: Tensor) -> Tensor:
         """`null` in the shape of a batch."""
-        return padded([self.null] * len(y), self.null, [False] * len(y), y.shape[1])
+        return padded([self.null] * len(y), self.null, [True] * len(y), y.shape[1])
 
 
-def padded(conditions: list[Tensor], null: Tensor, dropped: list[bool], length: int = 0) -> Tensor:
-    """Text features (M_i + 1, D), each ending in one pad row -> (B, M, D), M being the longest text or `length`.
-
-    Dropped conditions are replaced by `null`.
-    """
+def padded(conditions: list[Tensor], null: Tensor, dropped: list[bool], length: int) -> Tensor:
+    """Text features (M_i + 1, D), each ending in one pad row -> (B, length, D). Dropped conditions are replaced by `null`."""
     conditions = [null if drop else rows for drop, rows in zip(dropped, conditions)]
-    length = length or max(len(rows) for rows in conditions) - 1
     return torch.stack([torch.cat((rows, rows[-1:].expand(max(0, length - len(rows)), -1)))[:length] for rows in conditions])
 
 
@@ -138,12 +142,13 @@ class FineTuningTask(Task):
         items = prepare(config.data, encode, self.factor * self.architecture.patch_size, labels, processes)
         self.sampled = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
         conds = [self.conditions.encode(item.caption_or_label) for item in self.sampled]
-        both = conds + [self.conditions.null] * len(conds)
-        self.sample_conditions = self.conditions.batch(both, [False] * len(both)).chunk(2)
+        both, dropped = conds * 2, [False] * len(conds) + [True] * len(conds)
+        length = self.conditions.longest([rows.shape[0] if rows.ndim else 1 for rows in both], dropped)
+        self.sample_conditions = self.conditions.batch(both, dropped, length).chunk(2)
         if text is not None:
             text.cpu()  # its features are cached
         self.batches = FolderBatches(config.data, items, encode, config.loop.batch, config.loop.seed,
-                                     processes.count * config.loop.accumulate)
+                                     processes.shards(config.loop.accumulate))
         if processes.is_main:
             tqdm.write(f"{config.data.path}: {self.batches}", file=sys.stderr)
             if labels and (classes := class_folders(config.data)):
@@ -153,21 +158,22 @@ class FineTuningTask(Task):
     def networks(self, model: Conditional) -> list[nn.Module]:
         return [model.transformer]
 
-    def loss(self, average: Conditional, batch: CachedBatch, step: int, shard: Shard) -> dict[str, Tensor]:
+    def loss(self, average: Conditional, part: FolderPart, step: int, shard: Shard) -> dict[str, Tensor]:
         config, objective = self.config, self.config.objective
-        latents, conditions, features = batch
-        total, device = len(latents), next(self.model.parameters()).device
-        shift = time_shift(latents.shape[2] * self.factor, latents.shape[3] * self.factor, config.shift_base)
-        drawn = draw_noise(latents.shape, config.dropout, self.transport, objective, shift)
-        y = self.conditions.batch(conditions, drawn.dropped)
-        latents, y, own = shard.take(latents).to(device), shard.take(y).to(device), drawn.take(shard, device)
+        total, device = part.total, next(self.model.parameters()).device
+        _, channels, height, width = part.latents.shape
+        shift = time_shift(height * self.factor, width * self.factor, config.shift_base)
+        drawn = draw_noise((total, channels, height, width), config.dropout, self.transport, objective, shift)
+        own = drawn.take(shard, device)
+        latents = part.latents.to(device, non_blocking=True)
+        y = self.conditions.batch(part.conditions, own.dropped, self.conditions.longest(part.lengths, drawn.dropped)).to(device)
         more: dict[str, Any] = {}
         if objective.enhance_target or objective.target == "composed":
             more["ema_model"] = average.transformer
         if objective.enhance_target:
             more["y_null"] = self.conditions.null_like(y).to(device)
-        if features is not None:
-            more["h_target"] = shard.take(features).to(device)
+        if part.features is not None:
+            more["h_target"] = part.features.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.autocast):
             losses = transition_loss(
                 self.model.transformer, latents, own.noise, y, transport=self.transport, config=objective,

@@ -64,7 +64,8 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 class Task:
     """What a run trains and writes. Subclasses set the attributes and implement `loss`, `sample` and `export`.
 
-    model: trained; its EMA is exported. batches[k]: the batch of step k. folder: of checkpoints, metrics.csv and sample images.
+    model: trained; its EMA is exported. batches[k]: the shards of batch k that this process computes, in order; each has as `total`
+    the number of items in the whole batch. folder: of checkpoints, metrics.csv and sample images.
     settings: the configuration, for the record. not_averaged: submodules of the model that the EMA lacks.
     frozen: networks beside the model whose weights must be the same when the run is resumed, by name.
     """
@@ -84,8 +85,8 @@ class Task:
         """The networks in the model or in its EMA that FSDP2 shards, after their blocks."""
         return []
 
-    def loss(self, average: nn.Module, batch: Any, step: int, shard: Shard) -> dict[str, Tensor]:
-        """Named means over a shard of the batch, of which "loss" is minimised. average: the EMA of the model."""
+    def loss(self, average: nn.Module, part: Any, step: int, shard: Shard) -> dict[str, Tensor]:
+        """Named means over `part`, a shard of the batch, of which "loss" is minimised. average: the EMA of the model."""
         raise NotImplementedError
 
     def sample(self, average: nn.Module, step: int) -> Image.Image:
@@ -126,8 +127,8 @@ class Step(nn.Module):
         self.model, self.task = task.model, task
         object.__setattr__(self, "average", average)  # not a submodule: the EMA has no gradients
 
-    def forward(self, batch, step: int, shard: Shard) -> dict[str, Tensor]:
-        return self.task.loss(self.average, batch, step, shard)
+    def forward(self, part: Any, step: int, shard: Shard) -> dict[str, Tensor]:
+        return self.task.loss(self.average, part, step, shard)
 
 
 def train(config: LoopConfig, task: Task) -> Path:
@@ -162,7 +163,7 @@ def train(config: LoopConfig, task: Task) -> Path:
         return _export(task, full_state_dict(average, processes), record(start), processes)
     loader = torch.utils.data.DataLoader(
         task.batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None, persistent_workers=False)
+        prefetch_factor=4 if config.workers else None, pin_memory=processes.device.type == "cuda")
     shards = processes.shards(config.accumulate)
     parameters = trained(model)
     averaged = {name: p for name, p in average.named_parameters() if name in parameters}
@@ -176,10 +177,10 @@ def train(config: LoopConfig, task: Task) -> Path:
                 for options in optimizer.param_groups:
                     options["lr"] = options["base_lr"] * learning_rate(config, step, options["start_step"])
             losses: dict[str, Tensor] = {}
-            for shard in shards:
+            for shard, part in zip(shards, batch, strict=True):
                 torch.manual_seed(config.seed * 1_000_003 + step)  # every shard draws the numbers of the whole batch and takes its own
                 synchronise(step_loss, units, shard is shards[-1])
-                some = step_loss(batch, step, shard)
+                some = step_loss(part, step, shard)
                 (some["loss"] / len(shards)).backward()
                 for name, value in some.items():
                     losses[name] = losses.get(name, 0.0) + value.detach().float() / len(shards)
@@ -195,7 +196,7 @@ def train(config: LoopConfig, task: Task) -> Path:
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value
             counted += 1
-            images += len(batch[0])
+            images += batch[0].total
             done = step + 1
             bar.update()
             late = config.seconds and bool(processes.mean(torch.tensor(float(time.monotonic() - started > config.seconds))) > 0)

@@ -19,7 +19,7 @@ from ..models.text_encoder import TextEncoder, Tokenizer
 from ..models.transformer import TransitionTransformer
 from ..processes import Shard, find_processes
 from ..shapes import scenes
-from ..shapes.batches import ShapesBatches, render_samples
+from ..shapes.batches import ShapesBatches, ShapesPart, render_samples
 from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
 from ..transport import OTFM
 from ..weights import previews
@@ -149,7 +149,7 @@ class TransitionTask(Task):
         config.data.check_multiples(self.factor * config.transformer.patch_size)
         self.coder = copy.deepcopy(self.autoencoder)  # moved to the device of the run; `autoencoder` stays on the CPU for the export
         self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
-        self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
+        self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
 
     def param_groups(self, config: LoopConfig) -> list[ParamGroup]:
         """The critic has learning rates of its own, and the rest waits until its warm-up is over."""
@@ -165,12 +165,11 @@ class TransitionTask(Task):
     def networks(self, model: TextToImage) -> list[nn.Module]:
         return [model.transformer, *([model.critic] if model.critic is not None else []), model.text.transformer]
 
-    def loss(self, average: TextToImage, batch: tuple[Tensor, list[str]], step: int, shard: Shard) -> dict[str, Tensor]:
-        images, captions = batch
-        config, objective, total = self.config, self.config.objective_at(step), len(captions)
+    def loss(self, average: TextToImage, part: ShapesPart, step: int, shard: Shard) -> dict[str, Tensor]:
+        config, objective, total, (height, width) = self.config, self.config.objective_at(step), part.total, part.images.shape[2:]
         device = next(self.model.parameters()).device
-        shape = (total, self.channels, images.shape[2] // self.factor, images.shape[3] // self.factor)
-        drawn = draw_noise(shape, config.text_dropout, self.transport, objective, time_shift(*images.shape[2:], config.shift_base))
+        shape = (total, self.channels, height // self.factor, width // self.factor)
+        drawn = draw_noise(shape, config.text_dropout, self.transport, objective, time_shift(height, width, config.shift_base))
         jumps = trajectories = None
         if config.matching:
             count = subset_size("matching.batch_fraction", config.matching.batch_fraction, total, shard)
@@ -180,10 +179,10 @@ class TransitionTask(Task):
             trajectories = draw_distillation_noise((count, *shape[1:]), config.distillation)
         own = drawn.take(shard, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.autocast):
-            prompts = ["" if drop else caption for drop, caption in zip(drawn.dropped, captions)]
+            prompts = ["" if drop else caption for drop, caption in zip(drawn.dropped, part.captions)]
             conditions = self.encode_prompts(
                 shard.take(prompts), self.model.max_tokens(prompts), bool(objective.enhance_target or jumps or trajectories))
-            pixels = shard.take(images).to(device).contiguous(memory_format=torch.channels_last)
+            pixels = part.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
             latents = self.encode_images(pixels)
             losses = transition_loss(
                 self.model.transformer, latents, own.noise, conditions.y, transport=self.transport, config=objective,

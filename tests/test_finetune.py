@@ -20,6 +20,7 @@ from tim_core.errors import TimError
 from tim_core.images import to_pil
 from tim_core.models.config import TransformerConfig
 from tim_core.models.transformer import TransitionTransformer
+from tim_core.processes import Processes, Shard
 from tim_core.shapes import detector, scenes
 from tim_core.training import folder as pictures
 from tim_core.training import loop, run
@@ -142,8 +143,8 @@ def test_rare_sizes_join_similar_ones(tmp_path):
 def test_prompts_are_padded_with_their_own_pad_row():
     rows = [torch.arange(2.0)[:, None], torch.arange(10.0, 14)[:, None]]  # the last of each is its pad row
     null = torch.tensor([[7.0], [8.0]])
-    assert padded(rows, null, [False, False])[..., 0].tolist() == [[0, 1, 1], [10, 11, 12]]
-    assert padded(rows, null, [False, True])[..., 0].tolist() == [[0], [7]]
+    assert padded(rows, null, [False, False], 3)[..., 0].tolist() == [[0, 1, 1], [10, 11, 12]]
+    assert padded(rows, null, [False, True], 1)[..., 0].tolist() == [[0], [7]]
 
 
 def test_a_folder_is_trained_on_and_what_is_broken_is_named_once(tmp_path, tiny, data, caplog):
@@ -233,10 +234,37 @@ def test_an_empty_folder_is_refused(tmp_path, tiny):
 def test_batches_hold_one_size_and_as_many_tokens(tmp_path, tiny, data):
     encode = pictures.Encoder(tmp_path, "none", lambda picture: torch.zeros(1, 4, 1, 1), lambda caption: torch.zeros(1))
     items = [Item(data / "0.png", "a", *size) for size in [(64, 64)] * 3 + [(128, 64)]]
-    batches = pictures.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=8, seed=0, parts=2)
+    batches = pictures.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=8, seed=0, shards=[Shard(0, 2)])
     assert batches.sizes == [(64, 64), (128, 64)] and batches.counts == [8, 4]
     # three pictures in batches of eight, one in batches of four: 3/8 to 1/4
     assert batches.weights.tolist() == pytest.approx([0.6, 0.4])
+
+
+def test_a_shard_loads_only_its_own_files(tmp_path, data, monkeypatch):
+    """Together the shards of two processes with two parts each are the whole batch; all of them know how long its texts are."""
+    def encode_condition(caption):
+        return torch.full((2 + int(caption), 1), float(caption))
+
+    encode = pictures.Encoder(tmp_path, "none", lambda image: {"latent": image[:, :, ::8, ::8]}, encode_condition)
+    items = [Item(data / f"{k}.png", str(k), 64, 64) for k in range(5)]
+    for item in items:
+        encode.keep(item)
+    loaded, load = [], pictures.load_file
+    monkeypatch.setattr(pictures, "load_file", lambda file: loaded.append(file) or load(file))
+
+    def batches(shards):
+        return pictures.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=7, seed=0, shards=shards)
+
+    (whole,) = batches([Shard()])[2]
+    assert whole.total == len(loaded) == 7 and whole.lengths == [len(rows) for rows in whole.conditions] and len(set(whole.lengths)) == 5
+    for index in range(2):
+        shards = Processes(index, 2, torch.device("cpu")).shards(accumulate=2)
+        loaded.clear()
+        parts = batches(shards)[2]
+        assert len(loaded) == (4, 3)[index]
+        for shard, part in zip(shards, parts, strict=True):
+            assert torch.equal(part.latents, shard.take(whole.latents)) and part.lengths == whole.lengths
+            assert [rows.tolist() for rows in part.conditions] == [rows.tolist() for rows in shard.take(whole.conditions)]
 
 
 def test_a_lora_starts_as_nothing_and_learns(tmp_path, tiny, data):

@@ -17,38 +17,59 @@ from safetensors.torch import load_file, save_file
 from tests.test_training import autoencoder_yaml, tim_yaml
 from tim_core.errors import TimError
 from tim_core.processes import Shard, find_processes
+from tim_core.shapes.batches import ShapesBatches
 from tim_core.training import run
+from tim_core.training.config import SizesConfig
+
+SIZES = {"32x32": 0.5, "32x64": 0.5}  # as tim_yaml has them
 
 # What is started twice. It runs the configurations named in its folder's files 0, 1, ... and answers with how much of the weights each
-# process held; an error ends both processes.
+# process held, and how many images it rendered and encoded; an error ends both processes.
 WORKER = """
 import json, os, sys, threading, time
 from pathlib import Path
+from tim_core.models.autoencoder import Autoencoder
+from tim_core.shapes import scenes
 from tim_core.training import loop, run
+from tim_core.training.transition import TransitionTask
 
 def end_with_the_tests():
     os.read(0, 1)  # returns when pytest closes the pipe, or dies
     os._exit(0)
 
 threading.Thread(target=end_with_the_tests, daemon=True).start()
-folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-wrap = loop.distribute
+folder, rank, counts = Path(sys.argv[1]), os.environ["RANK"], {}
+wrap, render, encode, export = loop.distribute, scenes.render, Autoencoder.encode, TransitionTask.export
+
+def counting_render(*args):
+    counts["rendered"] += 1
+    return render(*args)
+
+def counting_encode(self, images):
+    counts["encoded"] += len(images)
+    return encode(self, images)
+
+def uncounted_export(self, *args):  # it fits preview colours to images of its own
+    before = dict(counts)
+    made = export(self, *args)
+    counts.update(before)
+    return made
 
 def watched(step, parts, processes, how):
     wrapped = wrap(step, parts, processes, how)
     weights = list(step.model.parameters())
     held = sum(loop.local_shard(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights)
-    said.update(processes=processes.count, held=held, wrapper=type(wrapped).__name__)
+    counts.update(processes=processes.count, held=held, wrapper=type(wrapped).__name__)
     return wrapped
 
-loop.distribute = watched
+loop.distribute, scenes.render, Autoencoder.encode, TransitionTask.export = watched, counting_render, counting_encode, uncounted_export
 for number in range(1000):
     while not (asked := folder / str(number)).exists():
         time.sleep(0.01)
-    said = {}
+    counts.update(rendered=0, encoded=0)
     run([asked.read_text()])
     answer = folder / f"{number}.{rank}.json"
-    answer.with_suffix(".tmp").write_text(json.dumps(said))
+    answer.with_suffix(".tmp").write_text(json.dumps(counts))
     answer.with_suffix(".tmp").rename(answer)
 """
 
@@ -187,6 +208,8 @@ def test_two_processes_train_as_one(launch, folder, alone, how):
         assert all(word["held"] == 1 and word["wrapper"] == "DistributedDataParallel" for word in said)
     else:
         assert all(0.4 < word["held"] < 0.6 for word in said)
+    images = sum(part.total for step in range(6) for part in ShapesBatches(SizesConfig(SIZES), 4, seed=0)[step])
+    assert all(word["rendered"] == word["encoded"] == images / 2 for word in said)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
     assert agree(two, one)
 

@@ -16,6 +16,7 @@ from tests.support import load_all
 from tim_core.cli import main
 from tim_core.errors import TimError
 from tim_core.models import attention
+from tim_core.processes import Processes, Shard
 from tim_core.shapes import scenes
 from tim_core.shapes.batches import ShapesBatches
 from tim_core.shapes.tokenizer import WORD_START, vocabulary
@@ -201,21 +202,44 @@ def test_numbers_may_be_written_as_yaml_writes_them(tmp_path):
 def test_batches_are_a_function_of_seed_and_step():
     data = ShapesBatches(SizesConfig({"64x64": 0.5, "48x96": 0.5}), 6, seed=3)
     for step in range(8):
-        pictures, captions = data[step]
-        again, same = data[step]
-        assert torch.equal(pictures, again) and captions == same
-        assert pictures.shape[-2:] in [(64, 64), (96, 48)] and pictures.shape[0] == len(captions)
-        assert pictures.min() >= -1 and pictures.max() <= 1
-    assert data[0][1] != ShapesBatches(SizesConfig({"64x64": 0.5, "48x96": 0.5}), 6, seed=4)[0][1]
+        ((images, captions),), ((again, same),) = data[step], data[step]
+        assert torch.equal(images, again) and captions == same
+        assert images.shape[-2:] in [(64, 64), (96, 48)] and len(images) == len(captions)
+        assert images.min() >= -1 and images.max() <= 1
+    assert data[0][0].captions != ShapesBatches(SizesConfig({"64x64": 0.5, "48x96": 0.5}), 6, seed=4)[0][0].captions
+
+
+def test_a_shard_renders_only_its_own_images(monkeypatch):
+    """Together the shards of two processes with two parts each are the whole batch, whose images all differ."""
+    rendered, render = [], scenes.render
+    monkeypatch.setattr(scenes, "render", lambda *args: rendered.append(args) or render(*args))
+    sizes = SizesConfig({"32x32": 1.0}, forms={"single": 1.0})
+    (whole,) = ShapesBatches(sizes, 10, seed=3)[5]
+    assert whole.total == len(rendered) == 10 and len({image.numpy().tobytes() for image in whole.images}) == 10
+    for index in range(2):
+        shards = Processes(index, 2, torch.device("cpu")).shards(accumulate=2)
+        rendered.clear()
+        parts = ShapesBatches(sizes, 10, seed=3, shards=shards)[5]
+        assert len(rendered) == 5 == sum(len(part.images) for part in parts)
+        for shard, part in zip(shards, parts, strict=True):
+            assert torch.equal(part.images, shard.take(whole.images)) and part.captions == whole.captions and part.total == 10
+
+
+def test_a_batch_has_an_image_for_every_shard():
+    sizes = SizesConfig({"32x32": 0.9, "32x64": 0.1})
+    assert ShapesBatches(sizes, 4, 0, [Shard(0, 2)]).count((32, 64)) == 2
+    with pytest.raises(TimError, match="loop.batch: 2 images of 32x64 for 3 processes"):
+        ShapesBatches(sizes, 4, 0, [Shard(0, 3)])
 
 
 def test_relations_may_be_chosen():
     chosen = ShapesBatches(SizesConfig(forms={"position": 1.0}, relations=("above", "below")), 16, 0)
-    assert {word for caption in chosen[0][1] for word in ("above", "below", "left", "right") if word in caption} == {"above", "below"}
+    ((_, captions),) = chosen[0]
+    assert {word for caption in captions for word in ("above", "below", "left", "right") if word in caption} == {"above", "below"}
 
 
 def test_training_captions_cover_every_form():
-    captions = [c for step in range(60) for c in ShapesBatches(SizesConfig(), 4, seed=0)[step][1]]
+    captions = [c for step in range(60) for c in ShapesBatches(SizesConfig(), 4, seed=0)[step][0].captions]
     assert any(" and " in c for c in captions) and any(c.split()[0] in ("two", "three", "four") for c in captions)
     assert any("left of" in c for c in captions) and any(len(c.split()) == 2 for c in captions)
 
@@ -390,14 +414,15 @@ def test_a_critic_learns_first_and_by_its_own_optimiser(tmp_path, monkeypatch):
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
     before, real = {}, training_loop.optimizers
 
-    def spied(config, model, matching):
-        before.update({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-        found, names = real(config, model, matching), {id(p): name for name, p in model.named_parameters()}
+    def spied(config, groups):
+        trained = {name: p for group in groups for name, p in group.parameters.items()}
+        before.update({name: p.detach().clone() for name, p in trained.items()})
+        found, names = real(config, groups), {id(p): name for name, p in trained.items()}
         for optimizer in found:
             (group,) = optimizer.param_groups
             own, muon = {names[id(p)] for p in group["params"]}, isinstance(optimizer, torch.optim.Muon)
             (of_critic,) = {name.startswith("critic.") for name in own}
-            rates = (matching.critic_lr, matching.critic_muon_lr) if of_critic else (config.lr, config.muon_lr)
+            rates = (3e-4, 0.02) if of_critic else (config.lr, config.muon_lr)
             assert group["lr"] == rates[muon] and group["start_step"] == (0 if of_critic else 4)
             assert all(muon == ("blocks." in name and "adaLN" not in name and before[name].ndim == 2) for name in own)
         assert len(found) == 4

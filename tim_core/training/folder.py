@@ -1,11 +1,13 @@
 """A folder of images for fine-tuning: scanned, cropped to native sizes, encoded once, and drawn in batches of one size."""
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +19,10 @@ from tqdm import tqdm
 
 from ..errors import TimError, one_line
 from ..files import atomic_write
-from ..processes import Processes
+from ..processes import Processes, Shard
 from .config import FolderConfig
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CachedBatch = tuple[Tensor, list[Tensor], Tensor | None]  # latents, conditions, features of an image encoder
 VERSION = "3"  # of cached files; files of another version are encoded again
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised for images that it cannot read
 
@@ -154,19 +155,33 @@ class UnreadableImage(Exception):
     """An image file that cannot be read."""
 
 
-class FolderBatches(torch.utils.data.Dataset):
-    """batches[k]: latents (B, C, h, w), B conditions (text features (M, D), or labels), features (B, N, z_dim) of an image encoder or None.
+class FolderPart(NamedTuple):
+    """A shard of a batch: latents (B, C, h, w), B conditions (text features (M, D), or labels), features (B, N, z_dim) or None.
 
-    A batch has one size and is a pure function of (seed, k). All images are equally likely.
+    lengths: the rows of every condition in the whole batch, 1 for a label.
     """
 
-    def __init__(self, config: FolderConfig, items: list[Item], encode: "Encoder", batch: int, seed: int, parts: int):
-        self.files = {}
+    latents: Tensor
+    conditions: list[Tensor]
+    features: Tensor | None
+    lengths: list[int]
+
+    @property
+    def total(self) -> int:
+        """The number of items in the whole batch."""
+        return len(self.lengths)
+
+
+class FolderBatches(torch.utils.data.Dataset):
+    """batches[k]: the `shards` of batch k. A batch has one size and is a pure function of (seed, k). All images are equally likely."""
+
+    def __init__(self, config: FolderConfig, items: list[Item], encode: "Encoder", batch: int, seed: int, shards: Sequence[Shard]):
+        self.files, self.shards, self.labels = {}, shards, isinstance(items[0].caption_or_label, int)
         for item in items:
             self.files.setdefault((item.width, item.height), []).append(encode.cache_path(item))
         self.sizes = sorted(self.files)
         tokens = [batch * config.base_pixels / (width * height) for width, height in self.sizes]
-        self.counts = [max(parts, round(count)) for count in tokens]
+        self.counts = [max(shards[0].count, round(count)) for count in tokens]
         weights = np.array([len(self.files[size]) / count for size, count in zip(self.sizes, self.counts)])
         self.weights, self.seed = weights / weights.sum(), seed
 
@@ -176,15 +191,27 @@ class FolderBatches(torch.utils.data.Dataset):
         found = [f"{len(self.files[self.sizes[k]])} of {'x'.join(map(str, self.sizes[k]))} in batches of {self.counts[k]}" for k in order]
         return f"{sum(map(len, self.files.values()))} images: " + ", ".join(found[:6] + ["..."] * (len(found) > 6))
 
-    def __getitem__(self, step: int) -> "CachedBatch":
+    def __getitem__(self, step: int) -> list[FolderPart]:
         rng = np.random.default_rng([self.seed, step])
         which = int(rng.choice(len(self.sizes), p=self.weights))
         files, count = self.files[self.sizes[which]], self.counts[which]
         # no repeats before all images were drawn; a small folder is drawn several times per batch
         order = np.concatenate([rng.permutation(len(files)) for _ in range(-(-count // len(files)))])[:count]
-        kept = [load_file(files[i]) for i in order]
+        lengths = [1 if self.labels else condition_rows(files[i]) for i in order]
+        return [self.load([files[i] for i in shard.take(order)], lengths) for shard in self.shards]
+
+    def load(self, files: list[Path], lengths: list[int]) -> FolderPart:
+        """The shard with these cached files."""
+        kept = [load_file(file) for file in files]
         features = torch.stack([one["features"] for one in kept]) if "features" in kept[0] else None
-        return torch.stack([one["latent"].float() for one in kept]), [one["condition"] for one in kept], features
+        return FolderPart(torch.stack([one["latent"].float() for one in kept]), [one["condition"] for one in kept], features, lengths)
+
+
+@functools.cache
+def condition_rows(file: Path) -> int:
+    """The rows of the text features in a cached file. Reads its header alone."""
+    with safe_open(file, "pt") as opened:
+        return opened.get_slice("condition").get_shape()[0]
 
 
 def readable(file: Path) -> bool:

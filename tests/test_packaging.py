@@ -48,7 +48,7 @@ def test_its_metadata(wheel):
     assert (fields["Name"], fields["Version"], fields["License-Expression"]) == ("transition-models", tim_core.__version__, "Apache-2.0")
     needed = re.findall(r"Requires-Dist: ([\w.-]+)([^;\n]*)(;.*)?", metadata)
     plain = {name.lower(): version for name, version, extra in needed if not extra}
-    assert plain["torch"] == "" and set(plain) <= {
+    assert plain["torch"] == ">=2.7" and set(plain) <= {
         "torch", "numpy", "safetensors", "transformers", "tokenizers", "pillow", "pyyaml", "scipy", "tqdm"}  # what ComfyUI installs too
     assert set(re.findall(r"Provides-Extra: (\w+)", metadata)) == {"train", "flash", "test", "dev"}
     assert "tim = tim_core.cli:main" in read(wheel, "/entry_points.txt")

@@ -185,7 +185,7 @@ def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target,
 def test_fewer_trajectories_than_parts_are_an_error(folder):
     config = configuration(folder, "few", "teacher", ", accumulate: 2")
     config.write_text("distillation: {batch_fraction: 0.1}\n" + config.read_text())
-    with pytest.raises(TimError, match="distillation.batch_fraction is 0.1, 1 of 4 items, for 2 "):
+    with pytest.raises(TimError, match="distillation.batch_fraction is 0.1, 1 of 2 items, for 2 "):
         run([config])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from tim_core.errors import TimError
 from tim_core.images import to_pil
 from tim_core.models.config import TransformerConfig
 from tim_core.models.transformer import TransitionTransformer
-from tim_core.processes import Processes, Shard
+from tim_core.processes import ALONE, Processes, Shard
 from tim_core.shapes import detector, scenes
 from tim_core.training import folder as pictures
 from tim_core.training import loop, run
@@ -204,13 +205,40 @@ def test_another_text_model_finds_nothing_in_the_cache(tmp_path, tiny, data):
     assert len(list((tmp_path / "pictures.cache").glob("*.safetensors"))) == 2 * 5
 
 
+def test_images_of_one_size_are_encoded_together(tmp_path, data, monkeypatch, caplog):
+    """As many as fit into ENCODE_PIXELS, without the unreadable ones, and each is cached with its own caption."""
+    shapes, asked = [], []
+
+    def encode_images(images):
+        shapes.append(tuple(images.shape))
+        return {"latent": images[:, :1, ::8, ::8]}
+
+    def encode_captions(captions):
+        asked.append(captions)
+        return [torch.tensor([[float(len(caption))]]) for caption in captions]
+
+    monkeypatch.setattr(pictures, "ENCODE_PIXELS", 2 * 64 * 64)
+    draw(data / "1.png", 64, 64, (0, 0, 0), "a long caption of a black square")
+    encode = pictures.Encoder(tmp_path / "cache", "none", encode_images, encode_captions)
+    items = pictures.prepare(FolderConfig(str(data), min_bucket_size=1), encode, 8, False, ALONE)
+    assert sorted(shapes) == [(1, 3, 64, 64), (1, 3, 64, 96), (1, 3, 96, 64), (2, 3, 64, 64)] and sum(map(len, asked)) == 5
+    assert "cut.jpg" in caplog.text
+    for item in items:
+        kept = load_file(encode.cache_path(item))
+        assert kept["condition"].item() == len(item.caption_or_label)
+        assert torch.equal(kept["latent"], pictures.open_image(item)[:1, ::8, ::8])
+
+
 def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, tiny, data):
     run([yaml(tmp_path, tiny, data, "first")])
     files = sorted((tmp_path / "pictures.cache").glob("*.safetensors"))
-    whole = [file.read_bytes() for file in files]
-    files[0].write_bytes(whole[0][:-10])
+    whole = [safetensors.torch.load(file.read_bytes()) for file in files]
+    files[0].write_bytes(files[0].read_bytes()[:-10])
+    changed = [file.stat().st_mtime_ns for file in files]
     run([yaml(tmp_path, tiny, data, "second")])
-    assert [file.read_bytes() for file in files] == whole
+    assert [file.stat().st_mtime_ns == before for file, before in zip(files, changed)] == [False] + [True] * 4
+    again = load_file(files[0])  # encoded alone, not with its neighbours: equal within rounding
+    assert again.keys() == whole[0].keys() and all(torch.allclose(again[name], value, atol=1e-4) for name, value in whole[0].items())
 
 
 def test_the_cache_is_encoded_once(tmp_path, tiny, data, monkeypatch):
@@ -232,7 +260,7 @@ def test_an_empty_folder_is_refused(tmp_path, tiny):
 
 
 def test_batches_hold_one_size_and_as_many_tokens(tmp_path, tiny, data):
-    encode = pictures.Encoder(tmp_path, "none", lambda picture: torch.zeros(1, 4, 1, 1), lambda caption: torch.zeros(1))
+    encode = pictures.Encoder(tmp_path, "none", lambda images: {}, lambda captions: [])
     items = [Item(data / "0.png", "a", *size) for size in [(64, 64)] * 3 + [(128, 64)]]
     batches = pictures.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=8, seed=0, shards=[Shard(0, 2)])
     assert batches.sizes == [(64, 64), (128, 64)] and batches.counts == [8, 4]
@@ -242,13 +270,12 @@ def test_batches_hold_one_size_and_as_many_tokens(tmp_path, tiny, data):
 
 def test_a_shard_loads_only_its_own_files(tmp_path, data, monkeypatch):
     """Together the shards of two processes with two parts each are the whole batch; all of them know how long its texts are."""
-    def encode_condition(caption):
-        return torch.full((2 + int(caption), 1), float(caption))
+    def encode_captions(captions):
+        return [torch.full((2 + int(caption), 1), float(caption)) for caption in captions]
 
-    encode = pictures.Encoder(tmp_path, "none", lambda image: {"latent": image[:, :, ::8, ::8]}, encode_condition)
+    encode = pictures.Encoder(tmp_path, "none", lambda images: {"latent": images[:, :, ::8, ::8]}, encode_captions)
     items = [Item(data / f"{k}.png", str(k), 64, 64) for k in range(5)]
-    for item in items:
-        encode.keep(item)
+    encode.keep(items)
     loaded, load = [], pictures.load_file
     monkeypatch.setattr(pictures, "load_file", lambda file: loaded.append(file) or load(file))
 

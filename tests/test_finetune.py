@@ -23,8 +23,8 @@ from tim_core.models.config import TransformerConfig
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.processes import ALONE, Processes, Shard
 from tim_core.shapes import detector, scenes
+from tim_core.training import finetune, loop, run
 from tim_core.training import folder as pictures
-from tim_core.training import loop, run
 from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
 from tim_core.training.finetune import padded
 from tim_core.training.folder import Item, native_size, scan
@@ -315,6 +315,33 @@ def test_a_lora_starts_as_nothing_and_learns(tmp_path, tiny, data):
     assert "the state of a training run" in str(describe(tmp_path / "lora" / "step-00000004.pt"))
     layer = "diffusion_model.blocks.0.attn.qkv"
     assert tensors[f"{layer}.lora_B.weight"].abs().max() > 0 and tensors[f"{layer}.alpha"] == 4
+
+
+def test_a_lora_keeps_its_frozen_base_in_bfloat16(tmp_path, tiny, data, monkeypatch):
+    """With autocast, which rounds its layers at every use: losses and adapter are those on a float32 base."""
+    bases, made, rows = {}, {}, {}
+    real = finetune.train
+
+    def spied(config, task):
+        bases[name] = {key: p for key, p in task.model.named_parameters()}
+        return real(config, task)
+
+    monkeypatch.setattr(finetune, "train", spied)
+    for name in ("bfloat16", "float32"):
+        if name == "float32":
+            monkeypatch.setattr(finetune, "round_base", lambda network: None)
+        config = yaml(tmp_path, tiny, data, name, "lora: {rank: 2}\n", ", lr: 0.05")
+        config.write_text(config.read_text().replace("autocast: false", "autocast: true"))
+        (made[name],) = run([config])
+        rows[name] = [row["loss"] for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
+    learned = {key for key, p in bases["bfloat16"].items() if p.requires_grad}
+    assert learned and all("lora_" in key and bases["bfloat16"][key].dtype == torch.float32 for key in learned)
+    large = {key for key, p in bases["bfloat16"].items() if p.ndim > 1} - learned
+    assert large and all(bases["bfloat16"][key].dtype == torch.bfloat16 for key in large)
+    assert all(p.dtype == torch.float32 for p in bases["float32"].values())
+    assert rows["bfloat16"] == rows["float32"]
+    one, other = (load_file(made[name]) for name in ("bfloat16", "float32"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.comfyui

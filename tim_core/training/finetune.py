@@ -22,7 +22,7 @@ from ..weights.save import check_output_path, pack
 from .config import FineTuning, export_path, recorded, time_shift
 from .folder import VERSION, Encoder, FolderBatches, FolderPart, class_folders, prepare
 from .loop import Task, train
-from .lora import add_lora, save_lora
+from .lora import add_lora, round_base, save_lora
 from .noise import draw_noise
 from .objectives.transition import transition_loss
 from .repa import ImageEncoder, check_projector, image_features, name_of
@@ -120,6 +120,8 @@ class FineTuningTask(Task):
         if config.lora:
             torch.manual_seed(config.loop.seed)
             add_lora(self.model.transformer, config.lora)
+            if config.loop.autocast:
+                round_base(self.model.transformer)
         else:
             self.plain = load_transformer(self.parts, dtype=torch.float32, device="meta", projector=True)
 

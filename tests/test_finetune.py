@@ -274,8 +274,8 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
         to_pil(torch.from_numpy(scenes.render(scene))).save(place / f"{k}.png")
         (place / f"{k}.txt").write_text(f"a amber {shape}")
     config = tmp_path / "amber.yaml"
-    text = (Path(__file__).parent.parent / "configs" / "tim-shapes-lora.yaml").read_text()
-    config.write_text(text.replace("~/tim-runs/tim-shapes-lora", f"{tmp_path}/out").replace("path: pictures", f"path: {place}"))
+    text = (Path(__file__).parent.parent / "configs" / "tim-shapes" / "lora.yaml").read_text()
+    config.write_text(text.replace("~/tim-runs/tim-shapes/lora", f"{tmp_path}/out").replace("path: pictures", f"path: {place}"))
     (made,) = run([config])
     name = comfyui.add("loras", made, "amber.safetensors")
 

@@ -178,10 +178,11 @@ def test_the_ablations_are_configurations(tmp_path):
 
 
 def test_the_ready_configurations_are_read():
-    kinds = {path.stem: type(read(path, {**KINDS, "finetune": FineTuning})).__name__ for path in (ROOT / "configs").glob("*.yaml")}
-    assert kinds["tim-shapes"] == kinds["tim-shapes-twin"] == "TransitionTraining" and kinds["tim-shapes-decoder"] == "AutoencoderTraining"
-    assert all(kinds[name] == "FineTuning" for name in ("t2i-finetune", "t2i-lora", "c2i-finetune", "tim-shapes-lora"))
-    first, twin = (read(ROOT / "configs" / f"{name}.yaml", KINDS) for name in ("tim-shapes", "tim-shapes-twin"))
+    files = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "docs" / "research" / "configs").glob("*.yaml")]
+    kinds = {path.stem: type(read(path, {**KINDS, "finetune": FineTuning})).__name__ for path in files}
+    assert len(kinds) == len(files) and kinds["tim-shapes"] == "TransitionTraining" and kinds["tim-shapes-decoder"] == "AutoencoderTraining"
+    assert all(kinds[name] == "FineTuning" for name in ("t2i-finetune", "t2i-lora", "c2i-finetune", "lora"))
+    first, twin = (read(ROOT / "docs" / "research" / "configs" / f"{name}.yaml", KINDS) for name in ("tim-shapes", "tim-shapes-baseline"))
     assert twin.loop == first.loop and twin.data == first.data and twin.transformer == first.transformer and twin.text == first.text
     assert twin.objective.diffusion_ratio == 1
 

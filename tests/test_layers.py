@@ -42,8 +42,6 @@ def room(dotted: str) -> str:
 @pytest.mark.parametrize("file", sorted((ROOT / "tim_core").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_room_imports_only_what_lies_below(file):
     own = file.relative_to(ROOT / "tim_core").parts[0].removesuffix(".py")
-    if file.relative_to(ROOT) == Path("tim_core/training/__main__.py"):
-        own = "__main__"
     found = {room(name) for name in imports(file)} - {own}
     assert found <= MAY_IMPORT[own], f"{own} imports {sorted(found - MAY_IMPORT[own])}"
     assert all(name.startswith("tim_core.") for name in imports(file))

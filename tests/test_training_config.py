@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -230,12 +231,30 @@ def test_the_ablations_are_configurations(tmp_path):
 
 def test_the_ready_configurations_are_read():
     files = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "docs" / "research" / "configs").glob("*.yaml")]
+    files.remove(ROOT / "configs" / "tim-shapes" / "base.yaml")
     kinds = {path.stem: type(read(path)).__name__ for path in files}
     assert len(kinds) == len(files) and kinds["tim-shapes"] == "TransitionTraining" and kinds["tim-shapes-decoder"] == "AutoencoderTraining"
     assert all(kinds[name] == "FineTuning" for name in ("t2i-finetune", "t2i-lora", "c2i-finetune", "lora"))
     first, twin = (read(ROOT / "docs" / "research" / "configs" / f"{name}.yaml") for name in ("tim-shapes", "tim-shapes-baseline"))
     assert twin.loop == first.loop and twin.data == first.data and twin.transformer == first.transformer and twin.text == first.text
     assert twin.objective.diffusion_ratio == 1
+
+
+RECIPE = {"1-autoencoder": "tim-shapes-autoencoder", "2-decoder": "tim-shapes-decoder", "3-transitions": "tim-shapes",
+          "4-composed": "tim-shapes-flow", "5-matching": "tim-shapes-sharp"}
+
+
+def test_the_recipe_has_the_values_of_recorded_runs():
+    files, outputs = ("output", "checkpoint", "autoencoder", "start"), []
+    for stage, run in RECIPE.items():
+        ours = asdict(read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml"))
+        recorded_run = asdict(read(ROOT / "docs" / "research" / "configs" / f"{run}.yaml"))
+        assert {name: value for name, value in ours.items() if name not in files} == {
+            name: value for name, value in recorded_run.items() if name not in files}
+        assert ours.get("checkpoint") is None  # the bundled model stays as it is
+        for name in ("autoencoder", "start"):
+            assert ours.get(name) is None or os.path.dirname(ours[name]) in outputs, f"{stage}: {name}"
+        outputs.append(ours["output"])
 
 
 def test_missing_file_is_one_line(tmp_path):

@@ -17,7 +17,7 @@ def run(configs: list[str | Path], image_encoder: Callable[[Tensor], Tensor] | N
     try:
         from .config import read
     except ModuleNotFoundError as error:
-        raise TimError(f'training needs the package {error.name}; run: pip install "transition-models[train]"') from None
+        raise TimError(f"training needs the package {error.name}; run: pip install {error.name}") from None
     return [_train(config, image_encoder) for config in [read(path) for path in configs]]
 
 

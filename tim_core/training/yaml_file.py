@@ -1,5 +1,6 @@
 """Reads YAML files of plain values within bounds. The key `base` names another file, whose keys are overridden."""
 
+import math
 import os
 import re
 import stat
@@ -79,7 +80,7 @@ def _load(path: Path) -> dict:
         loader = _Loader(_text(path))
         node = loader.get_single_node()
         if node is not None:
-            _check(node)
+            _check(loader, node)
         values = None if node is None else loader.construct_document(node)
     except OSError as error:
         raise TimError(f"{path}: cannot be read ({error.strerror or error}); name a YAML file") from error
@@ -108,8 +109,8 @@ def _text(path: Path) -> str:
     return data.decode("utf-8-sig")
 
 
-def _check(root: yaml.Node) -> None:
-    """TimError for duplicate keys, of which PyYAML would take the last, for tags of other values, and for more values than MAX_VALUES."""
+def _check(loader: _Loader, root: yaml.Node) -> None:
+    """TimError for duplicate keys, of which PyYAML would take the last, for tags of other values, infinities, and too many values."""
     count = 0
 
     def visit(node: yaml.Node, where: str, depth: int) -> None:
@@ -121,6 +122,8 @@ def _check(root: yaml.Node) -> None:
             raise TimError(f"{where or 'the file'} has the tag {node.tag}; use plain values")
         if isinstance(node, yaml.ScalarNode):
             node.value.encode()  # fails for half of a surrogate pair
+            if node.tag == FLOAT and not math.isfinite(loader.construct_yaml_float(node)):
+                raise TimError(f"{where} is {node.value}; use a finite number")
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
                 visit(value, f"{where}[{index}]", depth + 1)

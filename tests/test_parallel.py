@@ -17,8 +17,8 @@ from tests.test_training import autoencoder_yaml, tim_yaml
 from tim_core.errors import TimError
 from tim_core.processes import Shard, find_processes
 from tim_core.shapes.batches import ShapesBatches
+from tim_core.shapes.config import SizesConfig
 from tim_core.training import run
-from tim_core.training.config import SizesConfig
 
 SIZES = {"32x32": 0.5, "32x64": 0.5}  # as tim_yaml has them
 

@@ -62,7 +62,7 @@ with open(f"{sys.argv[1]}.{counts['index']}.json", "w") as file:
 
 
 def launch(folder, config, resumes=False) -> list[dict]:
-    """Runs a configuration in two processes -> what each said."""
+    """Runs a configuration in two processes -> the report of each."""
     script = folder / "launched.py"
     script.write_text(RUN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -100,7 +100,7 @@ def agree(config, other) -> bool:
     """Whether two runs made the same weights: every tensor in the root mean square, and all weights but one in a thousand, within 1e-4.
 
     AdamW's first step goes by the sign of the gradient, whatever its size. Of a weight whose first gradient is rounding (4e-8 one way, 3e-8
-    the other, seen) that sign is the processor's choice, and the weight is up to two steps off, 2e-3. A tensor that is not learned in step
+    the other, seen) that sign depends on the processor, and the weight is up to two steps off, 2e-3. A tensor that is not learned in step
     is off as a whole.
     """
     one, two = state(config), state(other)
@@ -108,10 +108,10 @@ def agree(config, other) -> bool:
     return all(distance.square().mean().sqrt() < 1e-4 for distance in off) and (torch.cat(off) < 1e-4).float().mean() > 0.999
 
 
-def test_what_agrees(monkeypatch):
+def test_agree_allows_single_weights_only(monkeypatch):
     weights = {"large": torch.zeros(4000), "small": torch.zeros(4)}
     changed = {"none": ("large", slice(0), 0.0), "one weight's sign": ("large", slice(1), 2e-3), "a tensor": ("small", slice(None), 1e-3),
-               "a hundredth": ("large", slice(40), 1e-3), "no numbers": ("small", slice(None), torch.nan)}
+               "a hundredth": ("large", slice(40), 1e-3), "NaN": ("small", slice(None), torch.nan)}
     found = set()
     for name, (tensor, where, by) in changed.items():
         other = {key: value.clone() for key, value in weights.items()}
@@ -150,14 +150,14 @@ def alone(folder, request):
 def test_two_processes_train_as_one(folder, alone, how):
     target, one = alone
     two = configuration(folder, f"{how}-{target}", target, f", parallel: {how}")
-    said = launch(folder, two)
-    assert [word["processes"] for word in said] == [2, 2]
+    reports = launch(folder, two)
+    assert [report["processes"] for report in reports] == [2, 2]
     if how == "ddp":
-        assert all(word["held"] == 1 and word["wrapper"] == "DistributedDataParallel" for word in said)
+        assert all(report["held"] == 1 and report["wrapper"] == "DistributedDataParallel" for report in reports)
     else:
-        assert all(0.4 < word["held"] < 0.6 for word in said)
+        assert all(0.4 < report["held"] < 0.6 for report in reports)
     images = sum(part.total for step in range(6) for part in ShapesBatches(SizesConfig(SIZES), 4, seed=0)[step])
-    assert all(word["rendered"] == word["encoded"] == images / 2 for word in said)
+    assert all(report["rendered"] == report["encoded"] == images / 2 for report in reports)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
     assert agree(two, one)
 
@@ -168,7 +168,7 @@ BY_START = f"matching: {{batch_fraction: 1.0, teacher: start, {PATHS}}}\ndistill
 
 @pytest.mark.parametrize("target, setting", [("composed", "matching: {batch_fraction: 1.0}\n"), ("teacher", BY_START)])
 def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target, setting):
-    """The critic learns in step, too; every process has jumps and trajectories in every step."""
+    """The critic learns the same weights, too; every process has jumps and trajectories in every step."""
     made = {}
     for name, more in (("alone", ""), ("ddp", ", parallel: ddp"), ("fsdp2", ", parallel: fsdp2"), ("parts", ", accumulate: 2")):
         made[name] = configuration(folder, f"matched-{target}-{name}", target, more)
@@ -197,8 +197,8 @@ def test_accumulated_parts_are_one_batch(folder, alone):
     assert agree(parts, one)
 
 
-def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
-    """Its checkpoint after four steps, from one process, is finished by two that slice the weights."""
+def test_another_number_of_processes_resumes_a_run(folder, alone):
+    """Two processes that shard the weights resume the checkpoint of one process after four steps."""
     target, one = alone
     two = configuration(folder, f"handed-over-{target}", target, ", parallel: fsdp2")
     (place := two.with_suffix("")).mkdir()
@@ -212,7 +212,7 @@ def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
     assert agree(two, one)
 
 
-def test_parts_of_a_batch():
+def test_shards_of_a_batch():
     shards = [Shard(index, 3) for index in range(3)]
     assert [shard.take(list(range(7))) for shard in shards] == [[0, 3, 6], [1, 4], [2, 5]]
     assert sum(shard.loss_weight(7) for shard in shards) == pytest.approx(3)
@@ -249,8 +249,8 @@ def test_a_lora_in_two_processes(folder, tmp_path):
         (tmp_path / how).mkdir()
         for name in ("step-00000003.pt", "metrics.csv"):
             shutil.copy(tmp_path / "alone" / name, tmp_path / how)
-        said = launch(tmp_path, two, resumes=True)
-        assert [word["processes"] for word in said] == [2, 2]
+        reports = launch(tmp_path, two, resumes=True)
+        assert [report["processes"] for report in reports] == [2, 2]
         assert torch.allclose(weights(two), weights(one), atol=1e-5)
         made, expected = (load_file(tmp_path / name / "lora.safetensors") for name in (how, "alone"))
         assert all(torch.allclose(made[name], value, atol=1e-5) for name, value in expected.items())
@@ -262,8 +262,8 @@ def test_a_lora_on_a_bfloat16_base_in_two_processes(folder, tmp_path):
     for config in (one, two):
         config.write_text(config.read_text().replace("autocast: false", "autocast: true"))
     run([one])
-    said = launch(tmp_path, two)
-    assert all(0.4 < word["held"] < 0.6 for word in said)
+    reports = launch(tmp_path, two)
+    assert all(0.4 < report["held"] < 0.6 for report in reports)
     assert losses(two) == pytest.approx(losses(one), rel=2e-2, abs=1e-3)
 
 

@@ -52,7 +52,7 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
 
 
 @pytest.mark.parametrize("more", ["", "matching: {batch_fraction: 0.5, critic_warmup_steps: 3}\n"], ids=["", "matching"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, more):
+def test_a_run_killed_by_the_system_resumes_exactly(tmp_path, more):
     """kill -9 at three moments: as the first checkpoint is written, as it is renamed, and somewhere in a step after it."""
     config = autoencoder_yaml(tmp_path)
     run([config])
@@ -209,7 +209,7 @@ def test_weights_that_are_no_numbers_stop_the_run_and_are_not_kept(tmp_path):
         assert all(value.isfinite().all() for value in torch.load(file, weights_only=True)["ema"].values())
 
 
-def test_a_run_goes_on_with_other_values_and_tells(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_lists_changed_values(tmp_path, monkeypatch, capsys):
     run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
     path = tim_yaml(tmp_path)
     path.write_text(path.read_text().replace("epsilon: 0.01", "epsilon: 0.02"))
@@ -217,8 +217,8 @@ def test_a_run_goes_on_with_other_values_and_tells(tmp_path, monkeypatch, capsys
         run([path])
     path.write_text(path.read_text().replace("steps: 6", "steps: 8"))
     run([path])
-    said = capsys.readouterr().err
-    assert "objective.epsilon: 0.01 -> 0.02" in said and "loop.steps: 6 -> 8" in said
+    output = capsys.readouterr().err
+    assert "objective.epsilon: 0.01 -> 0.02" in output and "loop.steps: 6 -> 8" in said
     path.write_text(path.read_text().replace("workers: 0", "workers: 1, weight_decay: 0.5"))
     with pytest.raises(TimError, match="loop.weight_decay"):
         run([path])
@@ -227,8 +227,8 @@ def test_a_run_goes_on_with_other_values_and_tells(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(training_loop, "optimizers", lambda *a: made_by.extend(found := real(*a)) or found)
     (made,) = run([path])
     assert {group["weight_decay"] for optimizer in made_by for group in optimizer.param_groups} == {0.5}
-    said = str(describe(made))
-    assert '6: {"loop.steps": [6, 8], "objective.epsilon": [0.01, 0.02]}' in said and '"loop.weight_decay": [0.01, 0.5]' in said
+    output = str(describe(made))
+    assert '6: {"loop.steps": [6, 8], "objective.epsilon": [0.01, 0.02]}' in output and '"loop.weight_decay": [0.01, 0.5]' in said
     for before, now, key in (("optimizer: muon", "optimizer: adamw", "loop.optimizer"),
                              ("kind: tim", "kind: tim\nadd_embedding: {red: blue}", "add_embedding")):
         other = tmp_path / "other.yaml"
@@ -263,7 +263,7 @@ def test_flash_attention_runs_where_its_numbers_are_half(tmp_path, monkeypatch):
         run([path])
 
 
-def test_a_critic_of_no_numbers_is_not_kept(tmp_path, monkeypatch):
+def test_a_critic_with_nan_weights_is_not_saved(tmp_path, monkeypatch):
     run([autoencoder_yaml(tmp_path)])
     path = tim_yaml(tmp_path, "adamw")
     path.write_text("matching: {batch_fraction: 0.5, critic_lr: 1.0e+30}\n" + path.read_text())
@@ -333,7 +333,7 @@ def test_metrics_of_an_older_version_keep_their_rows(tmp_path):
     assert rows.read_text().split() == ["step,loss,diffusion", "1,0.5,", "2,0.4,3.0"]
 
 
-def test_a_torn_row_of_metrics_is_dropped(tmp_path):
+def test_a_damaged_row_of_metrics_is_dropped(tmp_path):
     run([autoencoder_yaml(tmp_path)])
     rows = tmp_path / "autoencoder" / "metrics.csv"
     whole = rows.read_text()
@@ -380,7 +380,7 @@ def test_other_frozen_weights_are_noticed_at_a_resume(tmp_path):
     run([config])
 
 
-def test_what_does_not_learn_is_not_copied():
+def test_the_ema_shares_frozen_weights():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[0].requires_grad_(False)
     average = training_loop.make_ema(model, share_fixed=True)
@@ -389,7 +389,7 @@ def test_what_does_not_learn_is_not_copied():
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path):
-    """One without the sums that metrics.csv goes on with, and with averages of everything."""
+    """It lacks the sums of the steps not yet in metrics.csv, and has the EMA of frozen weights."""
     config = autoencoder_yaml(tmp_path)
     run([config])
     (last := tmp_path / "autoencoder" / "step-00000006.pt").unlink()
@@ -434,7 +434,7 @@ def test_model_guidance_trains_with_the_averaged_network(tmp_path):
     assert len({tuple(some) for some in losses.values()}) == 3
 
 
-def test_a_share_of_the_starting_weights_can_be_kept(tmp_path):
+def test_the_export_is_interpolated_with_start(tmp_path):
     run([autoencoder_yaml(tmp_path)])
     (first,) = run([tim_yaml(tmp_path, output="first")])
     made = []
@@ -457,7 +457,7 @@ def test_a_made_file_does_not_name_the_home_of_its_maker(tmp_path, monkeypatch):
     assert str(tmp_path) not in str(made.metadata)
 
 
-def test_words_may_begin_alike(tmp_path):
+def test_the_embedding_of_another_word_is_added(tmp_path):
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
     config = tim_yaml(tmp_path, "adamw", "add_embedding")
     config.write_text(f"start: {first}\nadd_embedding: {{above: left}}\n" + config.read_text().replace("steps: 6", "steps: 1").replace(
@@ -471,7 +471,7 @@ def test_words_may_begin_alike(tmp_path):
 
 
 def test_composed_targets_come_from_the_averaged_network(tmp_path):
-    """Two averages of the same run: alike before the first step, apart after it."""
+    """Two EMA rates: the same targets at the first step, other targets after it."""
     run([autoencoder_yaml(tmp_path)])
     transitions = []
     for ema in (0, 0.9):
@@ -484,7 +484,7 @@ def test_composed_targets_come_from_the_averaged_network(tmp_path):
     assert same[0] and not any(same[1:]) and len(same) >= 3
 
 
-def test_the_teacher_of_the_matching_is_the_averaged_network_or_what_the_run_began_from(tmp_path, monkeypatch):
+def test_the_teacher_of_the_matching_is_the_ema_or_start(tmp_path, monkeypatch):
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
     files, found = {}, {}
     for name, teacher in (("average", "average"), ("start", "start"), ("killed", "start")):
@@ -509,8 +509,8 @@ def distilling(folder, name, first, more=""):
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_distilling_what_the_run_began_from(tmp_path, monkeypatch, freeze):
-    """The rest of the network stays near what the teacher answers, and a run that dies goes on with the same teacher."""
+def test_distilling_the_weights_in_start(tmp_path, monkeypatch, freeze):
+    """The rest of the network stays near the teacher, and a killed run resumes with the same teacher."""
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
     more, files, found = "freeze_text: true\n" if freeze else "", {}, {}
     for name in ("whole", "killed"):
@@ -520,11 +520,11 @@ def test_distilling_what_the_run_began_from(tmp_path, monkeypatch, freeze):
         (files[name],) = run([path])
         found[name] = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
     assert [row["distillation"] for row in found["whole"]] == [row["distillation"] for row in found["killed"]]
-    began, ended = (float(found["whole"][step]["diffusion"]) for step in (0, -1))
-    assert began < 1e-6 < 1e-3 < ended  # the teacher is where the run began, and stays there
-    begun, whole, again = (open_state_dict(file)[0] for file in (first, files["whole"], files["killed"]))
+    first_error, last_error = (float(found["whole"][step]["diffusion"]) for step in (0, -1))
+    assert first_error < 1e-6 < 1e-3 < last_error  # the teacher has the weights in start, and keeps them
+    before, whole, again = (open_state_dict(file)[0] for file in (first, files["whole"], files["killed"]))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    changed = {name.split(".")[0] for name in begun if not torch.equal(begun[name], whole[name])}
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], whole[name])}
     assert changed == ({"model"} if freeze else {"model", "text_encoders"}), changed
 
 
@@ -541,8 +541,8 @@ def test_the_distillation_has_a_weight(tmp_path):
     assert thrice["loss"] - once["loss"] == pytest.approx(2 * once["distillation"], rel=1e-4)
 
 
-def test_a_run_goes_on_with_the_teacher_that_it_had(tmp_path, monkeypatch):
-    """Not with other weights in the file that it began from, nor with a text model that has come to learn."""
+def test_a_run_resumes_with_the_same_teacher_or_not_at_all(tmp_path, monkeypatch):
+    """Other weights in `start`, or a text model that is no longer trained, are errors."""
     first, other = (run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path, output=name)])[1] for name in ("first", "other"))
     path = distilling(tmp_path, "killed", first)
     killed(monkeypatch, path, "save", at=2)
@@ -563,13 +563,13 @@ def changed(file):
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("target, said", [("model.bin", "model.bin: .*safetensors"), ("", "is a folder"),
+@pytest.mark.parametrize("target, message", [("model.bin", "model.bin: .*safetensors"), ("", "is a folder"),
                                           ("nowhere/model.safetensors", "nowhere does not exist")])
-def test_a_file_that_cannot_be_written_is_said_before_the_first_step(tmp_path, target, said):
+def test_a_path_that_cannot_be_written_is_an_error_before_the_first_step(tmp_path, target, message):
     run([autoencoder_yaml(tmp_path)])
     path = tim_yaml(tmp_path)
     path.write_text(f"checkpoint: {tmp_path / target}\n" + path.read_text())
-    with pytest.raises(TimError, match=said):
+    with pytest.raises(TimError, match=message):
         run([path])
     assert not (tmp_path / "tim").exists()
 
@@ -609,7 +609,7 @@ def test_the_error_is_a_line_of_its_own(tmp_path, capfd):
     assert capfd.readouterr().err.splitlines()[-1].startswith("tim: error: training: stopped at step")
 
 
-def test_a_run_may_begin_from_another_ones_weights(tmp_path):
+def test_a_run_may_be_initialised_from_another(tmp_path):
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
     more = tim_yaml(tmp_path, output="more")
     text = more.read_text().replace(f"{tmp_path}/autoencoder/autoencoder.safetensors", str(first))  # bfloat16, as packed
@@ -626,8 +626,8 @@ def test_the_made_file_is_a_whole_model(tmp_path):
     assert parts.latent_factor == 8 and parts.autoencoder.config.latent_channels == 4
     cond, null = parts.text_encoder.conditioning(["a red circle"])
     assert cond.shape == null.shape == (1, 4, 16)
-    for picture in (tmp_path / "autoencoder" / "sample-00000006.png", tmp_path / "tim" / "sample-00000006.png"):
-        assert picture.stat().st_size > 0
+    for image in (tmp_path / "autoencoder" / "sample-00000006.png", tmp_path / "tim" / "sample-00000006.png"):
+        assert image.stat().st_size > 0
 
 
 def test_the_world_is_the_one_of_the_facts():

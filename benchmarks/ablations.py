@@ -1,10 +1,10 @@
-"""Trains variants of one small model, each from scratch on the same pictures, and scores them: what of the recipe matters, at what price.
+"""Trains variants of one small model, each from scratch on the same images, and scores them: what of the recipe matters, and what it costs.
 
-    python benchmarks/ablations.py --seeds 0,1,2 --only paper,jvp,twin        train what is missing, score it, print the table
+    python benchmarks/ablations.py --seeds 0,1,2 --only paper,jvp,baseline    train what is missing, score it, print the table
     python benchmarks/ablations.py --table                                    print the table of what is there
 
-Every run is a folder in --folder (~/tim-runs/ablations): killed, the same command goes on. The network is small, and the world smaller:
-single objects at 48 x 48, of which the two tasks `single` and `colors` are scored.
+Every run is a folder in --folder (~/tim-runs/ablations); to resume, repeat the command. The network is small, and so is the world: single
+objects at 48 x 48, of which the two tasks `single` and `colors` are scored.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PAPER = {"epsilon": 0.005, "diffusion_ratio": 0.5, "consistency_ratio": 0.1}
 FLOW_MATCHING = {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}
 VARIANTS: dict[str, dict] = {
     "paper": {},
-    "twin": {"objective": FLOW_MATCHING},
+    "baseline": {"objective": FLOW_MATCHING},
     "jvp": {"objective": {"derivative": "jvp"}},
     "no-interval-attention": {"transformer": {"distance_aware": False}},
     "no-decoupled-embedding": {"transformer": {"use_new_embed": False}},
@@ -63,13 +63,13 @@ def train_and_score(variant: str, seed: int, args: argparse.Namespace) -> None:
     folder = Path(args.folder).expanduser() / f"{variant}-{seed}"
     config, text = folder / "config.yaml", yaml.safe_dump(configuration(variant, seed, folder, args.steps, args.batch, args.compile))
     if config.exists() and config.read_text() != text:
-        raise SystemExit(f"{config}: found another configuration than was asked for, expected the same, or another --folder")
+        raise SystemExit(f"{config}: differs from the configuration of this variant; restore it or choose another --folder")
     if set(STEPS) <= scored(folder).keys():
         return
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(text)
     (model,) = run([config])
-    mode = "diffusion" if variant == "twin" else "transition"
+    mode = "diffusion" if variant == "baseline" else "transition"
     evaluate(Pipeline.load(model, device=args.device), STEPS, 2.5, PROMPTS, IMAGES, seed=0, output=folder / "scores", tasks=TASKS,
              width=48, height=48, mode=mode)
 
@@ -81,7 +81,7 @@ def scored(folder: Path) -> dict[int, dict]:
 
 
 def rows(folder: Path) -> list[str]:
-    """Markdown: scores, and what each variant has over `paper` on the same pictures and noise, at the seeds that both have."""
+    """Markdown: scores, and what each variant has over `paper` on the same prompts and noise, at the seeds that both have."""
     found: dict[str, dict[str, dict]] = {}
     for variant in VARIANTS:
         for place in sorted(folder.glob(f"{variant}-[0-9]*")):
@@ -101,7 +101,7 @@ def rows(folder: Path) -> list[str]:
 
 
 def middle(values: list[tuple[float, float]], sign: str) -> str:
-    """The mean over seeds of (value, standard error); its error is the larger of what the pictures and what the seeds make of it."""
+    """The mean over seeds of (value, standard error); its error is the larger one of that within seeds and that between them."""
     if not values:
         return ""
     mean = sum(value for value, _ in values) / len(values)
@@ -113,14 +113,14 @@ def middle(values: list[tuple[float, float]], sign: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="~/tim-runs/ablations")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, between commas")
+    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, separated by commas")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, help="of torch, a process")
+    parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--table", action="store_true", help="print the table of the runs there are")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

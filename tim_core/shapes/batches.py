@@ -1,7 +1,9 @@
 """Batches of the small world, drawn anew for every step."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor
 
 from ..errors import TimError
 from ..processes import Shard
-from ..training.config import SizesConfig
 from . import scenes
+
+if TYPE_CHECKING:
+    from .config import SizesConfig  # needs pydantic, which renders for inference do without
 
 
 class ShapesPart(NamedTuple):

@@ -22,7 +22,7 @@ from ..weights.save import check_output_path, pack
 from .config import FineTuning, export_path, recorded, time_shift
 from .folder import VERSION, Encoder, FolderBatches, FolderPart, class_folders, prepare
 from .loop import Task, train
-from .lora import add_lora, save_lora
+from .lora import add_lora, round_base, save_lora
 from .noise import draw_noise
 from .objectives.transition import transition_loss
 from .repa import ImageEncoder, check_projector, image_features, name_of
@@ -46,11 +46,11 @@ class ClassLabels:
         """source: where the labels come from, for errors."""
         self.num_classes, self.source, self.null = num_classes, source, torch.tensor(num_classes)
 
-    def encode(self, value: int) -> Tensor:
+    def encode(self, values: list[int]) -> list[Tensor]:
         """TimError for a class that the model lacks."""
-        if not 0 <= value < self.num_classes:
-            raise TimError(f"{self.source}: class {value} is not in the model; use 0 to {self.num_classes - 1}")
-        return torch.tensor(value)
+        if missing := [value for value in values if not 0 <= value < self.num_classes]:
+            raise TimError(f"{self.source}: class {missing[0]} is not in the model; use 0 to {self.num_classes - 1}")
+        return [torch.tensor(value) for value in values]
 
     def longest(self, lengths: list[int], dropped: list[bool]) -> int:
         """Labels have one row each."""
@@ -71,11 +71,11 @@ class Captions:
     def __init__(self, text_encoder: TextEncoder):
         self.text_encoder, self.fingerprint = text_encoder, text_encoder.fingerprint()
         self.pad = text_encoder.encode([""]).rows[0, -1:].cpu()
-        self.null = self.encode("")
+        (self.null,) = self.encode([""])
 
-    def encode(self, value: str) -> Tensor:
-        features = self.text_encoder.encode([value])
-        return torch.cat((features.rows[0, : features.lengths[0]].cpu(), self.pad))
+    def encode(self, values: list[str]) -> list[Tensor]:
+        features = self.text_encoder.encode(values)
+        return [torch.cat((rows[:length], self.pad)) for rows, length in zip(features.rows.cpu(), features.lengths)]
 
     def longest(self, lengths: list[int], dropped: list[bool]) -> int:
         """The rows M of a whole batch, for the rows (M_i + 1) of its conditions."""
@@ -120,6 +120,8 @@ class FineTuningTask(Task):
         if config.lora:
             torch.manual_seed(config.loop.seed)
             add_lora(self.model.transformer, config.lora)
+            if config.loop.autocast:
+                round_base(self.model.transformer)
         else:
             self.plain = load_transformer(self.parts, dtype=torch.float32, device="meta", projector=True)
 
@@ -129,19 +131,19 @@ class FineTuningTask(Task):
         text = None if labels else load_text_encoder(self.parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
         self.conditions = ClassLabels(self.architecture.num_classes, config.data.path) if labels else Captions(text)
 
-        def encode_image(image: Tensor) -> dict[str, Tensor]:
-            image = image.to(processes.device)
-            tensors = {"latent": self.autoencoder.encode(image)}
+        def encode_images(images: Tensor) -> dict[str, Tensor]:
+            images = images.to(processes.device)
+            tensors = {"latent": self.autoencoder.encode(images)}
             if image_encoder is not None:
-                tensors["features"] = image_features(image_encoder, image, tensors["latent"], self.architecture)
+                tensors["features"] = image_features(image_encoder, images, tensors["latent"], self.architecture)
             return tensors
 
         identity = " ".join([VERSION, digest(self.autoencoder.state_dict().items()), str(self.autoencoder.config),
                              name_of(image_encoder), self.conditions.fingerprint])
-        encode = Encoder(config.data.cache_folder, identity, encode_image, self.conditions.encode)
+        encode = Encoder(config.data.cache_folder, identity, encode_images, self.conditions.encode)
         items = prepare(config.data, encode, self.factor * self.architecture.patch_size, labels, processes)
         self.sampled = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
-        conds = [self.conditions.encode(item.caption_or_label) for item in self.sampled]
+        conds = self.conditions.encode([item.caption_or_label for item in self.sampled])
         both, dropped = conds * 2, [False] * len(conds) + [True] * len(conds)
         length = self.conditions.longest([rows.shape[0] if rows.ndim else 1 for rows in both], dropped)
         self.sample_conditions = self.conditions.batch(both, dropped, length).chunk(2)

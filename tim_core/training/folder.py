@@ -24,6 +24,7 @@ from .config import FolderConfig
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VERSION = "3"  # of cached files; files of another version are encoded again
+ENCODE_PIXELS = 2 * 1024 * 1024  # pixels of the images that are encoded together
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised for images that it cannot read
 
 
@@ -151,10 +152,6 @@ def open_image(item: Item) -> Tensor:
     return torch.from_numpy(np.asarray(fitted, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-class UnreadableImage(Exception):
-    """An image file that cannot be read."""
-
-
 class FolderPart(NamedTuple):
     """A shard of a batch: latents (B, C, h, w), B conditions (text features (M, D), or labels), features (B, N, z_dim) or None.
 
@@ -224,15 +221,18 @@ def readable(file: Path) -> bool:
 
 
 class Encoder:
-    """Encodes every image and its caption once, and caches the result."""
+    """Encodes every image and its caption or label once, images of one size together, and caches the results."""
 
     def __init__(
-        self, cache: Path, identity: str, encode_image: Callable[[Tensor], dict[str, Tensor]],
-        encode_condition: Callable[[str | int], Tensor],
+        self, cache: Path, identity: str, encode_images: Callable[[Tensor], dict[str, Tensor]],
+        encode_conditions: Callable[[list[str | int]], list[Tensor]],
     ):
-        """identity: changes with the encoders, so that they do not share cached files. encode_image: (1, 3, H, W) -> tensors by name."""
+        """identity: changes with the encoders, so that they do not share cached files.
+
+        encode_images: (B, 3, H, W) -> tensors (B, ...) by name. encode_conditions: captions or labels -> a tensor each.
+        """
         self.cache, self.identity = cache, identity
-        self.encode_image, self.encode_condition = encode_image, encode_condition
+        self.encode_images, self.encode_conditions = encode_images, encode_conditions
 
     def cache_path(self, item: Item) -> Path:
         """The cached file of an item. Its name changes with the encoders, the image file, the caption or label, and the size."""
@@ -241,17 +241,33 @@ class Encoder:
         return self.cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
 
     @torch.no_grad()
-    def keep(self, item: Item) -> None:
-        """Encodes an item unless it is cached. UnreadableImage if its image cannot be read."""
-        if not readable(path := self.cache_path(item)):
+    def keep(self, items: list[Item]) -> None:
+        """Encodes items of one size into the cache. Unreadable images are skipped with a warning."""
+        images = {}
+        for item in items:
             try:
-                image = open_image(item)[None]
+                images[item] = open_image(item)
             except PILLOW_ERRORS as error:
-                raise UnreadableImage(str(error)) from error
-            tensors = {name: value[0] for name, value in self.encode_image(image).items()}
-            tensors["condition"] = self.encode_condition(item.caption_or_label)
-            tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            atomic_write(path, lambda tmp: save_file(tensors, tmp))
+                logging.warning(f"{item.file}: skipped ({one_line(error)})")
+        if not images:
+            return
+        encoded = {name: value.cpu() for name, value in self.encode_images(torch.stack(list(images.values()))).items()}
+        conditions = self.encode_conditions([item.caption_or_label for item in images])
+        for k, (item, condition) in enumerate(zip(images, conditions, strict=True)):
+            tensors = {**{name: value[k].clone() for name, value in encoded.items()}, "condition": condition.cpu().contiguous()}
+            atomic_write(self.cache_path(item), functools.partial(save_file, tensors))
+
+
+def same_size(items: list[Item], max_pixels: int) -> list[list[Item]]:
+    """Groups of items of one size, each of at most `max_pixels` in all, or of one item."""
+    members: dict[tuple[int, int], list[Item]] = {}
+    for item in items:
+        members.setdefault((item.width, item.height), []).append(item)
+    groups = []
+    for (width, height), same in members.items():
+        count = max(1, max_pixels // (width * height))
+        groups += [same[k : k + count] for k in range(0, len(same), count)]
+    return groups
 
 
 def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, processes: Processes) -> list[Item]:
@@ -280,11 +296,11 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     fitted = similar_sizes(fitted, config.min_bucket_size)
     encode.cache.mkdir(parents=True, exist_ok=True)
     mine = processes.shard(list({encode.cache_path(item): item for item in fitted}.values()))  # duplicates share a cached file
-    for item in tqdm(mine, desc="encode", unit="image", disable=not processes.is_main):
-        try:
-            encode.keep(item)
-        except UnreadableImage as error:
-            logging.warning(f"{item.file}: skipped ({one_line(error)})")
+    missing = [item for item in mine if not readable(encode.cache_path(item))]
+    with tqdm(total=len(missing), desc="encode", unit="image", disable=not processes.is_main) as bar:
+        for group in same_size(missing, ENCODE_PIXELS):
+            encode.keep(group)
+            bar.update(len(group))
     processes.wait()
     usable = [item for item in fitted if encode.cache_path(item).is_file()]  # cached files are complete
     if not usable:

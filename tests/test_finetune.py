@@ -23,7 +23,7 @@ from tim_core.models.transformer import TransitionTransformer
 from tim_core.shapes import detector, scenes
 from tim_core.training import folder as pictures
 from tim_core.training import loop, run
-from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
+from tim_core.training.config import FolderConfig, LoraConfig, read
 from tim_core.training.finetune import padded
 from tim_core.training.folder import Item, native_size, scan
 from tim_core.training.lora import add_lora
@@ -274,8 +274,8 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
         to_pil(torch.from_numpy(scenes.render(scene))).save(place / f"{k}.png")
         (place / f"{k}.txt").write_text(f"a amber {shape}")
     config = tmp_path / "amber.yaml"
-    text = (Path(__file__).parent.parent / "configs" / "tim-shapes-lora.yaml").read_text()
-    config.write_text(text.replace("~/tim-runs/tim-shapes-lora", f"{tmp_path}/out").replace("path: pictures", f"path: {place}"))
+    text = (Path(__file__).parent.parent / "configs" / "tim-shapes" / "lora.yaml").read_text()
+    config.write_text(text.replace("~/tim-runs/tim-shapes/lora", f"{tmp_path}/out").replace("path: pictures", f"path: {place}"))
     (made,) = run([config])
     name = comfyui.add("loras", made, "amber.safetensors")
 
@@ -302,4 +302,4 @@ def test_impossible_values_name_the_key(tmp_path, text, named):
     path = tmp_path / "bad.yaml"
     path.write_text(f"kind: finetune\noutput: x\nmodel: y\ndata: {{path: z}}\n{text}\n")
     with pytest.raises(TimError, match=named):
-        read(path, {"finetune": FineTuning})
+        read(path)

@@ -1,6 +1,8 @@
 """Which room of the tree may import which; read from the imports, those inside functions among them."""
 
 import ast
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "imagenet": FLOOR, "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
     "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"models"},
     "pipeline": INFERENCE - {"images", "imagenet", "processes"},
-    "shapes": FLOOR | {"training"},  # training.config only, for SizesConfig
+    "shapes": FLOOR,
     "evaluation": FLOOR | {"images", "processes", "shapes"},
     "training": INFERENCE - {"pipeline"} | {"shapes"},
     "__init__": {"errors", "pipeline"}, "__main__": {"cli"}, "cli": INFERENCE | {"__init__", "training", "evaluation", "shapes"},
@@ -42,8 +44,6 @@ def room(dotted: str) -> str:
 @pytest.mark.parametrize("file", sorted((ROOT / "tim_core").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_room_imports_only_what_lies_below(file):
     own = file.relative_to(ROOT / "tim_core").parts[0].removesuffix(".py")
-    if file.relative_to(ROOT) == Path("tim_core/training/__main__.py"):
-        own = "__main__"
     found = {room(name) for name in imports(file)} - {own}
     assert found <= MAY_IMPORT[own], f"{own} imports {sorted(found - MAY_IMPORT[own])}"
     assert all(name.startswith("tim_core.") for name in imports(file))
@@ -58,3 +58,28 @@ def test_nodes_import_the_inference_rooms_alone():
 def test_adapters_import_no_node_file():
     for file in (ROOT / "nodes" / "adapters").glob("*.py"):
         assert all(name.startswith(("tim_core.", "nodes.adapters.")) for name in imports(file)), file
+
+
+@pytest.fixture
+def fresh_modules():
+    """tim_core as a new process finds it: not imported."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "tim_core"}
+    for name in before:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "tim_core"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("fresh_modules")
+def test_fine_tuning_loads_nothing_of_the_small_world(tmp_path):
+    config = importlib.import_module("tim_core.training.config")
+    importlib.import_module("tim_core.training.finetune")
+    path = tmp_path / "lora.yaml"
+    path.write_text("kind: finetune\noutput: x\nmodel: y\ndata: {path: z}\nlora: {rank: 4}\n")
+    assert config.read(path).lora.rank == 4
+    assert not [name for name in sys.modules if name.startswith("tim_core.shapes")]
+    path.write_text("kind: tim\noutput: x\nautoencoder: y\n")
+    config.read(path)
+    assert "tim_core.shapes" in sys.modules  # so the line above can tell

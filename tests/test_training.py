@@ -18,27 +18,18 @@ from tim_core.errors import TimError
 from tim_core.models import attention
 from tim_core.shapes import scenes
 from tim_core.shapes.batches import ShapesBatches
+from tim_core.shapes.config import SizesConfig
 from tim_core.shapes.tokenizer import WORD_START, vocabulary
 from tim_core.training import autoencoder as training_autoencoder
 from tim_core.training import loop as training_loop
 from tim_core.training import metrics, run
 from tim_core.training import resume as resuming
-from tim_core.training.config import (
-    AutoencoderTraining,
-    FineTuning,
-    FolderConfig,
-    LoopConfig,
-    SizesConfig,
-    TransitionTraining,
-    read,
-    recorded,
-)
+from tim_core.training.config import FineTuning, FolderConfig, LoopConfig, read, recorded
 from tim_core.weights.describe import describe
 from tim_core.weights.open import open_state_dict
 from tim_core.weights.parts import read_parts
 
 ROOT = Path(__file__).parent.parent
-KINDS = {"autoencoder": AutoencoderTraining, "tim": TransitionTraining}
 LOOP = "loop: {steps: 6, batch: 4, save_every: 2, log_every: 2, workers: 0, warmup: 2, keep: 2, optimizer: %s}\n"
 
 
@@ -135,7 +126,7 @@ def test_bad_configurations_name_the_key(tmp_path, text, named):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(TimError) as error:
-        read(path, {**KINDS, "finetune": FineTuning})
+        read(path)
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
@@ -174,27 +165,28 @@ def test_the_ablations_are_configurations(tmp_path):
     for variant in VARIANTS:
         path = tmp_path / f"{variant}.yaml"
         path.write_text(yaml.safe_dump(configuration(variant, 0, tmp_path, 1200, 64, False)))
-        assert type(read(path, KINDS)).__name__ == "TransitionTraining", variant
+        assert type(read(path)).__name__ == "TransitionTraining", variant
 
 
 def test_the_ready_configurations_are_read():
-    kinds = {path.stem: type(read(path, {**KINDS, "finetune": FineTuning})).__name__ for path in (ROOT / "configs").glob("*.yaml")}
-    assert kinds["tim-shapes"] == kinds["tim-shapes-twin"] == "TransitionTraining" and kinds["tim-shapes-decoder"] == "AutoencoderTraining"
-    assert all(kinds[name] == "FineTuning" for name in ("t2i-finetune", "t2i-lora", "c2i-finetune", "tim-shapes-lora"))
-    first, twin = (read(ROOT / "configs" / f"{name}.yaml", KINDS) for name in ("tim-shapes", "tim-shapes-twin"))
+    files = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "docs" / "research" / "configs").glob("*.yaml")]
+    kinds = {path.stem: type(read(path)).__name__ for path in files}
+    assert len(kinds) == len(files) and kinds["tim-shapes"] == "TransitionTraining" and kinds["tim-shapes-decoder"] == "AutoencoderTraining"
+    assert all(kinds[name] == "FineTuning" for name in ("t2i-finetune", "t2i-lora", "c2i-finetune", "lora"))
+    first, twin = (read(ROOT / "docs" / "research" / "configs" / f"{name}.yaml") for name in ("tim-shapes", "tim-shapes-baseline"))
     assert twin.loop == first.loop and twin.data == first.data and twin.transformer == first.transformer and twin.text == first.text
     assert twin.objective.diffusion_ratio == 1
 
 
 def test_missing_file_is_one_line(tmp_path):
     with pytest.raises(TimError, match="nothing.yaml"):
-        read(tmp_path / "nothing.yaml", KINDS)
+        read(tmp_path / "nothing.yaml")
 
 
 def test_numbers_may_be_written_as_yaml_writes_them(tmp_path):
     path = tmp_path / "good.yaml"
     path.write_text("kind: tim\noutput: x\nautoencoder: y\nloop: {lr: 1e-3, clip: 1, betas: [0.9, 0.99]}")
-    config = read(path, KINDS)
+    config = read(path)
     assert config.loop.lr == 1e-3 and config.loop.clip == 1.0 and config.loop.betas == (0.9, 0.99)
 
 
@@ -343,11 +335,11 @@ def test_merge_keys_of_yaml(tmp_path):
     path = tmp_path / "merged.yaml"
     path.write_text("kind: tim\noutput: x\nautoencoder: y\nobjective: &base {epsilon: 0.01, target: composed}\n"
                     "objective_from: {100: {<<: *base, epsilon: 0.02}}\n")
-    config = read(path, KINDS)
+    config = read(path)
     assert config.objective_from["100"].epsilon == 0.02 and config.objective_from["100"].target == "composed"
     path.write_text("kind: tim\nloop: !!map 3\n")
     with pytest.raises(TimError, match="not YAML"):
-        read(path, KINDS)
+        read(path)
 
 
 def test_a_record_names_no_home():
@@ -516,7 +508,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path):
 def test_the_objective_may_change_at_a_step(tmp_path):
     path = tmp_path / "phases.yaml"
     path.write_text("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {10: {diffusion_ratio: 0.7}, 20: {diffusion_ratio: 1}}")
-    config = read(path, KINDS)
+    config = read(path)
     assert [config.objective_at(step).diffusion_ratio for step in (0, 9, 10, 19, 20, 99)] == [0.5, 0.5, 0.7, 0.7, 1.0, 1.0]
 
 

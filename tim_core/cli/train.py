@@ -18,8 +18,7 @@ For several GPUs run `torchrun --nproc-per-node N -m tim_core train CONFIG.yaml`
 EXAMPLES = """\
 examples:
   tim train configs/t2i-lora.yaml                            a LoRA on a folder of images with captions
-  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml
-                                                             the autoencoder of the demo model, and a first network on it
+  tim train configs/tim-shapes/lora.yaml                     a LoRA of the demo model, in minutes on a CPU
 
 docs/research/tim-shapes.md lists all runs that made the included model."""
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import TimError
-from ..training.config import SizesConfig
 from . import scenes
+from .config import SizesConfig
 
 
 class ShapesBatches(torch.utils.data.Dataset):

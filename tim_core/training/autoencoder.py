@@ -14,10 +14,11 @@ from ..models.config import AutoencoderConfig, StageConfig
 from ..processes import find_processes
 from ..shapes.batches import ShapesBatches
 from ..weights.load import load_autoencoder
-from .config import AutoencoderTraining, recorded
+from .config import recorded
 from .loop import train
 from .resume import init_from
 from .samples import grid
+from .shapes_config import AutoencoderTraining
 
 
 def architecture(config: AutoencoderTraining) -> AutoencoderConfig:

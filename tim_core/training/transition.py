@@ -24,7 +24,7 @@ from ..transport import OTFM
 from ..weights import previews
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
 from ..weights.save import check_output_path, pack
-from .config import TextShape, TransitionTraining, export_path, recorded, time_shift
+from .config import export_path, recorded, time_shift
 from .loop import compile_blocks, make_ema, train
 from .noise import draw_noise
 from .objectives.distillation import DistillationNoise, distillation_loss, draw_distillation_noise
@@ -33,6 +33,7 @@ from .objectives.transition import transition_loss
 from .repa import ImageEncoder, check_projector, image_features
 from .resume import init_from
 from .samples import sample_grid
+from .shapes_config import TextShape, TransitionTraining
 
 
 class TextToImage(nn.Module):

@@ -33,12 +33,17 @@ CENTRE = """name => { const node = app.graph._nodes.find(node => node.type === n
     canvas.ds.offset[0] = view.width / 2 - node.pos[0] - w / 2; canvas.ds.offset[1] = view.height / 2 - node.pos[1] - h / 2
     canvas.setDirty(true, true); canvas.draw(true, true)
     return [view.left + view.width / 2, view.top + view.height / 2, w, h] }"""
-GRAPH = """() => { const nodes = app.graph._nodes.filter(node => node.type !== 'MarkdownNote'), canvas = app.canvas
-    const view = canvas.canvas.getBoundingClientRect(), left = Math.min(...nodes.map(node => node.pos[0]))
-    const top = Math.min(...nodes.map(node => node.pos[1])), right = Math.max(...nodes.map(node => node.pos[0] + node.size[0]))
-    const bottom = Math.max(...nodes.map(node => node.pos[1] + node.size[1])); canvas.ds.scale = 1; canvas.deselectAll?.()
-    canvas.ds.offset[0] = 90 - left; canvas.ds.offset[1] = 110 - top; canvas.setDirty(true, true); canvas.draw(true, true)
-    return [view.left + 90, view.top + 110, right - left, bottom - top] }"""
+GRAPH = """() => { const canvas = app.canvas, view = canvas.canvas.getBoundingClientRect()
+    app.graph._nodes.filter(node => node.type === 'MarkdownNote').forEach(node => app.graph.remove(node))
+    for (const node of app.graph._nodes.filter(node => node.type === 'TiMSampler')) {  // its live preview
+        node.imgs = undefined; node.widgets = node.widgets.filter(widget => widget.name !== '$$canvas-image-preview')
+        node.setSize([node.size[0], 0]); node.setSize([node.size[0], node.computeSize()[1]]) }
+    const nodes = app.graph._nodes, side = (end, of) => end(...nodes.map(of))
+    const left = side(Math.min, node => node.pos[0]), right = side(Math.max, node => node.pos[0] + node.size[0])
+    const top = side(Math.min, node => node.pos[1]), bottom = side(Math.max, node => node.pos[1] + node.size[1])
+    canvas.ds.scale = 1; canvas.ds.offset[0] = 90 - left; canvas.ds.offset[1] = 190 - top
+    canvas.setDirty(true, true); canvas.draw(true, true)
+    return [view.left + 90, view.top + 190, right - left, bottom - top] }"""
 
 
 def workflow(name: str) -> dict:
@@ -76,7 +81,7 @@ def thumbnail(server, name: str) -> None:
 
 
 def photograph_graph(page) -> None:
-    """The text-to-image template after a run, without its note: docs/graph.jpg."""
+    """docs/graph.jpg: the text-to-image template after a run, without its note and the live preview."""
     show(page, workflow("text-to-image"))
     page.evaluate(LISTEN)
     page.evaluate("() => app.queuePrompt(0)")
@@ -85,7 +90,7 @@ def photograph_graph(page) -> None:
     time.sleep(8)  # until the editor's message about the run is gone
     x, y, w, h = page.evaluate(GRAPH)
     time.sleep(2)
-    clip = {"x": x - 20, "y": y - 45, "width": w + 40, "height": h + 65}
+    clip = {"x": x - 20, "y": y - 55, "width": w + 40, "height": h + 75}
     page.screenshot(path=str(ROOT / "docs" / "graph.jpg"), type="jpeg", quality=82, clip=clip)
 
 

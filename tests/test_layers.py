@@ -15,9 +15,9 @@ MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "imagenet": FLOOR, "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
     "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"models"},
     "pipeline": INFERENCE - {"images", "imagenet", "processes"},
-    "shapes": FLOOR,
+    "settings": {"errors"}, "shapes": FLOOR | {"settings"},
     "evaluation": FLOOR | {"images", "processes", "shapes"},
-    "training": INFERENCE - {"pipeline"} | {"shapes"},
+    "training": INFERENCE - {"pipeline"} | {"settings", "shapes"},
     "__init__": {"errors", "pipeline"}, "__main__": {"cli"}, "cli": INFERENCE | {"__init__", "training", "evaluation", "shapes"},
 }
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -24,7 +23,7 @@ from tim_core.training import autoencoder as training_autoencoder
 from tim_core.training import loop as training_loop
 from tim_core.training import metrics, run
 from tim_core.training import resume as resuming
-from tim_core.training.config import FineTuning, FolderConfig, LoopConfig, read, recorded
+from tim_core.training.config import LoopConfig
 from tim_core.weights.describe import describe
 from tim_core.weights.open import open_state_dict
 from tim_core.weights.parts import read_parts
@@ -49,85 +48,6 @@ def tim_yaml(folder, optimizer="muon", output="tim"):
         "text: {hidden_size: 16, layers: 2, heads: 1, head_dim: 16, intermediate_size: 16}\n"
         "objective: {epsilon: 0.01}\ndata: {sizes: {32x32: 0.5, 32x64: 0.5}}\n" + LOOP % optimizer)
     return path
-
-
-@pytest.mark.parametrize("text, named", [
-    ("kind: shapes", "kind"),
-    ("kind: tim\noutput: x\nautoencoder: y\nlearning: 3", "learning"),
-    ("kind: tim\noutput: x", "autoencoder"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: many}", "loop.steps"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: 0}", "loop.steps"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {optimizer: sgd}", "loop.optimizer"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {optimizer: muon, parallel: fsdp2}", "loop.optimizer"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: fast}", "objective.epsilon"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {derivative: guess}", "derivative"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: guess}", "target"),
-    ("kind: tim\noutput: x\nautoencoder: y\ninterpolate_start: 0.5", "interpolate_start"),
-    ("kind: tim\noutput: x\nautoencoder: y\nmatching: {teacher: start}", "matching.teacher"),
-    ("kind: tim\noutput: x\nautoencoder: y\nmatching: {critic_warmup_steps: 9}\nloop: {steps: 9}", "matching.critic_warmup_steps"),
-    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\nmatching: {teacher: none}", "teacher"),
-    ("kind: tim\noutput: x\nautoencoder: y\ndistillation: {}", "start is None"),
-    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ncheckpoint: z\ndistillation: {}", "checkpoint"),
-    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\nfreeze_text: true\nadd_embedding: {above: left}", "freeze_text"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {20: {target: teacher}}", "objective_from.20.target"),
-    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ndistillation: {times: [1.0, 0.5, 0.75]}", "distillation.times"),
-    ("kind: tim\noutput: x\nautoencoder: y\nfreeze_text: true", "freeze_text"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {target: teacher}", "objective.target"),
-    ("kind: finetune\noutput: x\nmodel: y\ndata: {path: z}\nobjective: {target: teacher}", "objective.target"),
-    ("kind: tim\noutput: x\nautoencoder: y\nadd_embedding: {above: higher}", "add_embedding"),
-    ("kind: tim\noutput: x\nautoencoder: y\nadd_embedding: {above: above}", "add_embedding"),
-    ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ncheckpoint: z\ninterpolate_start: 0.5", "checkpoint"),
-    ("kind: tim\noutput: x\nautoencoder: y\ndata: {relations: [beside]}", "data.relations"),
-    ("kind: tim\noutput: x\nautoencoder: y\ndata: {relations: []}", "data.relations"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {adaptive_floor: 0}", "adaptive_floor"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: 0}", "epsilon"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {shorten_above: 0}", "shorten_above"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {diffusion_ratio: 2.0}", "diffusion_ratio"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {consistency_ratio: .nan}", "consistency_ratio"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {soon: {}}", "objective_from"),
-    ("kind: autoencoder\noutput: x\nlatent_channels: 24", "latent_channels"),
-    ("kind: autoencoder\noutput: x\nloop: {compile: true}", "loop.compile"),
-    ("kind: tim\noutput: x\nautoencoder: y\ndata: {sizes: {64: 1}}", "data.sizes"),
-    ("kind: autoencoder\noutput: x\nencoder_widths: [8, 8]", "encoder_widths"),
-    ("kind: autoencoder\noutput: x\nlatent_channels: 0", "latent_channels"),
-    ("kind: autoencoder\noutput: x\nlatent_noise: .inf", "latent_noise"),
-    ("kind: autoencoder\noutput: x\nlatent_weight: -1.0", "latent_weight"),
-    ("kind: autoencoder\noutput: x\ndecoder_layers: [0, 1, 0, 1]", "decoder_layers"),
-    ("kind: autoencoder\noutput: x\ndata: {sizes: {\u00b2x32: 1}}", "data.sizes"),
-    ("kind: autoencoder\noutput: x\ndata: {sizes: {32x32: .inf}}", "data.sizes.32x32"),
-    ("kind: [1]", "kind"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: .inf}", "objective.epsilon"),
-    ("kind: tim\noutput: x\nautoencoder: y\np_std: .inf", "p_std"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {seed: 99999999999999999999}", "loop.seed"),
-    ("kind: autoencoder\noutput: x\nencoder_layers: [0, -1, 1, 1]", "encoder_layers"),
-    ("kind: autoencoder\noutput: x\ndata: {sizes: {60x60: 1}}", "data.sizes"),
-    ("kind: tim\noutput: x\nautoencoder: y\ntext: {heads: 0}", "text.heads"),
-    ("kind: tim\noutput: x\nautoencoder: y\ntransformer: {lora_hidden_size: 0}", "lora_hidden_size"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {betas: [0.9, 1.0]}", "loop.betas"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {final_lr: 2.0}", "loop.final_lr"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {seed: -1}", "loop.seed"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {lr: .inf}", "loop.lr"),
-    ("kind: tim\noutput: x\nautoencoder: y\np_mean: .nan", "p_mean"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {w_start: 0.9, w_end: 0.1}", "w_start"),
-    ("- a list", "keys and values"),
-    ("kind: [", "not YAML"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: 3}\nloop: {batch: 4}", "loop is given twice"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: 3, steps: 4}", "steps is given twice"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {epsilon: 5000}", "epsilon"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective: {w_cond: -300}", "w_cond"),
-    ("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {\u00b2: {}}", "objective_from"),
-    ("kind: tim\noutput: x\nautoencoder: y\np_mean: 1.0e+6", "p_mean"),
-    ("kind: tim\noutput: x\nautoencoder: ''", "autoencoder"),
-    ("kind: tim\noutput: x\nautoencoder: y\nattention: fast", "attention"),
-    ("kind: tim\noutput: x\nautoencoder: y\nattention: flash\nobjective: {derivative: jvp}", "attention"),
-    ("kind: tim\noutput: x\nautoencoder: y\nloop: {steps: 0}", "bad.yaml: training config"),
-])
-def test_bad_configurations_name_the_key(tmp_path, text, named):
-    path = tmp_path / "bad.yaml"
-    path.write_text(text)
-    with pytest.raises(TimError) as error:
-        read(path)
-    assert named in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("more", ["", "matching: {batch_fraction: 0.5, critic_warmup_steps: 3}\n"], ids=["", "matching"])
@@ -157,37 +77,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, more):
     weights = [open_state_dict(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed")]
     assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not any("critic" in name for name in weights[0])
-
-
-def test_the_ablations_are_configurations(tmp_path):
-    from benchmarks.ablations import VARIANTS, configuration
-
-    for variant in VARIANTS:
-        path = tmp_path / f"{variant}.yaml"
-        path.write_text(yaml.safe_dump(configuration(variant, 0, tmp_path, 1200, 64, False)))
-        assert type(read(path)).__name__ == "TransitionTraining", variant
-
-
-def test_the_ready_configurations_are_read():
-    files = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "docs" / "research" / "configs").glob("*.yaml")]
-    kinds = {path.stem: type(read(path)).__name__ for path in files}
-    assert len(kinds) == len(files) and kinds["tim-shapes"] == "TransitionTraining" and kinds["tim-shapes-decoder"] == "AutoencoderTraining"
-    assert all(kinds[name] == "FineTuning" for name in ("t2i-finetune", "t2i-lora", "c2i-finetune", "lora"))
-    first, twin = (read(ROOT / "docs" / "research" / "configs" / f"{name}.yaml") for name in ("tim-shapes", "tim-shapes-baseline"))
-    assert twin.loop == first.loop and twin.data == first.data and twin.transformer == first.transformer and twin.text == first.text
-    assert twin.objective.diffusion_ratio == 1
-
-
-def test_missing_file_is_one_line(tmp_path):
-    with pytest.raises(TimError, match="nothing.yaml"):
-        read(tmp_path / "nothing.yaml")
-
-
-def test_numbers_may_be_written_as_yaml_writes_them(tmp_path):
-    path = tmp_path / "good.yaml"
-    path.write_text("kind: tim\noutput: x\nautoencoder: y\nloop: {lr: 1e-3, clip: 1, betas: [0.9, 0.99]}")
-    config = read(path)
-    assert config.loop.lr == 1e-3 and config.loop.clip == 1.0 and config.loop.betas == (0.9, 0.99)
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -329,23 +218,6 @@ def test_keys_of_another_version_are_no_change():
     now = {"loop": {"steps": 6, "lr": 0.2, "new": True}, "data": {"sizes": {"32x32": 1.0, "64x64": 1.0}}}
     assert resuming.differences(before, now) == {
         "loop.lr": [0.1, 0.2], "data.sizes": [{"32x32": 1.0}, {"32x32": 1.0, "64x64": 1.0}]}
-
-
-def test_merge_keys_of_yaml(tmp_path):
-    path = tmp_path / "merged.yaml"
-    path.write_text("kind: tim\noutput: x\nautoencoder: y\nobjective: &base {epsilon: 0.01, target: composed}\n"
-                    "objective_from: {100: {<<: *base, epsilon: 0.02}}\n")
-    config = read(path)
-    assert config.objective_from["100"].epsilon == 0.02 and config.objective_from["100"].target == "composed"
-    path.write_text("kind: tim\nloop: !!map 3\n")
-    with pytest.raises(TimError, match="not YAML"):
-        read(path)
-
-
-def test_a_record_names_no_home():
-    home = str(Path.home())
-    config = FineTuning(output="x", model=f"{home}/m.safetensors", data=FolderConfig(f"{home}/pictures"))
-    assert recorded(config)["model"] == "~/m.safetensors" and recorded(config)["data"]["path"] == "~/pictures"
 
 
 def test_flash_attention_runs_where_its_numbers_are_half(tmp_path, monkeypatch):
@@ -503,13 +375,6 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path):
     torch.save(state, earlier)
     run([config])
     assert last.is_file()
-
-
-def test_the_objective_may_change_at_a_step(tmp_path):
-    path = tmp_path / "phases.yaml"
-    path.write_text("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {10: {diffusion_ratio: 0.7}, 20: {diffusion_ratio: 1}}")
-    config = read(path)
-    assert [config.objective_at(step).diffusion_ratio for step in (0, 9, 10, 19, 20, 99)] == [0.5, 0.5, 0.7, 0.7, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("change, named", [

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import TimError
-
 SUMMARY = "train from configurations"
 
 DESCRIPTION = """\
@@ -28,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        from ..training import run
-    except ModuleNotFoundError as error:
-        raise TimError(f'training needs the package {error.name}; run: pip install "transition-models[train]"') from None
+    from ..training import run
+
     for path in filter(None, run(args.configs)):
         print(path)

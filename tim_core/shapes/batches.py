@@ -1,6 +1,9 @@
 """Batches of the small world, drawn anew for every step."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -8,7 +11,9 @@ from torch import Tensor
 
 from ..errors import TimError
 from . import scenes
-from .config import SizesConfig
+
+if TYPE_CHECKING:
+    from .config import SizesConfig  # needs pydantic, which renders for inference do without
 
 
 class ShapesBatches(torch.utils.data.Dataset):

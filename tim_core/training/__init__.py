@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..errors import TimError
+
 
 def run(configs: list[str | Path], image_encoder: Callable[[Tensor], Tensor] | None = None) -> list[Path | None]:
     """Runs training configurations one after another; returns the files they wrote (None in all processes but the main one).
@@ -12,8 +14,10 @@ def run(configs: list[str | Path], image_encoder: Callable[[Tensor], Tensor] | N
     image_encoder: maps images (B, 3, H, W) in [-1, 1] to features (B, N, z_dim), one row per token of the transformer. It adds the REPA
     term (arXiv 2410.06940) with weight objective.proj_coeff; the transformer must have a projector.
     """
-    from .config import read
-
+    try:
+        from .config import read
+    except ModuleNotFoundError as error:
+        raise TimError(f"training needs the package {error.name}; run: pip install {error.name}") from None
     return [_train(config, image_encoder) for config in [read(path) for path in configs]]
 
 

@@ -73,6 +73,22 @@ def fresh_modules():
 
 
 @pytest.mark.usefixtures("fresh_modules")
+def test_inference_and_evaluation_need_no_pydantic():
+    for name in ("cli", "evaluation.curve", "pipeline", "shapes.batches", "training"):
+        importlib.import_module(f"tim_core.{name}")
+    assert "tim_core.settings" not in sys.modules
+    importlib.import_module("tim_core.training.config")
+    assert "tim_core.settings" in sys.modules  # so the line above can tell
+
+
+@pytest.mark.usefixtures("fresh_modules")
+def test_training_without_pydantic_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    with pytest.raises(ValueError, match="pip install pydantic$"):
+        importlib.import_module("tim_core.training").run(["any.yaml"])
+
+
+@pytest.mark.usefixtures("fresh_modules")
 def test_fine_tuning_loads_nothing_of_the_small_world(tmp_path):
     config = importlib.import_module("tim_core.training.config")
     importlib.import_module("tim_core.training.finetune")

@@ -17,6 +17,7 @@ EXAMPLES = """\
 examples:
   tim train configs/t2i-lora.yaml                            a LoRA on a folder of images with captions
   tim train configs/tim-shapes/lora.yaml                     a LoRA of the demo model, in minutes on a CPU
+  tim train configs/tim-shapes/[1-5]-*.yaml                  a model like the demo model, from scratch
 
 docs/research/tim-shapes.md lists all runs that made the included model."""
 

@@ -43,7 +43,8 @@ class SizesConfig:
     def table(self) -> tuple[list[tuple[int, int]], list[float]]:
         """The (width, height) pairs and their probabilities."""
         total = sum(self.sizes.values())
-        return [tuple(map(int, s.split("x"))) for s in self.sizes], [w / total for w in self.sizes.values()]
+        sides = (size.split("x") for size in self.sizes)
+        return [(int(width), int(height)) for width, height in sides], [weight / total for weight in self.sizes.values()]
 
     def misfit(self, pixels: int) -> str | None:
         """The first size whose sides are not multiples of `pixels`, the side of a latent cell or of a patch."""

@@ -1,10 +1,10 @@
-"""Trains variants of one small model, each from scratch on the same images, and scores them: what of the recipe matters, and what it costs.
+"""Train variants of one small model from scratch on the same images, and score them.
 
-    python benchmarks/ablations.py --seeds 0,1,2 --only paper,jvp,baseline    train what is missing, score it, print the table
-    python benchmarks/ablations.py --table                                    print the table of what is there
+    python benchmarks/ablations.py --seeds 0,1,2 --only paper,jvp,baseline    train and score what is missing, print the table
+    python benchmarks/ablations.py --table                                    print the table of finished runs
 
-Every run is a folder in --folder (~/tim-runs/ablations); to resume, repeat the command. The network is small, and so is the world: single
-objects at 48 x 48, of which the two tasks `single` and `colors` are scored.
+Every run is a folder in --folder (~/tim-runs/ablations). To resume an interrupted run, repeat the command. The network is small and draws
+single objects at 48x48; the tasks `single` and `colors` are scored.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def train_and_score(variant: str, seed: int, args: argparse.Namespace) -> None:
     folder = Path(args.folder).expanduser() / f"{variant}-{seed}"
     config, text = folder / "config.yaml", yaml.safe_dump(configuration(variant, seed, folder, args.steps, args.batch, args.compile))
     if config.exists() and config.read_text() != text:
-        raise SystemExit(f"{config}: differs from the configuration of this variant; restore it or choose another --folder")
+        raise SystemExit(f"{config}: differs from the requested configuration; choose another --folder")
     if set(STEPS) <= scored(folder).keys():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +75,13 @@ def train_and_score(variant: str, seed: int, args: argparse.Namespace) -> None:
 
 
 def scored(folder: Path) -> dict[int, dict]:
-    """Steps -> point of its report, as far as a run has come."""
+    """Step count -> point of the report, for the step counts scored so far."""
     report = folder / "scores" / "report.json"
     return {point["steps"]: point for point in json.loads(report.read_text())["curve"]} if report.exists() else {}
 
 
 def rows(folder: Path) -> list[str]:
-    """Markdown: scores, and what each variant has over `paper` on the same prompts and noise, at the seeds that both have."""
+    """Rows of a Markdown table: scores, and differences from `paper` on the same prompts and noise, over the seeds that both have."""
     found: dict[str, dict[str, dict]] = {}
     for variant in VARIANTS:
         for place in sorted(folder.glob(f"{variant}-[0-9]*")):
@@ -92,16 +92,16 @@ def rows(folder: Path) -> list[str]:
     lines = ["| variant | seeds | 1 step | 2 | 4 | 16 | over paper: 1 step | 2 | 4 | 16 |", "|---|---|---|---|---|---|---|---|---|---|"]
     for variant, runs in found.items():
         shared = [seed for seed in runs if seed in found.get("paper", {})] if variant != "paper" else []
-        cells = [middle([(points[steps]["overall"], points[steps]["stderr"]) for points in runs.values()], "") for steps in STEPS]
+        cells = [mean_over_seeds([(points[steps]["overall"], points[steps]["stderr"]) for points in runs.values()], "") for steps in STEPS]
         for steps in STEPS:
             pairs = [(unpack(found["paper"][seed][steps]["correct"]), unpack(runs[seed][steps]["correct"])) for seed in shared]
-            cells.append(middle([tuple(difference(samples, *pair).values()) for pair in pairs], "+"))
+            cells.append(mean_over_seeds([tuple(difference(samples, *pair).values()) for pair in pairs], "+"))
         lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
     return lines
 
 
-def middle(values: list[tuple[float, float]], sign: str) -> str:
-    """The mean over seeds of (value, standard error); its error is the larger one of that within seeds and that between them."""
+def mean_over_seeds(values: list[tuple[float, float]], sign: str) -> str:
+    """Mean over seeds of (value, standard error); its error is the larger of the errors within and between seeds."""
     if not values:
         return ""
     mean = sum(value for value, _ in values) / len(values)
@@ -113,14 +113,14 @@ def middle(values: list[tuple[float, float]], sign: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="~/tim-runs/ablations")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, separated by commas")
+    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, separated by commas (default: all)")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--table", action="store_true", help="print the table of the runs there are")
+    parser.add_argument("--table", action="store_true", help="print the table only")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -206,14 +206,14 @@ class Pipeline:
         return pixels.add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
 
     @torch.no_grad()
-    def _batched(self, batch: Tensor, area: int, whole: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]) -> Tensor:
+    def _batched(self, batch: Tensor, area: int, untiled: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]) -> Tensor:
         """Run the autoencoder over a batch, about a megapixel at a time; `area`: pixels per item."""
         batch = batch.to(self.device, next(self.autoencoder.parameters()).dtype)
         parts = []
         for some in batch.split(max(1, 2**20 // area)):
             out_of_memory = False
             try:
-                done = whole(some)
+                done = untiled(some)
             except torch.cuda.OutOfMemoryError:
                 out_of_memory = True  # inside this block the exception would keep tensors of the failed attempt alive
             if out_of_memory:

@@ -22,6 +22,7 @@ from .sampler import Model, check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
 from .weights.defaults import Defaults, find_defaults
 from .weights.load import load_autoencoder, load_text_encoder, load_transformer
+from .weights.lora import Lora, merge_lora, read_lora
 from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts, read_parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,11 +68,13 @@ class Pipeline:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         attention: str = "auto",
+        lora: str | Path | Mapping[str | Path, float] | None = None,
     ) -> Pipeline:
         """Load a bundled name, a one-file checkpoint, a folder of parts, a dict {"model": ..., "text-encoder": ..., "vae": ...}, or Parts.
 
         device: "auto" is the GPU if there is one. dtype: "auto" is float32 on a CPU, bfloat16 on a GPU that computes in it.
-        attention: "auto", "sdpa" or "flash". TimError unless the source has all parts; a class-conditional model has no text encoder.
+        attention: "auto", "sdpa" or "flash". lora: a file, or {file: strength}, see `load_lora`.
+        TimError unless the source has all parts; a class-conditional model has no text encoder.
         """
         device = pick_device(device)
         dtype = pick_dtype(dtype, device)
@@ -81,14 +84,27 @@ class Pipeline:
         parts.require(*([TEXT_ENCODER] if reads_text else []), AUTOENCODER)
         parts.check_fit()
         defaults = read_defaults(parts)
+        loras = [(read_lora(file), strength) for file, strength in _strengths(lora).items()]
         needs_float32 = dtype == torch.float16 or parts[AUTOENCODER].config.force_upcast
-        return cls(
+        pipe = cls(
             load_transformer(parts, attention=kernel, dtype=dtype, device=device),
             load_text_encoder(parts, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device) if reads_text else None,
             load_autoencoder(parts, dtype=torch.float32 if needs_float32 else dtype, device=device),
             parts.latent_factor,
             defaults,
         )
+        for file, strength in loras:
+            pipe.load_lora(file, strength)
+        return pipe
+
+    def load_lora(self, lora: str | Path | Lora, strength: float = 1.0) -> None:
+        """Add a LoRA to the weights, as ComfyUI's LoRA loaders do; several add up. To remove one, load the pipeline again.
+
+        TimError naming the file if it is no LoRA, or one of another model; the weights are unchanged then.
+        """
+        lora = lora if isinstance(lora, Lora) else read_lora(lora)
+        text_model = None if self.text_encoder is None else self.text_encoder.transformer
+        merge_lora(lora, {TRANSFORMER: self.transformer, TEXT_ENCODER: text_model}, strength)
 
     @property
     def class_conditional(self) -> bool:
@@ -324,6 +340,12 @@ class Pipeline:
             return out
 
         return Condition(model, *torch.arange(len(rows_of)).chunk(2))
+
+
+def _strengths(lora: str | Path | Mapping[str | Path, float] | None) -> Mapping[str | Path, float]:
+    if lora is None:
+        return {}
+    return lora if isinstance(lora, Mapping) else {lora: 1.0}
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

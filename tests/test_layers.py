@@ -14,7 +14,7 @@ INFERENCE = FLOOR | {"models", "weights", "sampler", "schedule", "transport", "u
 MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "imagenet": FLOOR, "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
     "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"models"},
-    "pipeline": INFERENCE - {"images", "imagenet", "processes"},
+    "pipeline": INFERENCE - {"images", "processes"},
     "settings": {"errors"}, "shapes": FLOOR | {"processes", "settings"},
     "evaluation": FLOOR | {"images", "processes", "shapes"},
     "training": INFERENCE - {"pipeline"} | {"settings", "shapes"},

@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch._dynamo
@@ -61,7 +61,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-class Task:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Task(Generic[Model]):
     """What a run trains and writes. Subclasses set the attributes and implement `loss`, `sample` and `export`.
 
     model: trained; its EMA is exported. batches[k]: the shards of batch k that this process computes, in order; each has as `total`
@@ -70,7 +73,7 @@ class Task:
     frozen: networks beside the model whose weights must be the same when the run is resumed, by name.
     """
 
-    model: nn.Module
+    model: Model
     batches: torch.utils.data.Dataset
     folder: Path
     settings: dict
@@ -81,15 +84,15 @@ class Task:
         """The parameters to train, each in one group."""
         return [ParamGroup("grad_norm", trained(self.model), config.lr, config.muon_lr)]
 
-    def networks(self, model: nn.Module) -> list[nn.Module]:
+    def networks(self, model: Model) -> list[nn.Module]:
         """The networks in the model or in its EMA that FSDP2 shards, after their blocks."""
         return []
 
-    def loss(self, average: nn.Module, part: Any, step: int, shard: Shard) -> dict[str, Tensor]:
+    def loss(self, average: Model, part: Any, step: int, shard: Shard) -> dict[str, Tensor]:
         """Named means over `part`, a shard of the batch, of which "loss" is minimised. average: the EMA of the model."""
         raise NotImplementedError
 
-    def sample(self, average: nn.Module, step: int) -> Image.Image:
+    def sample(self, average: Model, step: int) -> Image.Image:
         """The sample image of a checkpoint."""
         raise NotImplementedError
 
@@ -143,7 +146,7 @@ class Sums:
 class Step(nn.Module):
     """A step's loss as a forward pass, which DDP and FSDP2 need."""
 
-    def __init__(self, task: Task, average: nn.Module):
+    def __init__(self, task: Task[Model], average: Model):
         super().__init__()
         self.model, self.task = task.model, task
         object.__setattr__(self, "average", average)  # not a submodule: the EMA has no gradients

@@ -218,7 +218,7 @@ def test_a_resumed_run_lists_changed_values(tmp_path, monkeypatch, capsys):
     path.write_text(path.read_text().replace("steps: 6", "steps: 8"))
     run([path])
     output = capsys.readouterr().err
-    assert "objective.epsilon: 0.01 -> 0.02" in output and "loop.steps: 6 -> 8" in said
+    assert "objective.epsilon: 0.01 -> 0.02" in output and "loop.steps: 6 -> 8" in output
     path.write_text(path.read_text().replace("workers: 0", "workers: 1, weight_decay: 0.5"))
     with pytest.raises(TimError, match="loop.weight_decay"):
         run([path])
@@ -228,7 +228,7 @@ def test_a_resumed_run_lists_changed_values(tmp_path, monkeypatch, capsys):
     (made,) = run([path])
     assert {group["weight_decay"] for optimizer in made_by for group in optimizer.param_groups} == {0.5}
     output = str(describe(made))
-    assert '6: {"loop.steps": [6, 8], "objective.epsilon": [0.01, 0.02]}' in output and '"loop.weight_decay": [0.01, 0.5]' in said
+    assert '6: {"loop.steps": [6, 8], "objective.epsilon": [0.01, 0.02]}' in output and '"loop.weight_decay": [0.01, 0.5]' in output
     for before, now, key in (("optimizer: muon", "optimizer: adamw", "loop.optimizer"),
                              ("kind: tim", "kind: tim\nadd_embedding: {red: blue}", "add_embedding")):
         other = tmp_path / "other.yaml"

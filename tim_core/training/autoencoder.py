@@ -44,7 +44,7 @@ def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderT
     return {"loss": error + config.latent_weight * prior, "l1": error, "prior": prior}
 
 
-class AutoencoderTask(Task):
+class AutoencoderTask(Task[Autoencoder]):
     """Trains a DC-AE on images of the small world, `kind: autoencoder`."""
 
     def __init__(self, config: AutoencoderTraining):
@@ -64,7 +64,7 @@ class AutoencoderTask(Task):
         self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
         self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
 
-    def loss(self, average: nn.Module, part: ShapesPart, step: int, shard: Shard) -> dict[str, Tensor]:
+    def loss(self, average: Autoencoder, part: ShapesPart, step: int, shard: Shard) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
         images = part.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         total, factor = part.total, self.model.config.factor
@@ -74,7 +74,7 @@ class AutoencoderTask(Task):
             found = losses(self.model, images, shard.take(noise), self.config)
         return {name: value * shard.loss_weight(total) for name, value in found.items()}
 
-    def sample(self, average: nn.Module, step: int) -> Image.Image:
+    def sample(self, average: Autoencoder, step: int) -> Image.Image:
         """Held-out images above, decoded ones below."""
         held_out = ShapesBatches(self.config.data, 8, self.config.loop.seed + 1)[0][0].images
         with torch.no_grad():

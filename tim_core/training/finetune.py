@@ -103,7 +103,7 @@ def read_sources(config: FineTuning) -> Parts:
     return read_parts(given if config.text_encoder or config.autoencoder else config.model)
 
 
-class FineTuningTask(Task):
+class FineTuningTask(Task[Conditional]):
     """Trains a transformer, or a LoRA on it, on a folder of images, `kind: finetune`."""
 
     def __init__(self, config: FineTuning, image_encoder: ImageEncoder | None):
@@ -143,7 +143,8 @@ class FineTuningTask(Task):
         encode = Encoder(config.data.cache_folder, identity, encode_images, self.conditions.encode)
         items = prepare(config.data, encode, self.factor * self.architecture.patch_size, labels, processes)
         self.sampled = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
-        conds = self.conditions.encode([item.caption_or_label for item in self.sampled])
+        values: list[Any] = [item.caption_or_label for item in self.sampled]
+        conds = self.conditions.encode(values)
         both, dropped = conds * 2, [False] * len(conds) + [True] * len(conds)
         length = self.conditions.longest([rows.shape[0] if rows.ndim else 1 for rows in both], dropped)
         self.sample_conditions = self.conditions.batch(both, dropped, length).chunk(2)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch._dynamo
@@ -61,7 +61,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-class Task:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Task(Generic[Model]):
     """What a run trains and writes. Subclasses set the attributes and implement `loss`, `sample` and `export`.
 
     model: trained; its EMA is exported. batches[k]: the shards of batch k that this process computes, in order; each has as `total`
@@ -70,7 +73,7 @@ class Task:
     frozen: networks beside the model whose weights must be the same when the run is resumed, by name.
     """
 
-    model: nn.Module
+    model: Model
     batches: torch.utils.data.Dataset
     folder: Path
     settings: dict
@@ -81,15 +84,15 @@ class Task:
         """The parameters to train, each in one group."""
         return [ParamGroup("grad_norm", trained(self.model), config.lr, config.muon_lr)]
 
-    def networks(self, model: nn.Module) -> list[nn.Module]:
+    def networks(self, model: Model) -> list[nn.Module]:
         """The networks in the model or in its EMA that FSDP2 shards, after their blocks."""
         return []
 
-    def loss(self, average: nn.Module, part: Any, step: int, shard: Shard) -> dict[str, Tensor]:
+    def loss(self, average: Model, part: Any, step: int, shard: Shard) -> dict[str, Tensor]:
         """Named means over `part`, a shard of the batch, of which "loss" is minimised. average: the EMA of the model."""
         raise NotImplementedError
 
-    def sample(self, average: nn.Module, step: int) -> Image.Image:
+    def sample(self, average: Model, step: int) -> Image.Image:
         """The sample image of a checkpoint."""
         raise NotImplementedError
 
@@ -119,10 +122,31 @@ def optimizers(config: LoopConfig, groups: list[ParamGroup]) -> list[torch.optim
     return found
 
 
+@dataclass
+class Sums:
+    """Sums of the losses of the steps since the last row of metrics.csv, in this process."""
+
+    values: dict[str, Tensor | float]
+    steps: int
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            self.values[name] = self.values.get(name, 0.0) + value
+        self.steps += 1
+
+    def means(self, processes: Processes, step: int) -> dict[str, float]:
+        """Means over the steps and all processes. TimError if one is not finite."""
+        means = {name: float(processes.mean(value)) / self.steps for name, value in self.values.items()}
+        if wrong := [name for name, value in means.items() if not math.isfinite(value)]:
+            raise TimError(f"training: {wrong[0]} is {means[wrong[0]]} at step {step}; try a lower loop.lr. The last checkpoint is from "
+                           "before")
+        return means
+
+
 class Step(nn.Module):
     """A step's loss as a forward pass, which DDP and FSDP2 need."""
 
-    def __init__(self, task: Task, average: nn.Module):
+    def __init__(self, task: Task[Model], average: Model):
         super().__init__()
         self.model, self.task = task.model, task
         object.__setattr__(self, "average", average)  # not a submodule: the EMA has no gradients
@@ -154,7 +178,7 @@ def train(config: LoopConfig, task: Task) -> Path:
     held = [*model.named_parameters(), *(pair for name, one in task.frozen.items() for pair in one.named_parameters(prefix=name))]
     fixed = digest((name, full_tensor(p)) for name, p in held if not p.requires_grad)
     resumed = resume(folder, config, model, optims, average, fixed, settings, processes)
-    start, totals, counted = resumed.step, resumed.totals, resumed.counted
+    start, sums = resumed.step, Sums(resumed.totals, resumed.counted)
 
     def record(step: int) -> dict:
         return {"step": step, "configuration": settings, **({"changed": resumed.changed} if resumed.changed else {})}
@@ -172,10 +196,6 @@ def train(config: LoopConfig, task: Task) -> Path:
     model.train()
     with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not processes.is_main) as bar:
         for step, batch in enumerate(loader, start):
-            factor = learning_rate(config, step)
-            for optimizer in optims:
-                for options in optimizer.param_groups:
-                    options["lr"] = options["base_lr"] * learning_rate(config, step, options["start_step"])
             losses: dict[str, Tensor] = {}
             for shard, part in zip(shards, batch, strict=True):
                 torch.manual_seed(config.seed * 1_000_003 + step)  # every shard draws the numbers of the whole batch and takes its own
@@ -186,40 +206,31 @@ def train(config: LoopConfig, task: Task) -> Path:
                     losses[name] = losses.get(name, 0.0) + value.detach().float() / len(shards)
             for group in groups:
                 losses[group.norm] = _clip(group.parameters.values(), config.clip)
-            for optimizer in optims:
-                if step >= optimizer.param_groups[0]["start_step"]:  # with zero gradients, Muon's momentum would still move weights
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            decay = min(config.ema, (1 + step) / (10 + step))
-            current = [local_shard(parameters[name].detach()) for name in averaged]
-            torch._foreach_lerp_([local_shard(p) for p in averaged.values()], current, 1 - decay)
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + value
-            counted += 1
+            update(config, optims, step)
+            update_ema(config, averaged, parameters, step)
+            sums.add(losses)
             images += batch[0].total
             done = step + 1
             bar.update()
             late = config.seconds and bool(processes.mean(torch.tensor(float(time.monotonic() - started > config.seconds))) > 0)
             logs, saves = (done % every == 0 or done == config.steps for every in (config.log_every, config.save_every))
             if logs or saves or late:
-                means = {name: float(processes.mean(value)) / counted for name, value in totals.items()}
-                if wrong := [name for name, value in means.items() if not math.isfinite(value)]:
-                    raise TimError(f"training: {wrong[0]} is {means[wrong[0]]} at step {done}; try a lower loop.lr. The last checkpoint is "
-                                   "from before")
+                means = sums.means(processes, done)
             if logs:
-                row, totals, counted = means, {}, 0
+                sums = Sums({}, 0)
                 elapsed = resumed.seconds + time.monotonic() - started
                 rate = images / (time.monotonic() - started)
-                row = {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1), "lr_factor": factor, **row}
+                row = {"step": done, "seconds": round(elapsed, 1), "samples_per_second": round(rate, 1),
+                       "lr_factor": learning_rate(config, step), **means}
                 if processes.is_main:
                     metrics.log(folder, row, board)
                 values = [f"{name} {row[name]:.4f}" for name in ("loss", "diffusion") if name in row]
                 bar.set_postfix_str(f"{', '.join(values)}, {rate:.0f} samples/s")
             if saves or late:
                 weights = full_state_dict(average, processes)
-                sums = {name: value * counted for name, value in means.items()} if counted else {}
-                progress = {"seconds": resumed.seconds + time.monotonic() - started, "counted": counted, "totals": sums, "fixed": fixed,
-                            "settings": settings, "changed": resumed.changed}
+                totals = {name: value * sums.steps for name, value in means.items()} if sums.steps else {}
+                progress = {"seconds": resumed.seconds + time.monotonic() - started, "counted": sums.steps, "totals": totals,
+                            "fixed": fixed, "settings": settings, "changed": resumed.changed}
                 save(folder, config, done, progress, model, optims, weights, processes)
                 image = task.sample(average, done)  # in every process: each holds a shard of the weights
                 if processes.is_main:
@@ -228,6 +239,23 @@ def train(config: LoopConfig, task: Task) -> Path:
             if late and done < config.steps:
                 raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; repeat the command to resume")
     return made
+
+
+def update(config: LoopConfig, optims: list[torch.optim.Optimizer], step: int) -> None:
+    """Updates the parameters that have started to train, at the learning rates of a step; clears all gradients."""
+    for optimizer in optims:
+        for options in optimizer.param_groups:
+            options["lr"] = options["base_lr"] * learning_rate(config, step, options["start_step"])
+        if step >= optimizer.param_groups[0]["start_step"]:  # with zero gradients, Muon's momentum would still move weights
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def update_ema(config: LoopConfig, averaged: dict[str, nn.Parameter], parameters: dict[str, nn.Parameter], step: int) -> None:
+    """Moves the averaged parameters towards the trained ones; early steps have shorter averages."""
+    decay = min(config.ema, (1 + step) / (10 + step))
+    current = [local_shard(parameters[name].detach()) for name in averaged]
+    torch._foreach_lerp_([local_shard(p) for p in averaged.values()], current, 1 - decay)
 
 
 def keep_memory() -> None:

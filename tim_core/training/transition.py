@@ -120,7 +120,7 @@ class Conditions:
         return Conditions(self.y[:count], self.y_null[:count], teacher)
 
 
-class TransitionTask(Task):
+class TransitionTask(Task[TextToImage]):
     """Trains a transformer together with its text model on images of the small world, `kind: tim`."""
 
     not_averaged = ("critic",)

@@ -98,13 +98,10 @@ class Losses:
     F_null: Tensor | None
 
 
-def draw_times(batch: int, transport: Transport, generator: torch.Generator | None = None, device: Any = None) -> tuple[Tensor, Tensor]:
-    """The two raw draws (B,) float32 for `sample_times`, drawn on the generator's device and moved to `device`."""
+def draw_times(batch: int, transport: Transport) -> tuple[Tensor, Tensor]:
+    """The two raw draws (B,) float32 for `sample_times`, from torch's global CPU generator."""
     draw = torch.randn if transport.time_distribution == "normal" else torch.rand
-    where = generator.device if generator is not None else device
-    first = draw(batch, generator=generator, device=where)
-    second = draw(batch, generator=generator, device=where)
-    return first.to(device), second.to(device)
+    return draw(batch), draw(batch)
 
 
 def sample_times(
@@ -151,28 +148,27 @@ def transition_loss(
     times: tuple[Tensor, Tensor, int] | None = None,
     transitions: bool | None = None,
     between: Tensor | None = None,
-    generator: torch.Generator | None = None,
     y_null: Tensor | None = None,
     ema_model: Model | None = None,
     teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     h_target: Tensor | None = None,
-    plain_model: Model | None = None,
 ) -> Losses:
     """The objective (paper Alg. 1) for clean latents x (B, C, H, W), noise of the same shape and conditions y (B, ...).
 
     Times: from `times`, what sample_times returned, cut to this part of a batch; else from `raw_times`, the two draws of draw_times;
-    else drawn with `generator`.
+    else drawn.
     transitions: whether the whole batch has items with r < t (default: whether x has). If so, every part of the batch evaluates the
     network equally often, as FSDP needs it.
-    between: uniform numbers (B,) that place the middle time of composed targets, else drawn with `generator`.
+    between: uniform numbers (B,) that place the middle time of composed targets; else drawn.
     ema_model: for config.enhance_target, with y_null (B, ...), and for composed targets, for which it replaces the model.
     teacher(x_t, t, r) -> F: for target "teacher"; it has its own conditions.
-    h_target (B, N, z_dim): adds the REPA term. plain_model: the model without a training wrapper (DDP), for the derivative.
+    h_target (B, N, z_dim): adds the REPA term.
     """
     if config.target == "teacher" and teacher is None:
         raise TimError("objective.target is 'teacher', and the teacher is missing; pass teacher")
     if times is None:
-        times = sample_times(raw_times or draw_times(len(x), transport, generator, x.device), transport, config)
+        first, second = raw_times or draw_times(len(x), transport)
+        times = sample_times((first.to(x.device), second.to(x.device)), transport, config)
     flat_t, flat_r, n_diffusion = times
     t, r = flat_t.view(-1, 1, 1, 1), flat_r.view(-1, 1, 1, 1)
     x_t, v_t = transport.interpolate(x, noise, t), transport.velocity(x, noise, t)
@@ -193,7 +189,7 @@ def transition_loss(
             transitions = n_diffusion < len(x)
         if transitions and not composed and not use_teacher:
             derive = _difference if config.derivative == "dde" else _forward_mode
-            found = derive(plain_model or model, x[some], noise[some], t[some], r[some], y[some], transport, config)
+            found = derive(model, x[some], noise[some], t[some], r[some], y[some], transport, config)
             dF_dt[rest] = found[n_diffusion - some.start :].to(dF_dt.dtype)
 
         diffusion = F_cond = F_null = None
@@ -202,9 +198,9 @@ def transition_loss(
             diffusion = guided_target(transport.diffusion_target(x, noise, t), F_cond, F_null, t, config)
         F_target = transport.target(x, noise, t, r, dF_dt, diffusion)
         if transitions and composed:
-            target_model = ema_model or plain_model or model
+            target_model = ema_model or model
             if between is None:
-                between = torch.rand(len(x), generator=generator, device=x.device if generator is None else generator.device)
+                between = torch.rand(len(x))
             s = r + (t - r) * between.to(t).view(-1, 1, 1, 1)
             found = _composed(target_model, x_t[some], t[some], s[some], r[some], y[some], transport)
             F_target[rest] = found[n_diffusion - some.start :].to(F_target.dtype)

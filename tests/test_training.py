@@ -1,8 +1,8 @@
 """The trainer: configurations are checked, runs resume exactly, and what it writes loads."""
 
 import csv
-import subprocess
-import sys
+import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -30,6 +30,9 @@ from tim_core.weights.open import open_state_dict
 from tim_core.weights.parts import read_parts
 
 ROOT = Path(__file__).parent.parent
+START = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+if os.name != "nt":
+    START.set_forkserver_preload(["tim_core.training"])  # imported once for all processes that are killed
 LOOP = "loop: {steps: 6, batch: 4, save_every: 2, log_every: 2, workers: 0, warmup: 2, keep: 2, optimizer: %s}\n"
 
 
@@ -62,14 +65,15 @@ def test_a_run_killed_by_the_system_resumes_exactly(tmp_path, more):
     run([whole])
     folder = tmp_path / "killed"
     for pattern, seconds in (("step-00000002.pt.*", 0), ("step-00000002.pt", 0), ("step-00000004.pt", 0.05)):
-        process = subprocess.Popen([sys.executable, "-m", "tim_core", "train", str(killed)], stderr=subprocess.DEVNULL)
+        process = START.Process(target=run, args=([killed],))
+        process.start()
         end = time.monotonic() + 120
-        while process.poll() is None and not any(folder.glob(pattern)) and time.monotonic() < end:
+        while process.is_alive() and not any(folder.glob(pattern)) and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(seconds)
-        assert process.poll() is None  # else there is nothing to kill
+        assert process.is_alive()  # else there is nothing to kill
         process.kill()
-        process.wait()
+        process.join()
     assert folder.is_dir() and not (folder / "step-00000006.pt").exists()
     run([killed])
     columns = [[{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]

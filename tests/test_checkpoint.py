@@ -16,8 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.hostile import SPECIAL, deep_json, special_file
 from tests.support import load_all
 from tim_core.errors import TimError
+from tim_core.evaluation.benchmark_export import read_prompts
+from tim_core.evaluation.curve import read_report
 from tim_core.files import atomic_write
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
@@ -163,6 +166,92 @@ def test_files_that_cannot_be_opened(weights, tmp_path):
     assert "missing.bin" in refused(open_state_dict, tmp_path / "missing.bin")
     torch.save([torch.zeros(1)], tmp_path / "list.bin")
     assert "list" in refused(open_state_dict, tmp_path / "list.bin")
+
+
+@pytest.fixture
+def text_folder(modules, tmp_path, monkeypatch):
+    """A text model in Hugging Face layout, under a short relative path."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("it")
+    folder.mkdir()
+    save_file(modules["text_encoder"].transformer.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(GEMMA | {"model_type": "gemma3_text"}))
+    (folder / "tokenizer.json").write_bytes(small_world_tokenizer())
+    assert load_text_encoder(folder)
+    return folder
+
+
+@pytest.mark.skipif(os.name != "posix", reason="special files of POSIX")
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_special_files_are_refused_at_once(kind, name, text_folder):
+    """Never opened: a FIFO would wait for ever, /dev/zero would fill the memory."""
+    (text_folder / name).unlink(missing_ok=True)
+    kept = special_file(kind, text_folder / name)
+    for function in (load_text_encoder, describe):
+        message = refused(function, text_folder / "model.safetensors" if name == "model.safetensors" else text_folder)
+        assert name in message and "not a regular file" in message
+    if name == "model.safetensors":
+        assert "not a regular file" in refused(open_state_dict, text_folder / name)
+    del kept
+
+
+@pytest.mark.skipif(os.name != "posix", reason="special files of POSIX")
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("read", [read_prompts, read_report])
+def test_text_files_that_are_special_are_refused_at_once(kind, read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = special_file(kind, Path("text"))
+    assert "text: not a regular file" in refused(read, "text")
+    del kept
+
+
+@pytest.mark.parametrize("read", [read_prompts, read_report])
+def test_text_files_that_are_deep_or_no_text_are_refused(read, tmp_path):
+    for content in (deep_json().encode(), b"\xff\xfe\x00", b"x" * (2**24 + 1)):
+        (tmp_path / "text").write_bytes(content)
+        message = refused(read, tmp_path / "text")
+        assert f"{tmp_path / 'text'}: " in message and len(message) < 500
+
+
+def test_links_to_regular_files_are_followed(text_folder):
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (text_folder / name).rename(text_folder / f"real-{name}")
+        (text_folder / name).symlink_to(f"real-{name}")
+    assert load_text_encoder(text_folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("content", [deep_json(), '{"a": "' + "x" * 2**24 + '"}', "[" * 100, '{"a": ' + "9" * 5000 + "}"],
+                         ids=["deep", "large", "cut", "digits"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_hostile_json_in_a_folder_is_one_line(name, content, text_folder):
+    (text_folder / name).write_text(content)
+    for function in (load_text_encoder, describe):
+        assert name in refused(function, text_folder)
+
+
+@pytest.mark.parametrize("text", [deep_json(), "9" * 5000, '{"format": 1, "x": "' + "x" * 2**24 + '"}'], ids=["deep", "digits", "large"])
+def test_hostile_metadata_is_one_line(text, weights, tmp_path):
+    save_file(weights, tmp_path / "a.safetensors", metadata={"tim": text})
+    for function in (load_transformer, describe):
+        message = refused(function, tmp_path / "a.safetensors")
+        assert "a.safetensors: metadata" in message and len(message) < 500
+
+
+@pytest.mark.parametrize("weight_map", [[1], None, 3, "x", {"a": 1}, {"a": None}, {"a": ["b"]}], ids=str)
+def test_an_index_that_maps_no_names_to_files_is_refused(weight_map, text_folder):
+    (text_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for function in (load_text_encoder, describe):
+        message = refused(function, text_folder)
+        assert "model.safetensors.index.json: weight_map" in message
+
+
+def test_a_tensor_in_two_shards_is_refused(text_folder):
+    shutil.copy(text_folder / "model.safetensors", text_folder / "other.safetensors")
+    index = {"weight_map": {"norm.weight": "model.safetensors", "x": "other.safetensors"}}
+    (text_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refused(load_text_encoder, text_folder)
+    assert "other.safetensors" in message and "another shard" in message
 
 
 # Recognising

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TimError, one_line, printable, state_dict_mismatch
-from ..files import digest
+from ..files import digest, is_file
 
 MAX_LENGTH = 256  # tokens of a prompt, <bos> included
 MIN_TRANSFORMERS = (4, 50)
+MOST_TOKENIZER = 2**28  # bytes; those of Gemma 3 have 33 MB
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference
 
 
@@ -103,8 +104,8 @@ def is_json(data: bytes) -> bool:
 
 
 def tokenizer_file(folder: str | Path) -> Path | None:
-    """The tokenizer of a folder in Hugging Face layout, None if there is none."""
-    return next((file for name in TOKENIZER_FILES if (file := Path(folder) / name).is_file()), None)
+    """The tokenizer of a folder in Hugging Face layout, None if there is none. TimError if it is not a regular file."""
+    return next((file for name in TOKENIZER_FILES if is_file(file := Path(folder) / name)), None)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import TimError, printable
+from ..files import parse_json
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .load import load_autoencoder, load_text_encoder, load_transformer
 from .open import open_state_dict
@@ -104,8 +105,8 @@ def describe(path: str | Path) -> Description:
 def _lora_record(metadata: Mapping[str, str]) -> dict:
     """The training record of a LoRA made by `tim train`."""
     try:
-        return {"training": json.loads(metadata["tim_lora"])}
-    except (LookupError, ValueError, TypeError):
+        return {"training": parse_json(metadata["tim_lora"], "tim_lora")}
+    except (LookupError, TimError):
         return {}
 
 

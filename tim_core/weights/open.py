@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TimError, one_line
+from ..files import check_file
 
 StateDict = dict[str, Tensor]
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, activation checkpointing
@@ -21,13 +22,10 @@ def open_state_dict(path: str | Path) -> tuple[StateDict, dict[str, str]]:
     are read by the weights-only loader alone. TimError naming the file if it cannot be opened, or contains code.
     """
     path = Path(path)
-    if path.is_dir():
-        raise TimError(f"{path}: is a folder; give a weight file")
+    check_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(64)
-    except FileNotFoundError:
-        raise TimError(f"{path}: no such file") from None
     except OSError as error:
         raise TimError(f"{path}: cannot be read ({error.strerror})") from None
     if not start:

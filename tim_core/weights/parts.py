@@ -14,7 +14,6 @@ CheckpointSave writes it, loads the same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ..errors import TimError, one_line
+from ..files import is_file, parse_json, read_bytes
 from ..models.config import AutoencoderConfig, TransformerConfig
-from ..models.text_encoder import normalise_config, tokenizer_file
+from ..models.text_encoder import MOST_TOKENIZER, normalise_config, tokenizer_file
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
 
@@ -252,14 +252,13 @@ def _from_module(module: torch.nn.Module, kind: str) -> Part:
 def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
     """The weights of a folder in Hugging Face layout: one file, or the shards that an index names."""
     for index in sorted(folder.glob("*.index.json")):
-        shards = sorted(set(_json(index.read_bytes(), str(index)).get("weight_map", {}).values()))
-        if shards:
-            tensors = {}
-            for shard in shards:
-                tensors.update(open_state_dict(folder / Path(shard).name)[0])
-            return tensors, {}, folder
+        weight_map = _json(read_bytes(index), str(index)).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TimError(f"{index}: weight_map must map names of tensors to file names; download the index again")
+        if weight_map:
+            return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()})), {}, folder
     files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
-    files = [file for file in files if file.is_file()] or sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if is_file(file)] or sorted(folder.glob("*.safetensors"))
     if len(files) > 1 and files[0].stem not in WEIGHT_FILES:
         raise TimError(f"{folder}: holds {len(files)} weight files; name one ({', '.join(f.name for f in files[:3])}, ...)")
     if not files:
@@ -267,21 +266,32 @@ def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
     return (*open_state_dict(files[0]), folder)
 
 
+def _open_shards(folder: Path, names: list[str]) -> StateDict:
+    """The tensors of several files. TimError naming a tensor that two of them hold."""
+    tensors: StateDict = {}
+    for name in names:
+        shard = open_state_dict(folder / name)[0]
+        if twice := next((key for key in shard if key in tensors), None):
+            raise TimError(f"{folder / name}: tensor '{twice}' is in another shard, too; download the folder again")
+        tensors |= shard
+    return tensors
+
+
 def _complete(part: Part, folder: Path) -> Part:
     """The part with what its file lacks: a record from config.json, and the tokenizer, of the same folder."""
     file, record, tokenizer = folder / "config.json", part.record, part.tokenizer
-    if part.kind == TEXT_ENCODER and record.keys() <= {"escape_prompts"} and file.is_file():
-        config = _json(file.read_bytes(), str(file))
+    if part.kind == TEXT_ENCODER and record.keys() <= {"escape_prompts"} and is_file(file):
+        config = _json(read_bytes(file), str(file))
         inner = config.get("text_config", config)
         if isinstance(inner, dict) and inner.get("model_type") == "gemma3_text":
             record = {**inner, **record}
-    if part.kind == AUTOENCODER and not record and file.is_file():
-        config = _json(file.read_bytes(), str(file))
+    if part.kind == AUTOENCODER and not record and is_file(file):
+        config = _json(read_bytes(file), str(file))
         if config.get("_class_name", "AutoencoderDC") == "AutoencoderDC" and "encoder_block_out_channels" in config:
             with _naming(str(file), part.kind):
                 record = AutoencoderConfig.from_diffusers(config).record()
     if part.kind == TEXT_ENCODER and tokenizer is None and (found := tokenizer_file(folder)):
-        tokenizer = found.read_bytes()
+        tokenizer = read_bytes(found, MOST_TOKENIZER)
     return replace(part, record=record, tokenizer=tokenizer)
 
 
@@ -319,10 +329,7 @@ def _tim_record(metadata: Mapping[str, str], source: str) -> dict:
 
 
 def _json(data: bytes, name: str) -> dict:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise TimError(f"{name}: not valid JSON ({one_line(error)})") from None
+    value = parse_json(data, name)
     if not isinstance(value, dict):
         raise TimError(f"{name}: holds a JSON {type(value).__name__}; it must be an object")
     return value

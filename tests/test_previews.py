@@ -46,7 +46,7 @@ def test_the_command_writes_into_the_file_and_nothing_else(tiny, tmp_path, capsy
     for i in range(3):
         Image.fromarray(rng.integers(0, 255, (40, 70, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     assert main(["previews", str(file), "--images", str(tmp_path)]) == 0
-    assert "explained" in capsys.readouterr().out
+    assert "% of the variance" in capsys.readouterr().out
     record = read_parts(file)["transformer"].record["preview"]
     assert len(record["factors"]) == 16 and all(len(row) == 3 for row in record["factors"])
     before, after = load_file(tiny), load_file(file)

@@ -8,6 +8,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import zipfile
+from collections import Counter, OrderedDict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.hostile import SPECIAL, deep_json, special_file
+from tests import hostile
+from tests.hostile import SPECIAL, deep_json, one_tensor, rezip, special_file
 from tests.support import load_all
 from tim_core.errors import TimError
 from tim_core.evaluation.benchmark_export import read_prompts
@@ -252,6 +255,137 @@ def test_a_tensor_in_two_shards_is_refused(text_folder):
     (text_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     message = refused(load_text_encoder, text_folder)
     assert "other.safetensors" in message and "another shard" in message
+
+
+CUTS = {"half": lambda data: data[: len(data) // 2], "one byte": lambda data: data[:-1], "nothing": lambda data: b"",
+        "longer": lambda data: data + bytes(4)}
+
+
+@pytest.mark.parametrize("change", CUTS)
+@pytest.mark.parametrize("key", ["blocks.1.mlp.fc2.weight", "final_layer.linear.bias"])
+def test_a_storage_of_another_length_names_its_tensor(change, key, weights, tmp_path):
+    """Memory-mapped reading would take the neighbour's bytes."""
+    torch.save({"model": weights}, tmp_path / "whole.bin")
+    number = str(list(weights).index(key))
+    rezip(tmp_path / "whole.bin", tmp_path / "cut.bin", lambda name, data: CUTS[change](data) if name.endswith(f"/data/{number}") else data)
+    for function in (load_transformer, describe, open_state_dict, lambda path: convert(path, tmp_path / "out.safetensors")):
+        message = refused(function, tmp_path / "cut.bin")
+        assert "cut.bin" in message and key in message
+    assert not (tmp_path / "out.safetensors").exists()
+    assert load_transformer(rezip(tmp_path / "whole.bin", tmp_path / "same.bin", lambda name, data: data))
+
+
+def test_a_missing_storage_names_its_tensor(weights, tmp_path):
+    torch.save(weights, tmp_path / "whole.bin")
+    rezip(tmp_path / "whole.bin", tmp_path / "gone.bin", lambda name, data: None if name.endswith("/data/3") else data)
+    assert list(weights)[3] in refused(load_transformer, tmp_path / "gone.bin")
+
+
+def test_compressed_records_are_refused(weights, tmp_path):
+    torch.save(weights, tmp_path / "whole.bin")
+    rezip(tmp_path / "whole.bin", tmp_path / "small.bin", lambda name, data: data, zipfile.ZIP_DEFLATED)
+    message = refused(load_transformer, tmp_path / "small.bin")
+    assert "small.bin" in message and "compressed" in message
+    bomb = hostile.Pickle().add(b"}", "a", "x" * 2**20, b"s").zip(tmp_path / "bomb.bin", {}, zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 10_000 and "compressed" in refused(load_transformer, bomb)
+
+
+def test_records_that_share_bytes_are_refused(weights, tmp_path):
+    """The directory points two records at one place."""
+    torch.save(weights, tmp_path / "whole.bin")
+    data = bytearray((tmp_path / "whole.bin").read_bytes())
+    with zipfile.ZipFile(tmp_path / "whole.bin") as archive:
+        first, second = (next(r for r in archive.infolist() if r.filename.endswith(f"/data/{k}")) for k in (4, 10))
+    assert first.file_size != second.file_size
+    place = data.rindex(second.filename.encode()) - 4
+    assert int.from_bytes(data[place : place + 4], "little") == second.header_offset
+    data[place : place + 4] = first.header_offset.to_bytes(4, "little")
+    (tmp_path / "shared.bin").write_bytes(data)
+    assert "shared.bin" in refused(load_transformer, tmp_path / "shared.bin")
+
+
+STRIDES = {  # elements in the file, shape, strides, offset
+    "expanded": (1, (40_000, 40_000), (0, 0), 0), "one dimension expanded": (8, (10**9, 8), (0, 1), 0),
+    "overlapping": (8, (7, 8), (0, 1), 0), "too large": (4, (5,), (1,), 0), "behind the end": (4, (2,), (1,), 3),
+    "far away": (4, (2,), (2**61,), 0),
+}
+
+
+@pytest.mark.parametrize("case", STRIDES)
+def test_strides_that_leave_or_repeat_the_storage_are_refused(case, tmp_path):
+    message = refused(open_state_dict, one_tensor(tmp_path / "a.bin", *STRIDES[case], name="the.weight"))
+    assert "a.bin: the.weight: its shape" in message and len(message) < 300
+
+
+def test_views_of_a_storage_are_read(tmp_path):
+    base = torch.arange(12.0)
+    tensors = {"row": base[3:6], "turned": base.view(3, 4).t(), "tied": base, "empty": base[:0], "one": base[5]}
+    tensors["wide"] = base[None].expand(1, 12)
+    for new in (True, False):
+        torch.save(tensors, tmp_path / "a.bin", _use_new_zipfile_serialization=new)
+        found = open_state_dict(tmp_path / "a.bin")[0]
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_what_training_checkpoints_hold_beside_tensors_is_read(tmp_path):
+    beside = {"list": [1, 2.5, None, True], "bytes": b"\xff\0", "bytearray": bytearray(b"x"), "set": {1, "a"}, "dtype": torch.float16,
+              "counter": Counter("aab"), "ordered": OrderedDict(b=torch.ones(2)), "device": torch.device("cpu"), "size": torch.Size([2, 3]),
+              "complex": 1 + 2j, 3: {"step": torch.tensor(5.0)}, "large": 2**80, "parameter": torch.nn.Parameter(torch.zeros(2))}
+    for new in (True, False):
+        torch.save(beside, tmp_path / "a.bin", _use_new_zipfile_serialization=new)
+        assert open_state_dict(tmp_path / "a.bin")[0].keys() == {"ordered.b", "3.step", "parameter"}
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.uint16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_is_read(dtype, tmp_path):
+    torch.save({"w": torch.ones(3, 5).to(dtype)}, tmp_path / "a.bin")
+    found = open_state_dict(tmp_path / "a.bin")[0]["w"]
+    assert found.dtype == dtype and found.float().sum() == 15
+
+
+BOMBS = ["deep_dicts", "dict_lattice", "dict_of_itself", "tuple_lattice_key", "growing_bytes", "huge_bytearray", "huge_meta_tensor"]
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_pickles_without_end_are_refused(bomb, tmp_path):
+    path = getattr(hostile, bomb)().zip(tmp_path / "bomb.bin", {})
+    for function in (open_state_dict, describe):
+        message = refused(function, path)
+        assert "bomb.bin" in message and len(message) < 400
+
+
+def test_a_pickle_larger_than_any_state_dicts_is_refused(tmp_path):
+    path = hostile.Pickle().add(b"}", "a", b"]" + b"]0" * 2**23, b"s").zip(tmp_path / "large.bin", {})
+    assert "large.bin" in refused(open_state_dict, path)
+
+
+def test_one_storage_under_many_names_is_refused(tmp_path):
+    """Written out, it would take a hundred times the file's size."""
+    torch.save(dict.fromkeys(map(str, range(100)), torch.zeros(2**19)), tmp_path / "many.bin")
+    assert "under 100 names" in refused(open_state_dict, tmp_path / "many.bin")
+
+
+def test_old_files_that_declare_more_than_they_hold(tmp_path):
+    torch.save({"the.weight": torch.zeros(64)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "old.bin").read_bytes()
+    huge = data.replace(b"K@", b"\x8a\x06" + (2**40).to_bytes(6, "little"))  # of elements, and of the shape
+    for harmed in (data[:-256], data[:-4], huge, data[: data.index(b"storage")]):
+        (tmp_path / "harmed.bin").write_bytes(harmed)
+        assert "harmed.bin" in refused(open_state_dict, tmp_path / "harmed.bin")
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+@pytest.mark.parametrize("ending", [".bin", ".safetensors"])
+def test_a_name_twice_once_wrapped_is_refused(wrapper, ending, weights, tmp_path):
+    key, path = "blocks.1.mlp.fc2.bias", tmp_path / f"twice{ending}"
+    weights[wrapper + key] = weights[key] + 1
+    torch.save(weights, path) if ending == ".bin" else save_file(weights, path)
+    for function in (load_transformer, describe):
+        message = refused(function, path)
+        assert f"twice{ending}" in message and key in message and "twice" in message.removeprefix(str(path))
 
 
 # Recognising

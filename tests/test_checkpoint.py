@@ -29,12 +29,13 @@ from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
 from tim_core.models.text_encoder import TextEncoder, Tokenizer
 from tim_core.models.transformer import TransitionTransformer
+from tim_core.pipeline import Pipeline
 from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_autoencoder, load_text_encoder, load_transformer
 from tim_core.weights.open import flatten, open_state_dict
 from tim_core.weights.parts import BUNDLED, Parts, read_parts, resolve
-from tim_core.weights.save import convert, pack
+from tim_core.weights.save import convert, json_tensor, pack
 
 GEMMA = {
     "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -600,6 +601,19 @@ def test_parts_that_do_not_fit(modules, tmp_path):
     assert "16 latent channels" in refused(load_all, {**modules, "transformer": channels})
 
 
+def test_a_latent_factor_that_is_not_the_autoencoders_is_refused(modules, one_file, tmp_path):
+    """64x64 would be asked for, and 32x32 made."""
+    tensors = load_file(one_file)
+    key = "model.diffusion_model.config_json"
+    tensors[key] = json_tensor({**json.loads(bytes(tensors[key].tolist())), "latent_factor": 16})
+    save_file(tensors, tmp_path / "16.safetensors")
+    for function in (load_all, lambda path: convert(path, tmp_path / "out.safetensors"), Pipeline.load):
+        message = refused(function, tmp_path / "16.safetensors")
+        assert "latent_factor is 16" in message and "autoencoder has 8" in message
+    assert "latent_factor is 16" in refused(pack, modules, tmp_path / "out.safetensors", metadata={"latent_factor": 16})
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 @pytest.mark.parametrize("channels, factor", [(32, 32), (4, 8), (16, 8)])
 def test_latent_factor_of_a_lone_transformer(channels, factor, tmp_path):
     model = TransitionTransformer(TransformerConfig(**{**TIM, "in_channels": channels}))
@@ -633,6 +647,45 @@ def test_convert(weights, modules, one_file, tmp_path):
     own = tmp_path / "own.safetensors"
     shutil.copy(one_file, own)
     check_whole(convert(own, own), modules)
+
+
+@pytest.mark.parametrize("value, dtype", [(1e6, torch.float16), (-7e4, torch.float16), (3.4e38, torch.bfloat16)])
+@pytest.mark.parametrize("function", [convert, pack])
+def test_a_value_that_the_dtype_cannot_hold_names_its_tensor(value, dtype, function, weights, tmp_path):
+    weights["blocks.1.mlp.fc2.bias"][3] = value
+    save_file(weights, tmp_path / "large.safetensors")
+    message = refused(function, tmp_path / "large.safetensors", tmp_path / "out.safetensors", dtype)
+    assert "blocks.1.mlp.fc2.bias" in message and f"{value:g}"[:3] in message and "float32" in message
+    assert not (tmp_path / "out.safetensors").exists()
+    message = refused(load_transformer, tmp_path / "large.safetensors", dtype=dtype)
+    assert "large.safetensors" in message and "blocks.1.mlp.fc2.bias" in message
+
+
+def test_values_that_are_infinite_already_are_kept(weights, tmp_path):
+    weights["blocks.1.mlp.fc2.bias"][3] = torch.inf
+    save_file(weights, tmp_path / "a.safetensors")
+    half = load_file(convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", torch.float16))
+    assert half["blocks.1.mlp.fc2.bias"][3] == torch.inf
+
+
+def test_tensors_that_convert_leaves_out_are_named(one_file, tmp_path, caplog):
+    save_file({**load_file(one_file), "extra.adapter.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert "extra.adapter.weight" not in load_file(convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+    assert "a.safetensors" in caplog.text and "extra.adapter.weight" in caplog.text
+    assert "other tensors: 1 (extra.adapter.weight)" in str(describe(tmp_path / "a.safetensors"))
+    caplog.clear()
+    convert(one_file, tmp_path / "c.safetensors")
+    assert not caplog.text and "other tensors" not in str(describe(one_file))
+
+
+@pytest.mark.parametrize("command", ["convert", "pack"])
+def test_a_replaced_file_is_said(command, one_file, tmp_path, caplog):
+    from tim_core.cli import main
+
+    arguments = [str(one_file)] if command == "convert" else ["--model", str(one_file)]
+    assert main([command, *arguments, str(tmp_path / "a.safetensors")]) == 0 and not caplog.text
+    assert main([command, *arguments, str(tmp_path / "a.safetensors")]) == 0
+    assert "a.safetensors" in caplog.text and "replacing" in caplog.text
 
 
 def test_a_failed_write_leaves_nothing(one_file, tmp_path, monkeypatch):
@@ -757,8 +810,6 @@ def test_bundled_names(tmp_path, monkeypatch):
 
 def test_a_record_in_the_tensors_goes_before_the_metadata_and_that_before_a_file_beside(modules, tmp_path):
     """The same order for every part."""
-    from tim_core.weights.save import json_tensor
-
     def written(name, embedded=None, metadata=None, beside=None):
         folder = tmp_path / name
         folder.mkdir()
@@ -823,6 +874,24 @@ def test_a_record_does_not_reach_the_terminal_raw(weights, tmp_path):
     save_file(weights, tmp_path / "a.safetensors", metadata={"tim": json.dumps(record)})
     shown = str(describe(tmp_path / "a.safetensors"))
     assert shown.replace("\n", "").isprintable() and len(shown) < 10000
+
+
+BAD_PREVIEWS = [
+    [], "x", {}, {"factors": [[0, 0, 0]] * 3, "bias": [0, 0, 0], "r2": 0.5}, {"factors": [[0, 0]] * 16, "bias": [0, 0], "r2": 0.5},
+    {"factors": [["a", 0, 0]] * 16, "bias": [0, 0, 0], "r2": 0.5}, {"factors": [[0, 0, 0]] * 16, "bias": [0, 0, float("nan")], "r2": 0.5},
+    {"factors": [[0, 0, 0]] * 16, "bias": [0, 0, 0]}, {"factors": [[0, 0, 0]] * 16, "bias": [0, 0, 0], "r2": "best"},
+]
+
+
+@pytest.mark.parametrize("preview", BAD_PREVIEWS, ids=str)
+def test_a_malformed_preview_is_ignored_and_said(preview, one_file, tmp_path, caplog):
+    tensors = load_file(one_file)
+    key = "model.diffusion_model.config_json"
+    tensors[key] = json_tensor({**json.loads(bytes(tensors[key].tolist())), "preview": preview})
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert "preview" not in read_parts(tmp_path / "a.safetensors")["transformer"].record
+    assert "a.safetensors" in caplog.text and "preview" in caplog.text
+    assert "live previews" not in str(describe(tmp_path / "a.safetensors"))
 
 
 # What a careless hand leaves
@@ -894,7 +963,6 @@ RECORDS = {
 def test_records_that_make_no_sense_are_refused(part, record, one_file, tmp_path):
     """In one line that names the file, when it is loaded and when it is looked at; the files beside it are still described."""
     from tim_core.weights.parts import CONFIG_KEYS
-    from tim_core.weights.save import json_tensor
 
     tensors, path = load_file(one_file), tmp_path / "odd.safetensors"
     key = CONFIG_KEYS[part]

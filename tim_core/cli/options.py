@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import time
+from pathlib import Path
 
 from ..errors import TimError
 
@@ -76,6 +78,12 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 # Values
+
+
+def warn_of_replacing(path: Path) -> None:
+    """Say that a file which is there will be replaced."""
+    if path.expanduser().is_file():
+        logging.warning(f"{path}: exists; replacing it")
 
 
 def load_pipeline(args: argparse.Namespace, size: tuple[int, int] | None = None):

@@ -41,6 +41,7 @@ class Description:
     tokenizer: bool
     metadata: dict
     previews: float | None = None  # share of the colour variance that live previews explain
+    rest: tuple[str, ...] = ()  # names of tensors that belong to no part
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.kind}"]
@@ -52,6 +53,8 @@ class Description:
             lines.append(f"    {_summary(part)}")
             if part.problem:
                 lines.append(f"    does not load: {part.problem}")
+        if self.rest:
+            lines.append(f"  other tensors: {len(self.rest)} ({', '.join(self.rest[:3])}{', ...' if self.rest[3:] else ''})")
         if self.latent_factor:
             lines.append(f"  latent factor: {self.latent_factor}")
         if any(part.part == TEXT_ENCODER for part in self.parts):
@@ -99,6 +102,7 @@ def describe(path: str | Path) -> Description:
         TEXT_ENCODER in parts and parts[TEXT_ENCODER].tokenizer is not None,
         parts.metadata,
         (parts[TRANSFORMER].record.get("preview") or {}).get("r2") if TRANSFORMER in parts else None,
+        tuple(parts.rest),
     )
 
 

@@ -74,15 +74,31 @@ def _counters(names: Iterable[str]) -> set[str]:
 def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
     """Moves the part's tensors into a model built on the meta device. TimError unless every name and shape agrees."""
     check_tensors(part, model)
-    tensors = _placed(part.tensors, dtype, device)
+    try:
+        tensors = _placed(part.tensors, dtype, device)
+    except TimError as error:
+        raise TimError(f"{part.source}: {error}") from None
     tensors |= {name: torch.zeros((), dtype=torch.int64, device=device) for name in _counters(model.state_dict()) - tensors.keys()}
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
 def _placed(tensors: StateDict, dtype, device) -> StateDict:
-    """The tensors on a device, floating ones in dtype."""
-    return {key: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype) for key, tensor in tensors.items()}
+    """The tensors on a device, floating ones in dtype. TimError naming a tensor that dtype cannot hold."""
+    return {name: cast(name, tensor, dtype, device) for name, tensor in tensors.items()}
+
+
+def cast(name: str, tensor: Tensor, dtype, device) -> Tensor:
+    """A tensor on a device, in dtype if it is floating and dtype is not None. TimError naming it if a value overflows."""
+    if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor.to(device)
+    out = tensor.to(device=device, dtype=dtype)
+    if not out.is_meta and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and out.isinf().any():
+        tensor = tensor.to(device)
+        if (lost := tensor[out.isinf() & tensor.isfinite()]).numel():
+            wanted, wider = str(dtype).removeprefix("torch."), "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+            raise TimError(f"tensor {name}: {lost[0].item():g} does not fit in {wanted}; use {wider}")
+    return out
 
 
 def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

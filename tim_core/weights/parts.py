@@ -14,6 +14,7 @@ CheckpointSave writes it, loads the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from ..errors import TimError, one_line
 from ..files import is_file, parse_json, read_bytes
 from ..models.config import AutoencoderConfig, TransformerConfig
 from ..models.text_encoder import MOST_TOKENIZER, normalise_config, tokenizer_file
-from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
+from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
 
 FORMAT = 1
@@ -87,6 +88,7 @@ class Parts:
     source: str
     parts: dict[str, Part] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)  # the "tim" record of the file
+    rest: list[str] = field(default_factory=list)  # names of tensors that belong to no part
 
     def __contains__(self, kind: str) -> bool:
         return kind in self.parts
@@ -101,14 +103,21 @@ class Parts:
         for kind in kinds:
             self[kind]
 
-    def check_fit(self) -> None:
-        """TimError if the transformer cannot read the text model's features or the autoencoder cannot decode its latents."""
+    def check_fit(self, latent_factor: int | None = None) -> None:
+        """TimError if the transformer cannot read the text model's features or the autoencoder cannot decode its latents.
+
+        latent_factor: instead of the one in the transformer's record.
+        """
         if TRANSFORMER not in self:
             return
         config = self[TRANSFORMER].config
         if AUTOENCODER in self and (channels := self[AUTOENCODER].config.latent_channels) != config.in_channels:
             own = f"the transformer has {config.in_channels}; use the autoencoder it was trained with"
             raise TimError(f"{self.source}: the autoencoder has {channels} latent channels, {own}")
+        factor = self.latent_factor if latent_factor is None else latent_factor
+        if AUTOENCODER in self and (pixels := self[AUTOENCODER].config.factor) != factor:
+            advice = "use the autoencoder it was trained with, or correct the record"
+            raise TimError(f"{self.source}: the transformer's latent_factor is {factor}, the autoencoder has {pixels}; {advice}")
         if TEXT_ENCODER in self and (width := self[TEXT_ENCODER].tensors["embed_tokens.weight"].shape[1]) != config.text_dim:
             if config.text_dim is None:
                 raise TimError(f"{self.source}: the transformer is class-conditional; leave out the text model")
@@ -199,11 +208,25 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
         record = _record_of(kind, metadata)
         if config is not None:
             record |= _json(_bytes(config), f"{source}: {prefix}config_json")
+        if kind == TRANSFORMER and "preview" in record and not _is_preview(record["preview"], own["x_embedder.proj.weight"]):
+            logging.warning(f"{source}: the record's preview is malformed and ignored; tim previews makes a new one")
+            del record["preview"]
+            metadata.pop("preview", None)
         parts.parts[kind] = _part(kind, source, own, record, prefix)
     tokenizers = [_bytes(tensor) for key, tensor in rest.items() if key.rpartition(".")[2] in ("tokenizer_json", "spiece_model")]
     if tokenizers and TEXT_ENCODER in parts:
         parts.parts[TEXT_ENCODER] = replace(parts[TEXT_ENCODER], tokenizer=tokenizers[-1])
+    parts.rest = [key for key in rest if key.rpartition(".")[2] not in BYTE_KEYS]
     return parts
+
+
+def _is_preview(value: Any, x_embedder: Tensor) -> bool:
+    """Whether a record's preview is as `previews.fit` makes it for the latent channels of this weight."""
+    try:
+        numbers = torch.tensor([*value["factors"], value["bias"]], dtype=torch.float64)
+        return numbers.shape == (x_embedder.shape[1] + 1, 3) and bool(numbers.isfinite().all()) and 0 <= value["r2"] <= 1
+    except (TypeError, ValueError, LookupError, RuntimeError, OverflowError):
+        return False
 
 
 def _part(kind: str, source: str, tensors: StateDict, record: dict, prefix: str = "", tokenizer: bytes | None = None) -> Part:

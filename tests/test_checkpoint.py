@@ -34,7 +34,7 @@ from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_autoencoder, load_text_encoder, load_transformer
 from tim_core.weights.open import flatten, open_state_dict
-from tim_core.weights.parts import BUNDLED, Parts, read_parts, resolve
+from tim_core.weights.parts import BUNDLED, CONFIG_KEYS, Parts, read_parts, resolve
 from tim_core.weights.save import convert, json_tensor, pack
 
 GEMMA = {
@@ -951,28 +951,87 @@ def test_heads_that_no_shape_tells_are_asked_for(weights, tmp_path):
 
 
 RECORDS = {
-    "transformer": [{"latent_factor": "abc"}, {"latent_factor": -8}, {"latent_factor": 3.7}, {"escape_prompts": "false"}],
-    "autoencoder": [
-        {"scaling_factor": 0}, {"scaling_factor": "x"}, {"out_activation": "sing"}, {"head_dim": 0}, {"encoder_activations": 5},
+    "transformer": [
+        {"latent_factor": "abc"}, {"latent_factor": -8}, {"latent_factor": 3.7}, {"latent_factor": 10**9}, {"escape_prompts": "false"},
+        {"null_class": "no"}, {"num_heads": 0}, {"num_heads": 2.0}, {"new_condition": 5}, {"encoder_depth": "x"},
+        {"native_size": [10**9, 8]}, {"native_size": 64}, {"steps": 10**9}, {"steps": 0}, {"cfg": 1e20}, {"cfg": -1}, {"cfg": float("nan")},
+        {"guidance_interval": [1, 0]},
     ],
-    "text_encoder": [{"hidden_size": "x"}, {"rope_scaling": "x"}],
+    "autoencoder": [
+        {"scaling_factor": 0}, {"scaling_factor": "x"}, {"scaling_factor": 1e-300}, {"scaling_factor": 1e300},
+        {"scaling_factor": float("nan")},
+        {"scaling_factor": True}, {"out_activation": "sing"}, {"head_dim": 0}, {"head_dim": 10**30}, {"encoder_activations": 5},
+        {"encoder_activations": ["relu"]}, {"in_shortcut": "no"}, {"force_upcast": "false"},
+    ],
+    "text_encoder": [
+        {"hidden_size": "x"}, {"rope_scaling": "x"}, {"rms_norm_eps": -1}, {"rms_norm_eps": 0}, {"rms_norm_eps": 1e30},
+        {"rms_norm_eps": float("nan")}, {"rms_norm_eps": "x"}, {"query_pre_attn_scalar": 0}, {"query_pre_attn_scalar": -1},
+        {"num_hidden_layers": 10**9}, {"num_hidden_layers": 500}, {"num_hidden_layers": -1}, {"num_hidden_layers": 1.5},
+        {"head_dim": 10**10},
+        {"head_dim": 2**28}, {"head_dim": 0}, {"vocab_size": 10**12}, {"vocab_size": 5}, {"hidden_size": 2**30},
+        {"intermediate_size": 2**30},
+        {"num_attention_heads": 7}, {"num_key_value_heads": 10**6}, {"num_key_value_heads": 0}, {"sliding_window": -1},
+        {"layer_types": ["full_attention"]}, {"layer_types": ["x", "y"]}, {"layer_types": 5}, {"use_bidirectional_attention": True},
+        {"rope_parameters": {"full_attention": {"rope_theta": 0}}}, {"rope_parameters": {"full_attention": {"rope_theta": float("inf")}}},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 0}}}, {"rope_parameters": [1]},
+        {"hidden_activation": "sing"}, {"pad_token_id": 10**6},
+    ],
 }
 
 
 @pytest.mark.parametrize("part, record", [(part, record) for part, records in RECORDS.items() for record in records], ids=str)
 def test_records_that_make_no_sense_are_refused(part, record, one_file, tmp_path):
     """In one line that names the file, when it is loaded and when it is looked at; the files beside it are still described."""
-    from tim_core.weights.parts import CONFIG_KEYS
-
     tensors, path = load_file(one_file), tmp_path / "odd.safetensors"
     key = CONFIG_KEYS[part]
     tensors[key] = json_tensor({**json.loads(bytes(tensors[key].tolist())), **record})
     save_file(tensors, path)
-    message = refused(load_all, path)
-    assert "odd.safetensors" in message
+    message = refused(lambda source: (load_all(source), Pipeline.load(source)), path)
+    assert "odd.safetensors" in message or next(iter(record)) in message
     from tim_core.cli import main
 
     assert main(["inspect", str(path), str(one_file)]) in (0, 1)
+
+
+COUNTS = [
+    ("vae.encoder.down_blocks.1000000000.0.conv1.weight", "stages"), ("vae.decoder.up_blocks.1000000000.0.conv1.weight", "stages"),
+    ("vae.encoder.down_blocks.0.1000000000.conv1.weight", "not a complete DC-AE"),
+    (f"vae.encoder.down_blocks.{'9' * 5000}.0.conv1.weight", "tensors"),
+    ("model.diffusion_model.blocks.1000000000.attn.qkv.weight", "blocks"),
+    (f"model.diffusion_model.blocks.{'9' * 5000}.x.weight", "tensors"),
+    ("text_encoders.transformer.layers.1000000000.mlp.up_proj.weight", "num_hidden_layers"),
+    ("vae.encoder.down_blocks.-7.0.x.weight", "stages"),
+]
+
+
+@pytest.mark.parametrize("key, said", COUNTS, ids=[key[:60] for key, _ in COUNTS])
+def test_counts_are_bounded_by_the_tensors_that_are_there(key, said, one_file, tmp_path):
+    """With the Gemma config, and without it, where the counts are read from the names."""
+    with safe_open(one_file, "pt") as file:
+        save_file({**load_file(one_file), key: torch.zeros(2, 2)}, tmp_path / "odd.safetensors", metadata=file.metadata())
+    message = refused(load_all, tmp_path / "odd.safetensors")
+    assert "odd.safetensors" in message and said in message and len(message) < 1000
+    from tim_core.cli import main
+
+    assert main(["inspect", str(tmp_path / "odd.safetensors")]) in (0, 1)
+
+
+def test_layers_of_a_gemma_without_config_are_counted_by_its_tensors(tmp_path):
+    wide = {"embed_tokens.weight": (300, 1152), "layers.0.self_attn.q_norm.weight": (256,),
+            "layers.0.self_attn.q_proj.weight": (1024, 1152), "layers.0.self_attn.k_proj.weight": (256, 1152),
+            "layers.0.mlp.gate_proj.weight": (8, 1152), "norm.weight": (1152,),
+            "layers.0.pre_feedforward_layernorm.weight": (1152,), "layers.1000000000.mlp.up_proj.weight": (8, 1152)}
+    save_file({name: torch.zeros(shape) for name, shape in wide.items()}, tmp_path / "a.safetensors")
+    (tmp_path / "tokenizer.json").write_bytes(small_world_tokenizer())
+    assert "num_hidden_layers" in refused(load_text_encoder, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(10**12, 0), (0, 10**12), (0,), (2**40, 0, 1, 1)], ids=str)
+@pytest.mark.parametrize("key", ["vae.encoder.conv_out.weight", "model.diffusion_model.x_embedder.proj.weight",
+                                 "model.diffusion_model.final_layer.linear.weight", "text_encoders.transformer.embed_tokens.weight"])
+def test_tensors_of_no_bytes_and_any_shape_are_refused(key, shape, one_file, tmp_path):
+    save_file({**load_file(one_file), key: torch.zeros(shape)}, tmp_path / "empty.safetensors")
+    assert "empty.safetensors" in refused(load_all, tmp_path / "empty.safetensors")
 
 
 @pytest.mark.parametrize("key", ["encoder.down_blocks.x.0.conv1.weight", "encoder.conv_out.weight"])

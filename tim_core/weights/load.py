@@ -10,7 +10,7 @@ from ..errors import TimError, one_line, state_dict_mismatch
 from ..models.text_encoder import TextEncoder, Tokenizer
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
-from .parts import Part, read_parts
+from .parts import Part, naming, read_parts
 
 
 def load_transformer(source, operations=torch.nn, attention=None, dtype=None, device="cpu", projector=False):
@@ -21,7 +21,9 @@ def load_transformer(source, operations=torch.nn, attention=None, dtype=None, de
     part = read_parts(source)[TRANSFORMER]
     part = part.with_projector() if projector else part
     dtype = dtype or _main_dtype(part.tensors)
-    return _fill(TransitionTransformer(part.config, operations, attention or sdpa, device="meta", dtype=dtype), part, dtype, device)
+    with naming(part.source, part.kind):
+        model = TransitionTransformer(part.config, operations, attention or sdpa, device="meta", dtype=dtype)
+    return _fill(model, part, dtype, device)
 
 
 def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
@@ -33,7 +35,9 @@ def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
         raise TimError("autoencoder: float16 overflows in its deep stages; use float32 or bfloat16")
     dtype = dtype or _main_dtype(part.tensors)
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    return _fill(Autoencoder(part.config, operations, device="meta", dtype=dtype), part, dtype, device)
+    with naming(part.source, part.kind):
+        model = Autoencoder(part.config, operations, device="meta", dtype=dtype)
+    return _fill(model, part, dtype, device)
 
 
 def load_text_encoder(source, dtype=None, device="cpu", escape=None):
@@ -52,6 +56,7 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
         raise
     except Exception as error:  # transformers raises many kinds
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
+    model.tokenize([""])  # the ids of <bos> and <pad>, too, must be the model's
     try:
         # .to() moves what is no weight: rotary tables and the embedding scale
         return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()

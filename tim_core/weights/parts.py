@@ -43,8 +43,11 @@ CONFIG_KEYS = {
 }
 PART_NAMES = {"model": TRANSFORMER, "text-encoder": TEXT_ENCODER, "clip": TEXT_ENCODER, "vae": AUTOENCODER} | {n: n for n in TITLES}
 
+DIMENSIONS = {"embed_tokens.weight": 2, "layers.0.self_attn.q_norm.weight": 1, "x_embedder.proj.weight": 4}
+
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 GEMMA_1B_WIDTH = 1152
+MOST_FACTOR = 256
 LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
 
 
@@ -72,13 +75,15 @@ class Part:
     @cached_property
     def config(self):
         """TransformerConfig, AutoencoderConfig, or the Gemma config as a dict; TimError naming the source if it cannot be read."""
-        with _naming(self.source, self.kind):
+        with naming(self.source, self.kind):
             if self.kind == TRANSFORMER:
                 return TransformerConfig.from_state_dict(self.tensors, self.record)
             if self.kind == AUTOENCODER:
                 return AutoencoderConfig.from_state_dict(self.tensors, self.record)
             gemma = {key: value for key, value in self.record.items() if key != "escape_prompts"}
-            return normalise_config(gemma or _gemma_config(self.tensors))
+            config = normalise_config(gemma or _gemma_config(self.tensors))
+            _check_gemma(config, self.tensors)
+            return config
 
 
 @dataclass
@@ -138,8 +143,8 @@ class Parts:
         """Pixels per latent cell: from the transformer's record, else the autoencoder, else the latent's channels."""
         factor = self.parts[TRANSFORMER].record.get("latent_factor") if TRANSFORMER in self else None
         if factor is not None:
-            if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-                raise TimError(f"{self.source}: latent_factor is {factor!r}; it must be a whole number of at least 1")
+            if isinstance(factor, bool) or not isinstance(factor, int) or not 1 <= factor <= MOST_FACTOR:
+                raise TimError(f"{self.source}: latent_factor is {factor!r}; it must be a whole number from 1 to {MOST_FACTOR}")
             return factor
         if AUTOENCODER in self:
             return self[AUTOENCODER].config.factor
@@ -151,13 +156,14 @@ def _list(parts: Parts) -> str:
 
 
 @contextmanager
-def _naming(source: str, kind: str) -> Iterator[None]:
+def naming(source: str, kind: str) -> Iterator[None]:
     """Turns errors inside into a TimError that names the source."""
     try:
         yield
     except TimError as error:
-        raise TimError(f"{source}: {error}") from None
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        message = str(error)
+        raise TimError(message if message.startswith(f"{source}: ") else f"{source}: {message}") from None
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise TimError(f"{source}: malformed metadata or tensors of the {TITLES[kind]} ({reason})") from None
 
@@ -230,7 +236,10 @@ def _is_preview(value: Any, x_embedder: Tensor) -> bool:
 
 
 def _part(kind: str, source: str, tensors: StateDict, record: dict, prefix: str = "", tokenizer: bytes | None = None) -> Part:
-    """A Part, with the transformer's projector kept apart. The only place that does so."""
+    """A Part, with the transformer's projector kept apart. TimError for a tensor whose shape nothing can be read from."""
+    for name, dimensions in DIMENSIONS.items():
+        if name in tensors and tensors[name].ndim != dimensions:
+            raise TimError(f"{source}: tensor '{prefix}{name}' has shape {list(tensors[name].shape)}; it must have {dimensions} dimensions")
     projector = {name: tensor for name, tensor in tensors.items() if kind == TRANSFORMER and name.startswith("projector.")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in projector}
     return Part(kind, source, tensors, record, prefix, projector, tokenizer)
@@ -311,7 +320,7 @@ def _complete(part: Part, folder: Path) -> Part:
     if part.kind == AUTOENCODER and not record and is_file(file):
         config = _json(read_bytes(file), str(file))
         if config.get("_class_name", "AutoencoderDC") == "AutoencoderDC" and "encoder_block_out_channels" in config:
-            with _naming(str(file), part.kind):
+            with naming(str(file), part.kind):
                 record = AutoencoderConfig.from_diffusers(config).record()
     if part.kind == TEXT_ENCODER and tokenizer is None and (found := tokenizer_file(folder)):
         tokenizer = read_bytes(found, MOST_TOKENIZER)
@@ -341,6 +350,22 @@ def _gemma_config(tensors: Mapping[str, Tensor]) -> dict:
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 32768,
     }
+
+
+def _check_gemma(config: dict, tensors: Mapping[str, Tensor]) -> None:
+    """TimError unless the counts and widths of a Gemma config are those of the tensors: no model is built that they could not fill."""
+    vocab, hidden = tensors["embed_tokens.weight"].shape
+    head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
+    layers = len({key.split(".")[1] for key in tensors if key.startswith("layers.")})
+    found = {"num_hidden_layers": layers, "vocab_size": vocab, "hidden_size": hidden, "head_dim": head_dim}
+    rows = {"num_attention_heads": ("self_attn.q_proj", head_dim), "num_key_value_heads": ("self_attn.k_proj", head_dim),
+            "intermediate_size": ("mlp.gate_proj", 1)}
+    for name, (module, width) in rows.items():
+        if (weight := tensors.get(f"layers.0.{module}.weight")) is not None:
+            found[name] = weight.shape[0] // max(width, 1)
+    for name, value in found.items():
+        if config.get(name) is not None and config[name] != value:
+            raise TimError(f"text encoder config: {name} is {config[name]}, the tensors have {value}; use the config.json of these weights")
 
 
 def _tim_record(metadata: Mapping[str, str], source: str) -> dict:

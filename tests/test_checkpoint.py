@@ -894,6 +894,26 @@ def test_a_malformed_preview_is_ignored_and_said(preview, one_file, tmp_path, ca
     assert "live previews" not in str(describe(tmp_path / "a.safetensors"))
 
 
+def test_errors_of_other_libraries_and_log_lines_do_not_reach_the_terminal_raw(monkeypatch, tmp_path, capsys):
+    """A name with escape codes, in an error that is not ours, and in a warning."""
+    import logging
+
+    from tim_core.cli import main
+    from tim_core.cli.failures import LogLine
+
+    def broken(path):
+        raise KeyError(f"{ESCAPE}{'k' * 2**20}\x1b[2J")
+
+    monkeypatch.setattr("tim_core.weights.describe.read_parts", broken)
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.strip().isprintable() and len(said) < 3000
+    record = logging.makeLogRecord({"msg": "%s: skipped", "args": (ESCAPE + "x" * 2**20,)})
+    line = LogLine().format(record)
+    assert line.startswith("tim: ") and line.isprintable() and len(line) < 3000
+
+
 # What a careless hand leaves
 
 

@@ -359,8 +359,29 @@ def test_pickles_without_end_are_refused(bomb, tmp_path):
 
 
 def test_a_pickle_larger_than_any_state_dicts_is_refused(tmp_path):
-    path = hostile.Pickle().add(b"}", "a", b"]" + b"]0" * 2**23, b"s").zip(tmp_path / "large.bin", {})
-    assert "large.bin" in refused(open_state_dict, path)
+    path = hostile.Pickle().add(b"}", "a", b"]" + b"]0" * 2**21, b"s").zip(tmp_path / "large.bin", {})
+    assert "large.bin" in refused(open_state_dict, path) and "data.pkl" in refused(open_state_dict, path)
+
+
+def test_an_archive_of_more_records_than_any_state_dicts_is_refused(tmp_path):
+    entry = b"PK\1\2" + bytes(24) + b"\1" + bytes(17) + b"a"
+    directory = entry * 200_000
+    end = b"PK\5\6" + bytes(4) + b"\xff\xff" * 2 + len(directory).to_bytes(4, "little") + (4).to_bytes(4, "little") + bytes(2)
+    (tmp_path / "many.bin").write_bytes(b"PK\3\4" + directory + end)
+    assert "its directory has" in refused(open_state_dict, tmp_path / "many.bin")
+
+
+def test_a_safetensors_header_larger_than_any_models_is_refused(tmp_path):
+    names = (f'"{k}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for k in range(350_000))
+    header = ("{" + ",".join(names) + "}").encode()
+    (tmp_path / "many.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "many.safetensors: its header has" in refused(open_state_dict, tmp_path / "many.safetensors")
+
+
+def test_a_state_dict_of_many_tensors_is_read(tmp_path):
+    many = {f"blocks.{k // 100}.some.module.{k % 100}.weight": torch.zeros(1) for k in range(4_000)}
+    torch.save({"model": many, "step": 1}, tmp_path / "many.bin")
+    assert len(open_state_dict(tmp_path / "many.bin")[0]) == 4_000
 
 
 def test_one_storage_under_many_names_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from ..files import check_file
 from .torch_file import check_torch_file, leaves
 
 StateDict = dict[str, Tensor]
+MOST_HEADER = 2**24  # bytes of a safetensors header; that of 1000 tensors has 100,000
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, activation checkpointing
 
 
@@ -32,6 +33,8 @@ def open_state_dict(path: str | Path) -> tuple[StateDict, dict[str, str]]:
     if not start:
         raise TimError(f"{path}: the file is empty")
     if start[8:9] == b"{":
+        if MOST_HEADER < (size := int.from_bytes(start[:8], "little")) < path.stat().st_size:
+            raise TimError(f"{path}: its header has {size} bytes; those of models have at most {MOST_HEADER}")
         return _open_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         check_torch_file(path)

@@ -42,7 +42,7 @@ def photographs(folder: str | Path, side: int, most: int = 200) -> Iterable[Tens
 
     from ..images import ENDINGS, open_image
 
-    files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in ENDINGS)[:most]
+    files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in ENDINGS and not file.is_dir())[:most]
     if not files:
         raise TimError(f"{folder}: no images in this folder ({', '.join(ENDINGS)})")
     for file in files:

@@ -18,7 +18,8 @@ from typing import IO, Any
 
 from ..errors import TimError
 
-MOST_PICKLE = 2**23  # bytes; 40,000 tensors have about half as many
+MOST_PICKLE = 2**21  # bytes; 18,000 tensors have as many
+MOST_DIRECTORY = 2**23  # bytes of a zip archive's directory; 80,000 tensors have as many
 MOST_COPIED = 2**28  # bytes that the calls of a pickle may copy
 MOST_NAMES, MOST_NAME_CHARACTERS, MOST_DEPTH = 300_000, 10**8, 64
 MOST_SHARED = 16  # times that the tensors of a file may be larger than their storages, which several may share
@@ -103,6 +104,13 @@ def leaves(value: Mapping, kind: type, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _check_zip(file: IO[bytes], path: Path) -> None:
+    file.seek(max(0, path.stat().st_size - 2**16 - 100))
+    tail = file.read()
+    for signature, place, width in ((b"PK\5\6", 12, 4), (b"PK\6\6", 40, 8)):  # the end of a directory, and that of a large one
+        start = tail.rfind(signature) + place
+        size = int.from_bytes(tail[start : start + width], "little")
+        if start >= place and MOST_DIRECTORY < size < path.stat().st_size:
+            raise ValueError(f"its directory has {size} bytes")
     with zipfile.ZipFile(file) as archive:
         records = {record.filename: record for record in archive.infolist()}
         if len(records) < len(archive.infolist()):

@@ -139,7 +139,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """A PIL image -> (1, H, W, 3) float32 in [0, 1]."""
-    return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 255.0)[None]
+    return torch.from_numpy(np.array(image.convert("RGB"), np.float32)).div_(255)[None]
 
 
 def contact_sheet(images: Sequence[Tensor] | Tensor, labels: Sequence[str], columns: int | None = None) -> Image.Image:

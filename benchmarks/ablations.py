@@ -1,10 +1,10 @@
-"""Trains variants of one small model, each from scratch on the same pictures, and scores them: what of the recipe matters, at what price.
+"""Train variants of one small model from scratch on the same images, and score them.
 
-    python benchmarks/ablations.py --seeds 0,1,2 --only paper,jvp,twin        train what is missing, score it, print the table
-    python benchmarks/ablations.py --table                                    print the table of what is there
+    python benchmarks/ablations.py --seeds 0,1,2 --only paper,jvp,baseline    train and score what is missing, print the table
+    python benchmarks/ablations.py --table                                    print the table of finished runs
 
-Every run is a folder in --folder (~/tim-runs/ablations): killed, the same command goes on. The network is small, and the world smaller:
-single objects at 48 x 48, of which the two tasks `single` and `colors` are scored.
+Every run is a folder in --folder (~/tim-runs/ablations). To resume an interrupted run, repeat the command. The network is small and draws
+single objects at 48x48; the tasks `single` and `colors` are scored.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PAPER = {"epsilon": 0.005, "diffusion_ratio": 0.5, "consistency_ratio": 0.1}
 FLOW_MATCHING = {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}
 VARIANTS: dict[str, dict] = {
     "paper": {},
-    "twin": {"objective": FLOW_MATCHING},
+    "baseline": {"objective": FLOW_MATCHING},
     "jvp": {"objective": {"derivative": "jvp"}},
     "no-interval-attention": {"transformer": {"distance_aware": False}},
     "no-decoupled-embedding": {"transformer": {"use_new_embed": False}},
@@ -63,25 +63,25 @@ def train_and_score(variant: str, seed: int, args: argparse.Namespace) -> None:
     folder = Path(args.folder).expanduser() / f"{variant}-{seed}"
     config, text = folder / "config.yaml", yaml.safe_dump(configuration(variant, seed, folder, args.steps, args.batch, args.compile))
     if config.exists() and config.read_text() != text:
-        raise SystemExit(f"{config}: found another configuration than was asked for, expected the same, or another --folder")
+        raise SystemExit(f"{config}: differs from the requested configuration; choose another --folder")
     if set(STEPS) <= scored(folder).keys():
         return
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(text)
     (model,) = run([config])
-    mode = "diffusion" if variant == "twin" else "transition"
+    mode = "diffusion" if variant == "baseline" else "transition"
     evaluate(Pipeline.load(model, device=args.device), STEPS, 2.5, PROMPTS, IMAGES, seed=0, output=folder / "scores", tasks=TASKS,
              width=48, height=48, mode=mode)
 
 
 def scored(folder: Path) -> dict[int, dict]:
-    """Steps -> point of its report, as far as a run has come."""
+    """Step count -> point of the report, for the step counts scored so far."""
     report = folder / "scores" / "report.json"
     return {point["steps"]: point for point in json.loads(report.read_text())["curve"]} if report.exists() else {}
 
 
 def rows(folder: Path) -> list[str]:
-    """Markdown: scores, and what each variant has over `paper` on the same pictures and noise, at the seeds that both have."""
+    """Rows of a Markdown table: scores, and differences from `paper` on the same prompts and noise, over the seeds that both have."""
     found: dict[str, dict[str, dict]] = {}
     for variant in VARIANTS:
         for place in sorted(folder.glob(f"{variant}-[0-9]*")):
@@ -92,16 +92,16 @@ def rows(folder: Path) -> list[str]:
     lines = ["| variant | seeds | 1 step | 2 | 4 | 16 | over paper: 1 step | 2 | 4 | 16 |", "|---|---|---|---|---|---|---|---|---|---|"]
     for variant, runs in found.items():
         shared = [seed for seed in runs if seed in found.get("paper", {})] if variant != "paper" else []
-        cells = [middle([(points[steps]["overall"], points[steps]["stderr"]) for points in runs.values()], "") for steps in STEPS]
+        cells = [mean_over_seeds([(points[steps]["overall"], points[steps]["stderr"]) for points in runs.values()], "") for steps in STEPS]
         for steps in STEPS:
             pairs = [(unpack(found["paper"][seed][steps]["correct"]), unpack(runs[seed][steps]["correct"])) for seed in shared]
-            cells.append(middle([tuple(difference(samples, *pair).values()) for pair in pairs], "+"))
+            cells.append(mean_over_seeds([tuple(difference(samples, *pair).values()) for pair in pairs], "+"))
         lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
     return lines
 
 
-def middle(values: list[tuple[float, float]], sign: str) -> str:
-    """The mean over seeds of (value, standard error); its error is the larger of what the pictures and what the seeds make of it."""
+def mean_over_seeds(values: list[tuple[float, float]], sign: str) -> str:
+    """Mean over seeds of (value, standard error); its error is the larger of the errors within and between seeds."""
     if not values:
         return ""
     mean = sum(value for value, _ in values) / len(values)
@@ -113,14 +113,14 @@ def middle(values: list[tuple[float, float]], sign: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="~/tim-runs/ablations")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, between commas")
+    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, separated by commas (default: all)")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, help="of torch, a process")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--table", action="store_true", help="print the table only")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,11 +1,11 @@
-"""What upscaling at native resolution does to right pictures: how many stay right, and how sharp their edges are beside bicubic.
+"""Score upscaling at native resolution: how many correct images stay correct, and how sharp their edges are compared with bicubic.
 
     python benchmarks/upscale.py [--model M] [--sizes 128,256] [--strengths 0.3,0.5] [--prompts-per-task 15] [--seed 0]
 
-Pictures of 64 x 64 are made (4 guided steps, cfg 2.5), those that the detector calls right are upscaled, and judged again. An edge's
-width is the distance between 10 % and 90 % of the way from the background to the object's colour, on the profile that all lines across
-edges sample together; the width of single lines is beside it. What is drawn at 128 outright has 0.87 px by the first, 1.46 px by the
-second.
+Images of 64x64 are made (4 guided steps, cfg 2.5); those that the detector finds correct are upscaled and checked again. An edge's width
+is the distance between 10 % and 90 % of the way from the background to the object's colour, on the profile that all lines across edges
+sample together; the median width of single lines is printed next to it. Images rendered at 128 have 0.87 px by the first and 1.46 px by
+the second.
 """
 
 import argparse
@@ -26,24 +26,24 @@ from tim_core.upscale import enlarge  # noqa: E402
 BATCH = 16
 
 
-def edges(picture: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def edges(image: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Lines across the edges that lie along the axes (the sides of squares and circles, the base of triangles).
 
     Each is (offsets in pixels from where it falls through 50 %, values from 1 on the object to 0 on the background).
     """
     found = []
     background = np.array(scenes.BACKGROUND) / 255
-    for thing in detector.detect(picture):
+    for thing in detector.detect(image):
         if thing.shape is None or thing.color is None:
             continue
         way = np.array(scenes.COLORS[thing.color]) / 255 - background
         reach = int(0.8 * thing.radius)
         x, y = int(thing.x), int(thing.y)
-        across = (picture[y] - background) @ way / (way @ way)
-        down = (picture[:, x] - background) @ way / (way @ way)
+        across = (image[y] - background) @ way / (way @ way)
+        down = (image[:, x] - background) @ way / (way @ way)
         lines = [(down, thing.y + thing.radius)]
         if thing.shape != "triangle":
-            lines += [(across[::-1], picture.shape[1] - thing.x + thing.radius), (across, thing.x + thing.radius)]
+            lines += [(across[::-1], image.shape[1] - thing.x + thing.radius), (across, thing.x + thing.radius)]
         for line, edge in lines:
             low, high = max(0, int(edge - reach)), min(len(line), int(edge + reach) + 1)
             falling = line[low:high]
@@ -89,32 +89,32 @@ def main() -> None:
     parser.add_argument("--steps", default="8")
     parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--cfg", type=float, default=2.5)
-    parser.add_argument("--first-steps", type=int, default=4, help="of the pictures that are upscaled")
+    parser.add_argument("--first-steps", type=int, default=4, help="steps of the images that are upscaled (default: 4)")
     parser.add_argument("--prompts-per-task", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pipe = Pipeline.load(args.model)
     made = []
-    for sample in tqdm(eval_samples(prompts_per_task=args.prompts_per_task, images=2, seed=args.seed), desc="64 x 64", leave=False):
-        picture = pipe(sample.prompt.text, steps=args.first_steps, seed=sample.seed)
-        if detector.is_correct(sample.prompt, picture[0].numpy()):
-            made.append((sample.prompt, picture))
-    print(f"{len(made)} right pictures of 64 x 64 (seed {args.seed}), {args.steps} steps, {args.stages} stages")
-    print("size  strength  still right  +-stderr  edge width, px   bicubic   ratio  |  by single lines   bicubic   ratio")
+    for sample in tqdm(eval_samples(prompts_per_task=args.prompts_per_task, images=2, seed=args.seed), desc="64x64", leave=False):
+        image = pipe(sample.prompt.text, steps=args.first_steps, seed=sample.seed)
+        if detector.is_correct(sample.prompt, image[0].numpy()):
+            made.append((sample.prompt, image))
+    print(f"{len(made)} correct images of 64x64 (seed {args.seed}), {args.steps} steps, {args.stages} stages")
+    print("size  strength  stay correct  +-stderr  edge width, px   bicubic   ratio  |  by single lines   bicubic   ratio")
     for side in map(int, args.sizes.split(",")):
-        plain = [line for _, picture in made for line in edges(enlarge(picture, side, side)[0].numpy())]
+        plain = [line for _, image in made for line in edges(enlarge(image, side, side)[0].numpy())]
         for strength in map(float, args.strengths.split(",")):
-            right, lines = 0, []
+            correct, lines = 0, []
             for some in tqdm([made[i : i + BATCH] for i in range(0, len(made), BATCH)], desc=f"{side}, {strength}", leave=False):
                 options = dict(width=side, steps=args.steps, stages=args.stages, strength=strength, cfg=args.cfg, seed=args.seed)
-                pictures = torch.cat([picture for _, picture in some])
-                for (prompt, _), large in zip(some, pipe.upscale(pictures, [prompt.text for prompt, _ in some], **options).numpy()):
+                images = torch.cat([image for _, image in some])
+                for (prompt, _), large in zip(some, pipe.upscale(images, [prompt.text for prompt, _ in some], **options).numpy()):
                     if detector.is_correct(prompt, large):
-                        right += 1
+                        correct += 1
                         lines += edges(large)
-            share = right / len(made)
-            error = (share * (1 - share) / len(made)) ** 0.5
-            row = f"{side:4}  {strength:8.2f}  {share:11.3f}  {error:8.3f}"
+            accuracy = correct / len(made)
+            error = (accuracy * (1 - accuracy) / len(made)) ** 0.5
+            row = f"{side:4}  {strength:8.2f}  {accuracy:12.3f}  {error:8.3f}"
             if lines:
                 row += f"  {width(lines):14.2f}  {width(plain):8.2f}  {width(plain) / width(lines):6.2f}"
                 row += f"  |  {line_width(lines):15.2f}  {line_width(plain):8.2f}  {line_width(plain) / line_width(lines):6.2f}"

@@ -1,10 +1,9 @@
-"""Which words of a caption the network reads: does a picture's velocity fit its own caption better than one with a word exchanged?
+"""Measure which words of a caption the network reads: is its error smaller with an image's own caption than with one word replaced?
 
     python benchmarks/words.py [--model M] [--n 64] [--times 0.75,0.8,0.85,0.9] [--seed 0] [--device cuda]
 
-For every word, n pictures of captions that have it, noised to times at which this world's pictures are decided. Printed: the share of
-pictures whose error is smaller with the word than with the other (half of them, where the network does not read it), and how much
-smaller, in the mean. ± one standard error.
+For every word, n images of captions with it are noised to --times. Printed: the fraction of images whose error is smaller with the word
+than with its replacement (0.5 where the network does not read the word), and the mean difference of the errors, ± one standard error.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from tim_core import Pipeline
 from tim_core.shapes import scenes  # noqa: E402
 from tim_core.transport import OTFM  # noqa: E402
 
-# word -> the form of caption that has it, and what stands in its place
+# word -> the form of caption that has it, and its replacement
 EXCHANGES = {
     "left of": ("full position", "right of"), "right of": ("full position", "left of"),
     "above": ("full position", "below"), "below": ("full position", "above"),
@@ -32,15 +31,15 @@ EXCHANGES = {
 
 @torch.no_grad()
 def gaps(pipe: Pipeline, word: str, n: int, times: list[float], seed: int = 0) -> np.ndarray:
-    """(n,) how much larger the error of the velocity is with the word exchanged, in the mean over the times."""
+    """(n,) increase of the velocity's error when the word is replaced, averaged over the times."""
     form, other = EXCHANGES[word]
     rng, generator, transport = np.random.default_rng([seed, list(EXCHANGES).index(word)]), torch.Generator().manual_seed(seed), OTFM()
     prompts = []
     while len(prompts) < n:
         prompt = scenes.sample_prompt(rng, form)
         prompts += [prompt] if f" {word} " in f" {prompt.text} " else []
-    pictures = np.stack([scenes.render(scenes.place(rng, prompt)) for prompt in prompts])
-    latents = pipe.encode(torch.from_numpy(pictures))
+    images = np.stack([scenes.render(scenes.place(rng, prompt)) for prompt in prompts])
+    latents = pipe.encode(torch.from_numpy(images))
     captions = [prompt.text for prompt in prompts], [prompt.text.replace(word, other) for prompt in prompts]
     total = torch.zeros(n)
     for time in times:
@@ -66,12 +65,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     pipe = Pipeline.load(args.model, args.device)
-    print(f"{args.model}, n = {args.n} a word, seed {args.seed}\n\n| word | in place of it | read | error without it |\n|---|---|---|---|")
+    print(f"{args.model}, n = {args.n} per word, seed {args.seed}\n")
+    print("| word | replacement | fraction | increase of the error |\n|---|---|---|---|")
     for word, (_, other) in EXCHANGES.items():
         found = gaps(pipe, word, args.n, [float(time) for time in args.times.split(",")], args.seed)
-        share, middle = (found > 0).mean(), found.mean()
-        errors = (share * (1 - share) / len(found)) ** 0.5, found.std() / len(found) ** 0.5
-        print(f"| {word} | {other} | {share:.2f} ± {errors[0]:.2f} | {middle:+.4f} ± {errors[1]:.4f} |", flush=True)
+        fraction, mean = (found > 0).mean(), found.mean()
+        errors = (fraction * (1 - fraction) / len(found)) ** 0.5, found.std() / len(found) ** 0.5
+        print(f"| {word} | {other} | {fraction:.2f} ± {errors[0]:.2f} | {mean:+.4f} ± {errors[1]:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

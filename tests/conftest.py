@@ -1,6 +1,7 @@
 """What the test run says at its end."""
 
 import importlib.util
+import os
 import shutil
 from collections import Counter
 
@@ -14,6 +15,7 @@ DEVIATED = pytest.StashKey[Counter]()
 
 
 def pytest_configure(config):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: models this small lose more than they gain by threads
     config.stash[REPLAYED] = Counter()
     config.stash[DEVIATED] = Counter()
 

@@ -1,5 +1,6 @@
 """What several test files need and the package does not."""
 
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,12 @@ from typing import Any
 from tim_core.models.config import TransformerConfig
 from tim_core.weights.load import load_autoencoder, load_text_encoder, load_transformer
 from tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER, read_parts
+
+
+def mentions(text: str, *parts: object) -> bool:
+    """Whether the text holds these parts in this order, words as whole words and in any case: the thing, its value, the advice."""
+    pattern = ".*?".join(rf"(?<!\w){re.escape(str(part))}(?!\w)" for part in parts)
+    return re.search(pattern, text, re.IGNORECASE | re.DOTALL) is not None
 
 
 def load_all(source) -> SimpleNamespace:

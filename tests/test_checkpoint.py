@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import hostile
 from tests.hostile import SPECIAL, deep_json, one_tensor, rezip, special_file
-from tests.support import load_all
+from tests.support import load_all, mentions
 from tim_core.errors import TimError
 from tim_core.evaluation.benchmark_export import read_prompts
 from tim_core.evaluation.curve import read_report
@@ -437,7 +437,7 @@ def test_other_models_are_named(title, tmp_path):
 
 def test_the_wrong_part_is_named(modules, tmp_path):
     save_file(modules["autoencoder"].state_dict(), tmp_path / "vae.safetensors")
-    assert "no TiM transformer; it holds a DC-AE" in refused(load_transformer, tmp_path / "vae.safetensors")
+    assert mentions(refused(load_transformer, tmp_path / "vae.safetensors"), "vae.safetensors", "no TiM transformer", "DC-AE")
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "block"])
@@ -612,7 +612,7 @@ def test_pack_wrapped_modules(modules, tmp_path):
     wrapped = {"transformer": torch.compile(modules["transformer"], backend="eager"), "vae": torch.nn.DataParallel(modules["autoencoder"])}
     loaded = load_all(pack(wrapped, tmp_path / "one.safetensors"))
     assert same(loaded.transformer, modules["transformer"]) and loaded.autoencoder.config.scaling_factor == 0.7
-    assert "Linear: this module is no TiM transformer" in refused(pack, {"model": torch.nn.Linear(2, 2)}, tmp_path / "x.safetensors")
+    assert mentions(refused(pack, {"model": torch.nn.Linear(2, 2)}, tmp_path / "x.safetensors"), "Linear", "TiM transformer")
 
 
 def test_parts_that_do_not_fit(modules, tmp_path):
@@ -980,7 +980,7 @@ def test_inspection_says_what_does_not_load(harm, said, weights, tmp_path):
     assert "does not load" not in str(describe(tmp_path / "whole.safetensors"))
     harm(weights)
     save_file(weights, tmp_path / "harmed.safetensors")
-    assert f"does not load: not a complete TiM transformer: {said}" in str(describe(tmp_path / "harmed.safetensors"))
+    assert mentions(str(describe(tmp_path / "harmed.safetensors")), "does not load", said)
 
 
 def test_heads_that_no_shape_tells_are_asked_for(weights, tmp_path):

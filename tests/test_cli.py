@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support import mentions
 from tim_core import Pipeline, TimError, __version__, cli
 from tim_core.weights.save import convert
 
@@ -65,14 +67,10 @@ def test_help_teaches(run):
 
 
 def test_help_imports_nothing_slow():
-    code = """if True:
-        import sys, tim_core.cli
-        try:
-            tim_core.cli.main(['--help'])
-        except SystemExit:
-            assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)
-    """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    words = [sys.executable, "-X", "importtime", "-m", "tim_core", "--help"]
+    done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "examples:" in done.stdout and "tim_core.cli" in imported and not {"torch", "numpy", "PIL"} & imported
 
 
 # sample
@@ -113,7 +111,7 @@ def test_options_default_to_the_record(run, tiny, recorded):
 @pytest.mark.parametrize("command", [("sample", "a circle"), ("sweep", "a circle"), ("evaluate",)], ids=lambda words: words[0])
 def test_sizes_are_checked_before_the_weights_are_loaded(fails, tiny, monkeypatch, command):
     monkeypatch.setattr(Pipeline, "load", lambda *arguments: pytest.fail("loaded"))
-    assert "size: 60x64 is not a multiple of 8; nearest is 64x64" in fails(1, *command, "--model", tiny, "--size", "60x64")
+    assert mentions(fails(1, *command, "--model", tiny, "--size", "60x64"), "size", "60x64", 8, "64x64")
 
 
 def test_a_batch_is_numbered(run, tiny):
@@ -187,7 +185,7 @@ def test_evaluate_makes_images_for_other_benchmarks(run, fails, tiny):
     assert len(list(Path("geneval/steps-1/00000/samples").iterdir())) == 4
     for given in (("--tasks", "two"), ("--prompts-per-task", 3)):
         assert given[0] in fails(1, *options, "--layout", "geneval", *given)
-    assert "prompts per task: 0" in fails(1, "evaluate", "--model", tiny, "--prompts-per-task", 0)
+    assert mentions(fails(1, "evaluate", "--model", tiny, "--prompts-per-task", 0), "prompts per task", 0)
     assert "--layout" in fails(1, *options) and "--prompts" in fails(1, "evaluate", "--layout", "dpg")
     assert "--baseline" in fails(1, *options, "--layout", "dpg", "--baseline", "report.json")
 
@@ -199,9 +197,12 @@ def test_a_baseline(run, tiny):
     assert code == 0 and "vs baseline" in out and "+0.000 +- 0.000" in out and "monotone" in out
 
 
-def test_the_package_is_the_command(tiny):
-    done = subprocess.run([sys.executable, "-m", "tim_core", "inspect", tiny], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "TiM" in done.stdout
+@pytest.mark.parametrize("file, code", [("tiny", 0), ("nothing", 1)])
+def test_the_package_is_the_command(capsys, monkeypatch, tiny, file, code):
+    monkeypatch.setattr(sys, "argv", ["tim_core", "inspect", str(tiny) if file == "tiny" else file])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("tim_core", run_name="__main__")
+    assert stop.value.code == code and ("TiM" in capsys.readouterr().out) == (code == 0)
 
 
 def test_the_shift_reaches_the_sampler(run, tiny):
@@ -238,7 +239,7 @@ def test_inspect_goes_on_after_a_bad_file(run, tiny, tmp_path):
 
 def test_the_example_of_train_is_of_files_that_are_there():
     names = [word for word in cli.train.EXAMPLES.split() if word.endswith(".yaml")]
-    assert len(names) == 4 and all((ROOT / name).is_file() for name in names)
+    assert len(names) == 3 and all(any(ROOT.glob(name)) for name in names)
 
 
 def test_convert_and_pack(run, tiny):
@@ -277,8 +278,8 @@ def test_wrong_usage_is_2(fails, words):
 
 ERRORS = {
     "no such model": (("sample", "a", "--model", "nothing.safetensors"), "nothing.safetensors"),
-    "no file extension": (("sample", "a", "-o", "image"), "image: has no file extension; use .png"),
-    "an unsupported format": (("sample", "a", "-o", "picture.tga"), ".tga"),
+    "no file extension": (("sample", "a", "-o", "image"), "image: .*extension.*[.]png"),
+    "an unsupported format": (("sample", "a", "-o", "picture.tga"), "[.]tga"),
     "no folder": (("sweep", "a", "-o", "none/sweep.png"), "none"),
     "no steps": (("sweep", "a", "--steps", ","), "--steps"),
     "zero steps in a list": (("sweep", "a", "--steps", "0,1"), "0,1"),
@@ -292,7 +293,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("words, named", ERRORS.values(), ids=ERRORS)
 def test_errors_are_one_line(fails, words, named):
-    assert named in fails(1, *words)
+    assert re.search(named, fails(1, *words))
 
 
 MODEL_ERRORS = {
@@ -351,8 +352,13 @@ def test_verbose_adds_the_traceback(run, words):
     assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("tim: error: nothing")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="pipes of a POSIX shell")
-def test_a_closed_pipe_is_no_traceback(tiny):
-    command = f"{sys.executable} -m tim_core inspect {' '.join([str(tiny)] * 3)} | true"
-    result = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+def test_a_closed_pipe_stops_silently(capsys, monkeypatch, tiny):
+    """As in `tim inspect FILE | head -1`: neither the command nor the flush at the interpreter's end says anything."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["inspect", str(tiny)]) == 1
+        pipe.write("what was still to come")
+        pipe.flush()
+    assert capsys.readouterr().err == ""

@@ -206,6 +206,22 @@ def test_lora_equals_merged_weights(comfyui, tiny, tmp_path):
     assert (patched - plain).abs().max() > 1e-2
 
 
+def test_lora_loader_and_pipeline_agree(comfyui, tiny, tmp_path):
+    torch.manual_seed(2)
+    rows, columns = load_file(tiny)["model.diffusion_model.blocks.1.attn.qkv.weight"].shape
+    key = "diffusion_model.blocks.1.attn.qkv"
+    down, up = torch.randn(4, columns) / 2, torch.randn(rows, 4) / 2
+    lora = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.alpha": torch.tensor(2.0)}
+    save_file(lora, tmp_path / "agree.safetensors")
+    comfyui.add("loras", tmp_path / "agree.safetensors", "agree.safetensors")
+    plain = run_pictures(comfyui, graph := Graph(), graph.tim())
+    graph = Graph()
+    graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name="agree.safetensors", strength_model=0.7)
+    patched = run_pictures(comfyui, graph, graph.tim())
+    same_picture(patched, Pipeline.load(tiny, "cpu", lora={tmp_path / "agree.safetensors": 0.7})(PROMPT))
+    assert (patched - plain).abs().max() > 10
+
+
 def test_checkpoint_save_reloads(comfyui, tiny, tmp_path):
     graph = Graph()
     graph.add("CheckpointSave", model=graph.model, clip=graph.clip, vae=graph.vae, filename_prefix="saved/tiny")
@@ -461,7 +477,7 @@ def test_another_model_is_refused(comfyui):
         latent = graph.empty()
         graph.model = graph.add("TiMTestProbe", **probe(another_model))
         message = refusal(comfyui, graph, graph.tim(latent) if sampled else graph.empty())
-        assert "\n" not in message and "Linear is not a TiM model" in message
+        assert "\n" not in message and "Linear" in message
         assert "Load TiM Checkpoint" in message and "Load TiM Model" in message
 
 

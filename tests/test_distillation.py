@@ -1,4 +1,4 @@
-"""Distillation of guided steps: where the jumps are to land, and whom it teaches."""
+"""Distillation of guided steps: the targets of the jumps, and which network has gradients."""
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ class Bent(nn.Module):
 
     def __init__(self, w: float = 1.0):
         super().__init__()
-        self.w, self.heard = nn.Parameter(torch.tensor(w)), []
+        self.w, self.calls = nn.Parameter(torch.tensor(w)), []
 
     def forward(self, x, t, r, y):
-        self.heard.append((t, r))
+        self.calls.append((t, r))
         return self.w * (x * (3 * t).cos().view(-1, 1, 1, 1) + y.unsqueeze(-1))
 
 
@@ -56,7 +56,7 @@ def test_a_network_that_lands_where_the_guided_teacher_does_has_no_loss(cfg):
     assert loss(Arrives(Bent(0.9), cfg), Bent(), cfg=cfg).mean() > 0.01
 
 
-def test_it_pulls_back_and_teaches_the_model_alone():
+def test_the_loss_pulls_back_with_gradients_for_the_model_alone():
     for misses in (0.5, -0.5):
         model, teacher, y = Arrives(Bent(), 2.5, misses), Bent(), torch.ones(SHAPE[0], 1, 1, requires_grad=True)
         loss(model, teacher, y).mean().backward()
@@ -74,13 +74,13 @@ def test_the_teacher_goes_once_through_its_times_and_reads_its_own_conditions():
     noise, y = draw_distillation_noise(SHAPE, config), torch.randn(SHAPE[0], 1, 1)
     given = {"transport": OTFM(), "config": config, "noise": noise}
     distillation_loss(Bent(), teacher, y, y * 0, **given)
-    assert [(t[0].item(), r[0].item(), len(t)) for t, r in teacher.heard] == [(t, r, 2 * SHAPE[0]) for t, r in zip(TIMES, TIMES[1:])]
+    assert [(t[0].item(), r[0].item(), len(t)) for t, r in teacher.calls] == [(t, r, 2 * SHAPE[0]) for t, r in zip(TIMES, TIMES[1:])]
     model = Arrives(Bent(), 2.5)
     assert distillation_loss(model, Bent(), y, y * 0, **given, teacher_conditions=(y, y * 0)).max() < 1e-6
     assert distillation_loss(model, Bent(), y, y * 0, **given, teacher_conditions=(y + 1, y * 0)).mean() > 0.1
 
 
-def test_every_trajectory_teaches_two_jumps():
+def test_every_trajectory_trains_two_jumps():
     ends = draw_distillation_noise((300, 1, 2, 2), DistillationConfig(times=TIMES)).ends
     assert (ends[:, 0] != ends[:, 1]).all() and set(ends.flatten().tolist()) == {1, 2, 3}
 

@@ -147,7 +147,7 @@ def test_another_file_under_the_name_is_kept(hub, tmp_path):
     other = tmp_path / "transformer" / "c2i_model_512.safetensors"
     other.parent.mkdir()
     other.write_bytes(b"mine")
-    with pytest.raises(TimError, match="c2i_model_512.safetensors.*another file has this name"):
+    with pytest.raises(TimError, match="c2i_model_512.safetensors.*another file"):
         download.plan("c2i-512", to=tmp_path)
     assert other.read_bytes() == b"mine"
 
@@ -172,7 +172,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(hub, tmp_path, monkeypatch):
 def test_a_wrong_hash_is_one_error_and_leaves_nothing(hub, tmp_path):
     path = "/GoodEnough/TiM-C2I/resolve/main/c2i_model_256.safetensors"
     hub.hash[path] = "0" * 64
-    with pytest.raises(TimError, match="c2i_model_256.safetensors: sha256 [0-9a-f]{64} instead of 0{64}; deleted"):
+    with pytest.raises(TimError, match="c2i_model_256.safetensors: .*[0-9a-f]{64}.* 0{64}.*deleted"):
         download.fetch(download.plan("c2i-256", to=tmp_path))
     assert not [name for name in paths(tmp_path) if name.endswith("c2i_model_256.safetensors")]
 
@@ -244,7 +244,7 @@ def test_a_destination_is_asked_for(wanted, said):
 
 
 def test_an_unknown_release_names_the_known_ones():
-    with pytest.raises(TimError, match="'xl' is unknown; choose t2i, c2i-256, c2i-512"):
+    with pytest.raises(TimError, match="'xl'.*t2i.*c2i-256.*c2i-512"):
         download.plan("xl", to=".")
 
 
@@ -254,7 +254,7 @@ def test_two_downloads_of_one_file_do_not_mix(hub, tmp_path):
     downloads = download.plan("c2i-256", to=tmp_path)
     downloads[0].target.parent.mkdir(parents=True)
     with FileLock(downloads[0].partial.with_suffix(".lock")):
-        with pytest.raises(TimError, match="c2i_model_256.safetensors: another download of this file is running"):
+        with pytest.raises(TimError, match="c2i_model_256.safetensors: .*another download"):
             download.fetch(downloads)
 
 

@@ -221,10 +221,10 @@ def test_a_baseline_is_compared_image_by_image(tmp_path):
         with Image.open(tmp_path / name / "curve.png") as picture:
             grey.append((np.asarray(picture.convert("RGB")) == 153).all(-1).sum())
     assert grey[0] > grey[1] + 1000  # the baseline's line
-    with pytest.raises(TimError, match="report.json: its seed is 0, this run's is 1"):
+    with pytest.raises(TimError, match="report.json: .*seed.* 0.* 1"):
         evaluate(Painter(), [1], seed=1, baseline=baseline, **options)
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(TimError, match="other.json: not a report.json of tim evaluate"):
+    with pytest.raises(TimError, match="other.json: .*tim evaluate"):
         evaluate(Painter(), [1], baseline=tmp_path / "other.json", **options)
 
 
@@ -245,5 +245,5 @@ class Unshared(Processes):
 def test_a_report_without_what_a_curve_needs_is_no_report(tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps({"protocol": {}, "curve": [{"correct": "01", "steps": 1}]}))
-    with pytest.raises(TimError, match="not a report.json of tim evaluate"):
+    with pytest.raises(TimError, match="report.json: .*tim evaluate"):
         read_report(path)

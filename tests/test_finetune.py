@@ -1,4 +1,4 @@
-"""Fine-tuning: folders of pictures, their cache, and LoRAs."""
+"""Fine-tuning: folders of images, their cache, and LoRAs."""
 
 import csv
 import itertools
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,10 +21,11 @@ from tim_core.errors import TimError
 from tim_core.images import to_pil
 from tim_core.models.config import TransformerConfig
 from tim_core.models.transformer import TransitionTransformer
+from tim_core.processes import ALONE, Processes, Shard
 from tim_core.shapes import detector, scenes
-from tim_core.training import folder as pictures
-from tim_core.training import loop, run
-from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
+from tim_core.training import finetune, loop, run
+from tim_core.training import folder as image_folder
+from tim_core.training.config import FolderConfig, LoraConfig, read
 from tim_core.training.finetune import padded
 from tim_core.training.folder import Item, native_size, scan
 from tim_core.training.lora import add_lora
@@ -42,8 +44,8 @@ def draw(file, width, height, color=(200, 40, 40), caption="a red circle"):
 
 @pytest.fixture
 def data(tmp_path):
-    """Five pictures of three native sizes, two broken ones, one too small, and one without a caption."""
-    place = tmp_path / "pictures"
+    """Five images of three native sizes, two broken ones, one too small, and one without a caption."""
+    place = tmp_path / "images"
     for k, (width, height) in enumerate([(64, 64), (64, 64), (70, 66), (96, 64), (64, 100)]):
         draw(place / f"{k}.png", width, height, caption=f"a circle {k}")
     (place / "broken.png").write_bytes((place / "0.png").read_bytes()[:80])
@@ -79,7 +81,7 @@ def test_folders_and_lists(tmp_path, data, caplog):
     assert [item.file.name for item in found] == [*(f"{k}.png" for k in range(5)), "broken.png", "cut.jpg", "tiny.png", "words.png"]
     assert found[0].caption_or_label == "a circle 0" and "1 images without a .txt caption" in caplog.text and "silent.png" in caplog.text
     listed = tmp_path / "list.jsonl"
-    listed.write_text("\n".join(json.dumps({"image": f"pictures/{k}.png", "caption": f"number {k}"}) for k in (3, 1)) + "\n\n")
+    listed.write_text("\n".join(json.dumps({"image": f"images/{k}.png", "caption": f"number {k}"}) for k in (3, 1)) + "\n\n")
     found = scan(FolderConfig(str(listed)), False)
     assert [(item.file, item.caption_or_label) for item in found] == [(data / "3.png", "number 3"), (data / "1.png", "number 1")]
     for line, labels in (('{"image": "x.png"}', False), ("[]", False), ('{"image": "x.png", "label": "dog"}', True), ("no", False)):
@@ -118,35 +120,35 @@ def test_captions_of_other_editors(tmp_path):
     assert first.caption_or_label == "a red circle" and not first.problem and "b.txt: not UTF-8" in second.problem
 
 
-def test_deep_and_transparent_pictures(tmp_path):
+def test_16_bit_and_transparent_images(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     clear = np.zeros((64, 64, 4), np.uint8)
     clear[..., 1], clear[:32, :, 3] = 200, 255  # green, its lower half invisible
     Image.fromarray(clear).save(tmp_path / "clear.png")
-    deep, half = (pictures.open_image(Item(tmp_path / f"{name}.png", "", 64, 64)) for name in ("deep", "clear"))
+    deep, half = (image_folder.open_image(Item(tmp_path / f"{name}.png", "", 64, 64)) for name in ("deep", "clear"))
     assert deep[:, 0, 0].tolist() == [-1] * 3 and deep[:, 0, -1].tolist() == [1] * 3 and abs(deep.mean()) < 0.02
     assert half[:, -1, 0].tolist() == [1] * 3 and half[:, 0, 0].tolist() == pytest.approx([-1, 200 / 127.5 - 1, -1])
 
 
 def test_rare_sizes_join_similar_ones(tmp_path):
     sizes = [(1024, 1024)] * 3 + [(992, 1056), (1056, 992), (1024, 960)] + [(1440, 704)] * 2 + [(512, 512)] * 9
-    found = pictures.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], min_bucket_size=4)
+    found = image_folder.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], min_bucket_size=4)
     assert [(item.width, item.height) for item in found] == [(1024, 1024)] * 6 + [(1440, 704)] * 2 + [(512, 512)] * 9
-    assert pictures.similar_sizes(found, min_bucket_size=1) == found
-    sizes = [(1024, 1024)] * 100 + [(896, 1120), (800, 1088)]  # the two are alike, but too few together
-    found = pictures.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], min_bucket_size=4)
+    assert image_folder.similar_sizes(found, min_bucket_size=1) == found
+    sizes = [(1024, 1024)] * 100 + [(896, 1120), (800, 1088)]  # the two are similar, but too few together
+    found = image_folder.similar_sizes([Item(tmp_path / "x", "", *size) for size in sizes], min_bucket_size=4)
     assert (found[100].width, found[100].height) == (1024, 1024)
 
 
 def test_prompts_are_padded_with_their_own_pad_row():
     rows = [torch.arange(2.0)[:, None], torch.arange(10.0, 14)[:, None]]  # the last of each is its pad row
     null = torch.tensor([[7.0], [8.0]])
-    assert padded(rows, null, [False, False])[..., 0].tolist() == [[0, 1, 1], [10, 11, 12]]
-    assert padded(rows, null, [False, True])[..., 0].tolist() == [[0], [7]]
+    assert padded(rows, null, [False, False], 3)[..., 0].tolist() == [[0, 1, 1], [10, 11, 12]]
+    assert padded(rows, null, [False, True], 1)[..., 0].tolist() == [[0], [7]]
 
 
-def test_a_folder_is_trained_on_and_what_is_broken_is_named_once(tmp_path, tiny, data, caplog):
+def test_training_on_a_folder_names_each_unreadable_image_once(tmp_path, tiny, data, caplog):
     config = yaml(tmp_path, tiny, data)
     with caplog.at_level(logging.WARNING):
         (made,) = run([config])
@@ -164,8 +166,8 @@ def test_a_folder_is_trained_on_and_what_is_broken_is_named_once(tmp_path, tiny,
     assert all(0 < float(row["diffusion"]) < 100 and math.isfinite(float(row["transition"])) for row in rows)
 
 
-def test_samples_a_second_are_pictures(tmp_path, tiny, data, monkeypatch):
-    """Of a clock that goes on by a second whenever it is asked."""
+def test_samples_per_second_count_images(tmp_path, tiny, data, monkeypatch):
+    """The clock advances by a second per call."""
     rates = []
     for pixels in (4096, 65536):
         seconds = itertools.count()
@@ -185,42 +187,69 @@ def test_a_class_conditional_model_learns_from_folders(tmp_path, tiny, more):
     network.initialize_weights()
     model = pack({"transformer": network}, tmp_path / "classes.safetensors", metadata={"latent_factor": 8})
     for name in ("cat", "dog"):
-        draw(tmp_path / "pictures" / name / "a.png", 64, 64, caption=None)
-    (made,) = run([yaml(tmp_path, model, tmp_path / "pictures", "tuned", f"autoencoder: {tiny}\n{more}", ", lr: 0.01")])
+        draw(tmp_path / "images" / name / "a.png", 64, 64, caption=None)
+    (made,) = run([yaml(tmp_path, model, tmp_path / "images", "tuned", f"autoencoder: {tiny}\n{more}", ", lr: 0.01")])
     before, after = (load_transformer(file, dtype=torch.float32) for file in (model, made))
     table = "y_embedder.embedding_table.weight"
     moved = (after.state_dict()[table] - before.state_dict()[table]).abs().amax(1)
-    assert after.config == before.config and moved[2] < 1e-4 < min(moved[0], moved[1])  # nothing shows class 2
+    assert after.config == before.config and moved[2] < 1e-4 < min(moved[0], moved[1])  # no image has class 2
 
 
-def test_another_text_model_finds_nothing_in_the_cache(tmp_path, tiny, data):
+def test_another_text_model_does_not_share_the_cache(tmp_path, tiny, data):
     for escape in (False, True):
         parts = load_all(tiny)
         parts.text_encoder.escape = escape
         model = pack({"transformer": parts.transformer, "text_encoder": parts.text_encoder, "vae": parts.autoencoder},
                                 tmp_path / f"{escape}.safetensors", metadata={"escape_prompts": escape, "latent_factor": 8})
         run([yaml(tmp_path, model, data, f"escape-{escape}")])
-    assert len(list((tmp_path / "pictures.cache").glob("*.safetensors"))) == 2 * 5
+    assert len(list((tmp_path / "images.cache").glob("*.safetensors"))) == 2 * 5
 
 
-def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, tiny, data):
+def test_images_of_one_size_are_encoded_together(tmp_path, data, monkeypatch, caplog):
+    """As many as fit into ENCODE_PIXELS, without the unreadable ones, and each is cached with its own caption."""
+    shapes, asked = [], []
+
+    def encode_images(images):
+        shapes.append(tuple(images.shape))
+        return {"latent": images[:, :1, ::8, ::8]}
+
+    def encode_captions(captions):
+        asked.append(captions)
+        return [torch.tensor([[float(len(caption))]]) for caption in captions]
+
+    monkeypatch.setattr(image_folder, "ENCODE_PIXELS", 2 * 64 * 64)
+    draw(data / "1.png", 64, 64, (0, 0, 0), "a long caption of a black square")
+    encode = image_folder.Encoder(tmp_path / "cache", "none", encode_images, encode_captions)
+    items = image_folder.prepare(FolderConfig(str(data), min_bucket_size=1), encode, 8, False, ALONE)
+    assert sorted(shapes) == [(1, 3, 64, 64), (1, 3, 64, 96), (1, 3, 96, 64), (2, 3, 64, 64)] and sum(map(len, asked)) == 5
+    assert "cut.jpg" in caplog.text
+    for item in items:
+        kept = load_file(encode.cache_path(item))
+        assert kept["condition"].item() == len(item.caption_or_label)
+        assert torch.equal(kept["latent"], image_folder.open_image(item)[:1, ::8, ::8])
+
+
+def test_a_damaged_cached_file_is_encoded_again(tmp_path, tiny, data):
     run([yaml(tmp_path, tiny, data, "first")])
-    files = sorted((tmp_path / "pictures.cache").glob("*.safetensors"))
-    whole = [file.read_bytes() for file in files]
-    files[0].write_bytes(whole[0][:-10])
+    files = sorted((tmp_path / "images.cache").glob("*.safetensors"))
+    whole = [safetensors.torch.load(file.read_bytes()) for file in files]
+    files[0].write_bytes(files[0].read_bytes()[:-10])
+    changed = [file.stat().st_mtime_ns for file in files]
     run([yaml(tmp_path, tiny, data, "second")])
-    assert [file.read_bytes() for file in files] == whole
+    assert [file.stat().st_mtime_ns == before for file, before in zip(files, changed)] == [False] + [True] * 4
+    again = load_file(files[0])  # encoded alone, not with its neighbours: equal within rounding
+    assert again.keys() == whole[0].keys() and all(torch.allclose(again[name], value, atol=1e-4) for name, value in whole[0].items())
 
 
 def test_the_cache_is_encoded_once(tmp_path, tiny, data, monkeypatch):
-    opened, real = [], pictures.open_image
-    monkeypatch.setattr(pictures, "open_image", lambda item: opened.append(item.file.name) or real(item))
+    opened, real = [], image_folder.open_image
+    monkeypatch.setattr(image_folder, "open_image", lambda item: opened.append(item.file.name) or real(item))
     run([yaml(tmp_path, tiny, data, "first", loop=", lr: 0.0001")])
     first, opened[:] = list(opened), []
     draw(data / "1.png", 64, 64, (0, 200, 0), "another caption")
     run([yaml(tmp_path, tiny, data, "second", loop=", lr: 0.0001")])
     assert len(first) >= 5 and sorted(set(opened)) == ["1.png", "cut.jpg"]
-    sizes = {tuple(load_file(file)["latent"].shape) for file in (tmp_path / "pictures.cache").glob("*.safetensors")}
+    sizes = {tuple(load_file(file)["latent"].shape) for file in (tmp_path / "images.cache").glob("*.safetensors")}
     assert sizes == {(16, 8, 8), (16, 8, 12), (16, 12, 8)}
 
 
@@ -231,15 +260,41 @@ def test_an_empty_folder_is_refused(tmp_path, tiny):
 
 
 def test_batches_hold_one_size_and_as_many_tokens(tmp_path, tiny, data):
-    encode = pictures.Encoder(tmp_path, "none", lambda picture: torch.zeros(1, 4, 1, 1), lambda caption: torch.zeros(1))
+    encode = image_folder.Encoder(tmp_path, "none", lambda images: {}, lambda captions: [])
     items = [Item(data / "0.png", "a", *size) for size in [(64, 64)] * 3 + [(128, 64)]]
-    batches = pictures.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=8, seed=0, parts=2)
+    batches = image_folder.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=8, seed=0, shards=[Shard(0, 2)])
     assert batches.sizes == [(64, 64), (128, 64)] and batches.counts == [8, 4]
-    # three pictures in batches of eight, one in batches of four: 3/8 to 1/4
+    # three images in batches of eight, one in batches of four: 3/8 to 1/4
     assert batches.weights.tolist() == pytest.approx([0.6, 0.4])
 
 
-def test_a_lora_starts_as_nothing_and_learns(tmp_path, tiny, data):
+def test_a_shard_loads_only_its_own_files(tmp_path, data, monkeypatch):
+    """Together the shards of two processes with two parts each are the whole batch; all of them know how long its texts are."""
+    def encode_captions(captions):
+        return [torch.full((2 + int(caption), 1), float(caption)) for caption in captions]
+
+    encode = image_folder.Encoder(tmp_path, "none", lambda images: {"latent": images[:, :, ::8, ::8]}, encode_captions)
+    items = [Item(data / f"{k}.png", str(k), 64, 64) for k in range(5)]
+    encode.keep(items)
+    loaded, load = [], image_folder.load_file
+    monkeypatch.setattr(image_folder, "load_file", lambda file: loaded.append(file) or load(file))
+
+    def batches(shards):
+        return image_folder.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=7, seed=0, shards=shards)
+
+    (whole,) = batches([Shard()])[2]
+    assert whole.total == len(loaded) == 7 and whole.lengths == [len(rows) for rows in whole.conditions] and len(set(whole.lengths)) == 5
+    for index in range(2):
+        shards = Processes(index, 2, torch.device("cpu")).shards(accumulate=2)
+        loaded.clear()
+        parts = batches(shards)[2]
+        assert len(loaded) == (4, 3)[index]
+        for shard, part in zip(shards, parts, strict=True):
+            assert torch.equal(part.latents, shard.take(whole.latents)) and part.lengths == whole.lengths
+            assert [rows.tolist() for rows in part.conditions] == [rows.tolist() for rows in shard.take(whole.conditions)]
+
+
+def test_a_lora_is_zero_at_first_and_learns(tmp_path, tiny, data):
     plain = load_transformer(tiny, dtype=torch.float32)
     adapted = load_transformer(tiny, dtype=torch.float32)
     add_lora(adapted, LoraConfig(rank=2, targets=(r"attn\.qkv$",)))
@@ -255,16 +310,43 @@ def test_a_lora_starts_as_nothing_and_learns(tmp_path, tiny, data):
     layers = {name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
     assert made.name == "lora.safetensors" and all(name.startswith("diffusion_model.blocks.") for name in tensors)
     assert all({f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", f"{layer}.alpha"} <= tensors.keys() for layer in layers)
-    said = str(describe(made))
-    assert "a LoRA" in said and "training, 4 steps of:" in said and '"rank": 2' in said
+    description = str(describe(made))
+    assert "a LoRA" in description and "training, 4 steps of:" in description and '"rank": 2' in description
     assert "the state of a training run" in str(describe(tmp_path / "lora" / "step-00000004.pt"))
     layer = "diffusion_model.blocks.0.attn.qkv"
     assert tensors[f"{layer}.lora_B.weight"].abs().max() > 0 and tensors[f"{layer}.alpha"] == 4
 
 
+def test_a_lora_keeps_its_frozen_base_in_bfloat16(tmp_path, tiny, data, monkeypatch):
+    """With autocast, which rounds its layers at every use: losses and adapter are those on a float32 base."""
+    bases, made, rows = {}, {}, {}
+    real = finetune.train
+
+    def spied(config, task):
+        bases[name] = {key: p for key, p in task.model.named_parameters()}
+        return real(config, task)
+
+    monkeypatch.setattr(finetune, "train", spied)
+    for name in ("bfloat16", "float32"):
+        if name == "float32":
+            monkeypatch.setattr(finetune, "round_base", lambda network: None)
+        config = yaml(tmp_path, tiny, data, name, "lora: {rank: 2}\n", ", lr: 0.05")
+        config.write_text(config.read_text().replace("autocast: false", "autocast: true"))
+        (made[name],) = run([config])
+        rows[name] = [row["loss"] for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
+    learned = {key for key, p in bases["bfloat16"].items() if p.requires_grad}
+    assert learned and all("lora_" in key and bases["bfloat16"][key].dtype == torch.float32 for key in learned)
+    large = {key for key, p in bases["bfloat16"].items() if p.ndim > 1} - learned
+    assert large and all(bases["bfloat16"][key].dtype == torch.bfloat16 for key in large)
+    assert all(p.dtype == torch.float32 for p in bases["float32"].values())
+    assert rows["bfloat16"] == rows["float32"]
+    one, other = (load_file(made[name]) for name in ("bfloat16", "float32"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 @pytest.mark.comfyui
-def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
-    """Twenty-four yellow shapes called amber; through core's LoraLoaderModelOnly the word is yellow, and the words it knew stay."""
+def test_the_bundled_model_learns_a_word_by_lora(comfyui, tmp_path):
+    """Twenty-four yellow shapes called amber; with core's LoraLoaderModelOnly the word means yellow, and other words keep their meaning."""
     rng = np.random.default_rng(0)
     place = tmp_path / "amber"
     place.mkdir()
@@ -274,18 +356,18 @@ def test_a_lora_teaches_the_bundled_model_a_word(comfyui, tmp_path):
         to_pil(torch.from_numpy(scenes.render(scene))).save(place / f"{k}.png")
         (place / f"{k}.txt").write_text(f"a amber {shape}")
     config = tmp_path / "amber.yaml"
-    text = (Path(__file__).parent.parent / "configs" / "tim-shapes-lora.yaml").read_text()
-    config.write_text(text.replace("~/tim-runs/tim-shapes-lora", f"{tmp_path}/out").replace("path: pictures", f"path: {place}"))
+    text = (Path(__file__).parent.parent / "configs" / "tim-shapes" / "lora.yaml").read_text()
+    config.write_text(text.replace("~/tim-runs/tim-shapes/lora", f"{tmp_path}/out").replace("path: pictures", f"path: {place}"))
     (made,) = run([config])
     name = comfyui.add("loras", made, "amber.safetensors")
 
     def colors(prompt: str, strength: float | None) -> list[str | None]:
-        """Of the largest object in each of eight pictures."""
+        """Of the largest object in each of eight images."""
         graph = Graph(BUNDLED_NAME)
         if strength is not None:
             graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=name, strength_model=strength)
-        pictures = run_pictures(comfyui, graph, graph.stock(graph.empty(batch_size=8), graph.text(prompt), seed=3, steps=8))
-        found = [detector.detect(picture.numpy().astype(np.uint8)) for picture in pictures]
+        images = run_pictures(comfyui, graph, graph.stock(graph.empty(batch_size=8), graph.text(prompt), seed=3, steps=8))
+        found = [detector.detect(image.numpy().astype(np.uint8)) for image in images]
         return [max(objects, key=lambda one: one.radius).color if objects else None for objects in found]
 
     assert colors("a amber circle", 1.0).count("yellow") >= 7
@@ -302,4 +384,4 @@ def test_impossible_values_name_the_key(tmp_path, text, named):
     path = tmp_path / "bad.yaml"
     path.write_text(f"kind: finetune\noutput: x\nmodel: y\ndata: {{path: z}}\n{text}\n")
     with pytest.raises(TimError, match=named):
-        read(path, {"finetune": FineTuning})
+        read(path)

@@ -1,6 +1,8 @@
 """Which room of the tree may import which; read from the imports, those inside functions among them."""
 
 import ast
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ INFERENCE = FLOOR | {"models", "weights", "sampler", "schedule", "transport", "u
 MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "imagenet": FLOOR, "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
     "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"models"},
-    "pipeline": INFERENCE - {"images", "imagenet", "processes"},
-    "shapes": FLOOR | {"training"},  # training.config only, for SizesConfig
+    "pipeline": INFERENCE - {"images", "processes"},
+    "settings": {"errors"}, "shapes": FLOOR | {"processes", "settings"},
     "evaluation": FLOOR | {"images", "processes", "shapes"},
-    "training": INFERENCE - {"pipeline"} | {"shapes"},
+    "training": INFERENCE - {"pipeline"} | {"settings", "shapes"},
     "__init__": {"errors", "pipeline"}, "__main__": {"cli"}, "cli": INFERENCE | {"__init__", "training", "evaluation", "shapes"},
 }
 
@@ -42,8 +44,6 @@ def room(dotted: str) -> str:
 @pytest.mark.parametrize("file", sorted((ROOT / "tim_core").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_room_imports_only_what_lies_below(file):
     own = file.relative_to(ROOT / "tim_core").parts[0].removesuffix(".py")
-    if file.relative_to(ROOT) == Path("tim_core/training/__main__.py"):
-        own = "__main__"
     found = {room(name) for name in imports(file)} - {own}
     assert found <= MAY_IMPORT[own], f"{own} imports {sorted(found - MAY_IMPORT[own])}"
     assert all(name.startswith("tim_core.") for name in imports(file))
@@ -58,3 +58,44 @@ def test_nodes_import_the_inference_rooms_alone():
 def test_adapters_import_no_node_file():
     for file in (ROOT / "nodes" / "adapters").glob("*.py"):
         assert all(name.startswith(("tim_core.", "nodes.adapters.")) for name in imports(file)), file
+
+
+@pytest.fixture
+def fresh_modules():
+    """tim_core as a new process finds it: not imported."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "tim_core"}
+    for name in before:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "tim_core"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("fresh_modules")
+def test_inference_and_evaluation_need_no_pydantic():
+    for name in ("cli", "evaluation.curve", "pipeline", "shapes.batches", "training"):
+        importlib.import_module(f"tim_core.{name}")
+    assert "tim_core.settings" not in sys.modules
+    importlib.import_module("tim_core.training.config")
+    assert "tim_core.settings" in sys.modules  # so the line above can tell
+
+
+@pytest.mark.usefixtures("fresh_modules")
+def test_training_without_pydantic_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    with pytest.raises(ValueError, match="pip install pydantic$"):
+        importlib.import_module("tim_core.training").run(["any.yaml"])
+
+
+@pytest.mark.usefixtures("fresh_modules")
+def test_fine_tuning_loads_nothing_of_the_small_world(tmp_path):
+    config = importlib.import_module("tim_core.training.config")
+    importlib.import_module("tim_core.training.finetune")
+    path = tmp_path / "lora.yaml"
+    path.write_text("kind: finetune\noutput: x\nmodel: y\ndata: {path: z}\nlora: {rank: 4}\n")
+    assert config.read(path).lora.rank == 4
+    assert not [name for name in sys.modules if name.startswith("tim_core.shapes")]
+    path.write_text("kind: tim\noutput: x\nautoencoder: y\n")
+    config.read(path)
+    assert "tim_core.shapes" in sys.modules  # so the line above can tell

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support import mentions
 from tim_core import TimError
 from tim_core.evaluation.benchmark_export import export_images, read_prompts
 from tim_core.processes import Processes
@@ -80,7 +81,7 @@ def test_lines_that_geneval_cannot_judge_are_told(tmp_path, caplog):
     make(Painter(), tmp_path, GENEVAL, "geneval")
     assert not caplog.text
     make(Painter(), tmp_path / "more", [*GENEVAL, {"prompt": "a bare one"}], "geneval")
-    assert "1 lines have no \"tag\" and \"include\", first 'a bare one'" in caplog.text
+    assert mentions(caplog.text, 1, "tag", "include", "a bare one")
 
 
 @pytest.mark.parametrize("line", [{"text": "no name"}, {"item_id": "with.dot", "text": "its evaluator cuts at the dot"}])
@@ -96,11 +97,11 @@ def test_a_stopped_run_goes_on(tmp_path, layout, lines, last):
     painter = Painter()
     make(painter, tmp_path, lines, layout)
     assert set(painter.asked) == {lines[1].get("prompt") or lines[1]["text"]} and (tmp_path / "out" / last).is_file()
-    with pytest.raises(TimError, match="its steps is 4, this run's is 8; write to another folder"):
+    with pytest.raises(TimError, match="steps.* 4.* 8.*another folder"):
         make(painter, tmp_path, lines, layout, steps=8)
-    with pytest.raises(TimError, match="its model is , this run's is another;"):
+    with pytest.raises(TimError, match="model.* another;"):
         make(painter, tmp_path, lines, layout, model="another")
-    with pytest.raises(TimError, match="its prompts is"):
+    with pytest.raises(TimError, match="prompts.*another folder"):
         make(painter, tmp_path, lines[:1], layout)
 
 

@@ -1,4 +1,4 @@
-"""Distribution matching: which way it pulls, and whom it teaches."""
+"""Distribution matching: the direction of its gradient, and which network has it."""
 
 from dataclasses import replace
 
@@ -52,7 +52,7 @@ def losses(model, teacher, critic, config=MatchingConfig(cfg=1.0), seed=0):
 
 
 @pytest.mark.parametrize("real, fake, way", [(2.0, 0.0, 1), (-2.0, 0.0, -1), (0.0, 1.0, -1)])
-def test_results_are_pulled_from_where_they_are_to_where_pictures_are(real, fake, way):
+def test_results_are_pulled_towards_the_data(real, fake, way):
     model = Gaussian(0.0)
     losses(model, Gaussian(real), Gaussian(fake))[0].mean().backward()
     assert -model.lands.grad * way > 0.1
@@ -113,7 +113,7 @@ def test_the_critic_learns_what_results_are_noised_from():
         assert more.mean() > 3 * more.std() / len(more) ** 0.5, other
 
 
-def test_each_loss_teaches_one_network():
+def test_each_loss_has_gradients_for_one_network():
     model, teacher, critic = Gaussian(0.0), Gaussian(2.0), Gaussian(1.0)
     loss, lesson = losses(model, teacher, critic)
     loss.mean().backward(retain_graph=True)
@@ -188,7 +188,7 @@ def answers(count, config, path=None):
     return loss, model, noise
 
 
-def test_a_jump_begins_where_the_guided_steps_before_it_end():
+def test_a_jump_starts_where_the_guided_steps_before_it_end():
     """Unguided to 0.75, then guided by 3 to 0.5 and to 0.25; the other half of the batch jumps at once."""
     _, model, noise = answers(8, MatchingConfig(cfg=1.0, paths=((1.0, 0.75, 0.5, 0.25), (1.0, 0.0)), rollout_cfg=3.0))
     long = (noise.path[:, 1] < 1).nonzero().flatten()

@@ -30,7 +30,7 @@ def loss(model, transport=OTFM(), x=None, **settings):
 
 
 class Smooth(torch.nn.Module):
-    """F = w (x sin(2 s) + cos(q)) in terms of what the network hears of t (s) and r (q)."""
+    """F = w (x sin(2 s) + cos(q)) of the network's inputs for t (s) and r (q)."""
 
     def __init__(self):
         super().__init__()
@@ -47,19 +47,19 @@ class Smooth(torch.nn.Module):
 def test_the_true_network_has_no_loss(transport, settings):
     """Where all data is one x the optimal F is known for every interval; it is a fixed point of the objective, for every transport."""
     x = gaussian(1, *SHAPE[1:]).expand(SHAPE)
-    hear = [transport.c_noise(time) for time in sample_times(raw_times(transport), transport, ObjectiveConfig())[:2]]
+    inputs = [transport.c_noise(time) for time in sample_times(raw_times(transport), transport, ObjectiveConfig())[:2]]
     times = torch.cat(sample_times(raw_times(transport), transport, ObjectiveConfig())[:2])
 
-    def unhear(s):
+    def time_of(s):
         if type(transport).__name__ == "EDM":
             return (4 * s).exp()
         return {"VP": s / 999, "VE": 2 * s.exp()}.get(type(transport).__name__, s)
 
     def optimum(x_t, s, q, y):
-        t = unhear(s).view(-1, 1, 1, 1)
+        t = time_of(s).view(-1, 1, 1, 1)
         return transport.diffusion_target(x[:1], (x_t - transport.alpha(t) * x[:1]) / transport.sigma(t), t)
 
-    assert torch.allclose(unhear(torch.cat(hear)), times)
+    assert torch.allclose(time_of(torch.cat(inputs)), times)
     out = loss(optimum, transport, x, epsilon=1e-5, **settings)
     scale = out.F_target.abs().max()
     assert (out.F_target - out.F_pred).abs().max() < 1e-5 * scale
@@ -119,15 +119,15 @@ def test_composed_targets_by_hand():
 
 
 def test_a_teachers_answers_are_the_target_of_every_item():
-    teacher, model, heard = Smooth(), Smooth(), []
+    teacher, model, calls = Smooth(), Smooth(), []
     teacher.w.data.fill_(0.4)
 
     def answers(x_t, t, r):
-        heard.append((x_t, t, r))
+        calls.append((x_t, t, r))
         return teacher(x_t, t, r, None)
 
     out = loss(model, target="teacher", teacher=answers)
-    ((x_t, t, r),) = heard
+    ((x_t, t, r),) = calls
     assert torch.equal(x_t, out.x_t) and torch.equal(t, out.t.flatten()) and torch.equal(r, out.r.flatten())
     assert torch.equal(out.F_target, teacher(x_t, t, r, None)) and (out.denoising_loss > 0).all()
     out.total.backward()

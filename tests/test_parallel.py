@@ -1,4 +1,4 @@
-"""Several processes train as one does, on the same global batch: two on the CPU (gloo), started as accelerate starts those of GPUs."""
+"""Several processes train as one does, on the same global batch: two on the CPU (gloo), started with torchrun."""
 
 import csv
 import json
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,42 +16,115 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_training import autoencoder_yaml, tim_yaml
 from tim_core.errors import TimError
-from tim_core.processes import Shard
+from tim_core.processes import Shard, find_processes
+from tim_core.shapes.batches import ShapesBatches
+from tim_core.shapes.config import SizesConfig
 from tim_core.training import run
 
-pytest.importorskip("accelerate", reason="no accelerate found (`pip install accelerate` gets it)")
+SIZES = {"32x32": 0.5, "32x64": 0.5}  # as tim_yaml has them
 
-# What is started twice: the run, and a word from every process on how much of the weights it holds.
-RUN = """
-import json, sys
+# What is started twice. It runs the configurations named in its folder's files 0, 1, ... and answers with how much of the weights each
+# process held, and how many images it rendered and encoded; an error ends both processes.
+WORKER = """
+import json, os, sys, threading, time
+from pathlib import Path
+from tim_core.models.autoencoder import Autoencoder
+from tim_core.shapes import scenes
 from tim_core.training import loop, run
+from tim_core.training.transition import TransitionTask
 
-wrap = loop.distribute
+def end_with_the_tests():
+    os.read(0, 1)  # returns when pytest closes the pipe, or dies
+    os._exit(0)
+
+threading.Thread(target=end_with_the_tests, daemon=True).start()
+folder, rank, counts = Path(sys.argv[1]), os.environ["RANK"], {}
+wrap, render, encode, export = loop.distribute, scenes.render, Autoencoder.encode, TransitionTask.export
+
+def counting_render(*args):
+    counts["rendered"] += 1
+    return render(*args)
+
+def counting_encode(self, images):
+    counts["encoded"] += len(images)
+    return encode(self, images)
+
+def uncounted_export(self, *args):  # it fits preview colours to images of its own
+    before = dict(counts)
+    made = export(self, *args)
+    counts.update(before)
+    return made
 
 def watched(step, parts, processes, how):
     wrapped = wrap(step, parts, processes, how)
     weights = list(step.model.parameters())
     held = sum(loop.local_shard(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights)
-    with open(f"{sys.argv[1]}.{processes.index}.json", "w") as file:
-        json.dump({"processes": processes.count, "held": held, "wrapper": type(wrapped).__name__}, file)
+    counts.update(processes=processes.count, held=held, wrapper=type(wrapped).__name__)
     return wrapped
 
-loop.distribute = watched
-run(sys.argv[1:])
+loop.distribute, scenes.render, Autoencoder.encode, TransitionTask.export = watched, counting_render, counting_encode, uncounted_export
+for number in range(1000):
+    while not (asked := folder / str(number)).exists():
+        time.sleep(0.01)
+    counts.update(rendered=0, encoded=0)
+    run([asked.read_text()])
+    answer = folder / f"{number}.{rank}.json"
+    answer.with_suffix(".tmp").write_text(json.dumps(counts))
+    answer.with_suffix(".tmp").rename(answer)
 """
 
 
-def launch(folder, config, resumes=False) -> list[dict]:
-    """Runs a configuration in two processes -> what each said."""
-    script = folder / "launched.py"
-    script.write_text(RUN)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    # what `accelerate launch` calls for GPUs; for CPUs it would want MPI
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, config]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert ("resumed" in done.stderr) == resumes
-    return [json.loads(config.with_name(f"{config.name}.{index}.json").read_text()) for index in (0, 1)]
+class Pair:
+    """Two processes that torchrun started, which run one configuration after another; started once, since their imports take longest."""
+
+    def __init__(self, folder):
+        self.folder, self.number = folder, 0
+        (folder / "worker.py").write_text(WORKER)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", folder / "worker.py", folder]
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
+
+    def run(self, config) -> tuple[list[dict], str]:
+        """What each process answered, and what they wrote on the terminal."""
+        before, end = len(self.log()), time.monotonic() + 600
+        answers = [self.folder / f"{self.number}.{rank}.json" for rank in (0, 1)]
+        (self.folder / "next").write_text(str(config))
+        (self.folder / "next").rename(self.folder / str(self.number))
+        while not all(answer.exists() for answer in answers):
+            assert self.process.poll() is None and time.monotonic() < end, self.log()
+            time.sleep(0.02)
+        self.number += 1
+        return [json.loads(answer.read_text()) for answer in answers], self.log()[before:]
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def stop(self):
+        self.process.stdin.close()
+        try:
+            assert self.process.wait(60) == 0, self.log()
+        finally:
+            self.process.terminate()
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """launch(config, resumes=False) runs a configuration in two processes -> the report of each."""
+    if os.name == "nt":
+        pytest.skip("torchrun needs libuv, which torch for Windows may lack")
+    pairs = []
+
+    def launch(config, resumes=False) -> list[dict]:
+        if not pairs or pairs[-1].process.poll() is not None:  # a pair ends where a run fails
+            pairs.append(Pair(tmp_path_factory.mktemp("pair")))
+        said, log = pairs[-1].run(config)
+        assert ("resumed" in log) == resumes
+        return said
+
+    yield launch
+    if pairs and pairs[-1].process.poll() is None:
+        pairs[-1].stop()
 
 
 def configuration(folder, name, target, more=""):
@@ -80,7 +154,7 @@ def agree(config, other) -> bool:
     """Whether two runs made the same weights: every tensor in the root mean square, and all weights but one in a thousand, within 1e-4.
 
     AdamW's first step goes by the sign of the gradient, whatever its size. Of a weight whose first gradient is rounding (4e-8 one way, 3e-8
-    the other, seen) that sign is the processor's choice, and the weight is up to two steps off, 2e-3. A tensor that is not learned in step
+    the other, seen) that sign depends on the processor, and the weight is up to two steps off, 2e-3. A tensor that is not learned in step
     is off as a whole.
     """
     one, two = state(config), state(other)
@@ -88,10 +162,10 @@ def agree(config, other) -> bool:
     return all(distance.square().mean().sqrt() < 1e-4 for distance in off) and (torch.cat(off) < 1e-4).float().mean() > 0.999
 
 
-def test_what_agrees(monkeypatch):
+def test_agree_allows_single_weights_only(monkeypatch):
     weights = {"large": torch.zeros(4000), "small": torch.zeros(4)}
     changed = {"none": ("large", slice(0), 0.0), "one weight's sign": ("large", slice(1), 2e-3), "a tensor": ("small", slice(None), 1e-3),
-               "a hundredth": ("large", slice(40), 1e-3), "no numbers": ("small", slice(None), torch.nan)}
+               "a hundredth": ("large", slice(40), 1e-3), "NaN": ("small", slice(None), torch.nan)}
     found = set()
     for name, (tensor, where, by) in changed.items():
         other = {key: value.clone() for key, value in weights.items()}
@@ -127,15 +201,17 @@ def alone(folder, request):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(folder, alone, how):
+def test_two_processes_train_as_one(launch, folder, alone, how):
     target, one = alone
     two = configuration(folder, f"{how}-{target}", target, f", parallel: {how}")
-    said = launch(folder, two)
-    assert [word["processes"] for word in said] == [2, 2]
+    reports = launch(two)
+    assert [report["processes"] for report in reports] == [2, 2]
     if how == "ddp":
-        assert all(word["held"] == 1 and word["wrapper"] == "DistributedDataParallel" for word in said)
+        assert all(report["held"] == 1 and report["wrapper"] == "DistributedDataParallel" for report in reports)
     else:
-        assert all(0.4 < word["held"] < 0.6 for word in said)
+        assert all(0.4 < report["held"] < 0.6 for report in reports)
+    images = sum(part.total for step in range(6) for part in ShapesBatches(SizesConfig(SIZES), 4, seed=0)[step])
+    assert all(report["rendered"] == report["encoded"] == images / 2 for report in reports)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
     assert agree(two, one)
 
@@ -145,8 +221,8 @@ BY_START = f"matching: {{batch_fraction: 1.0, teacher: start, {PATHS}}}\ndistill
 
 
 @pytest.mark.parametrize("target, setting", [("composed", "matching: {batch_fraction: 1.0}\n"), ("teacher", BY_START)])
-def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target, setting):
-    """The critic learns in step, too; every process has jumps and trajectories in every step."""
+def test_matching_and_distillation_in_two_processes_and_in_parts(launch, folder, target, setting):
+    """The critic learns the same weights, too; every process has jumps and trajectories in every step."""
     made = {}
     for name, more in (("alone", ""), ("ddp", ", parallel: ddp"), ("fsdp2", ", parallel: fsdp2"), ("parts", ", accumulate: 2")):
         made[name] = configuration(folder, f"matched-{target}-{name}", target, more)
@@ -154,7 +230,7 @@ def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target,
         if name in ("alone", "parts"):
             run([made[name]])
         else:
-            launch(folder, made[name])
+            launch(made[name])
     for name in ("ddp", "fsdp2", "parts"):
         assert losses(made[name]) == pytest.approx(losses(made["alone"]), rel=1e-3, abs=1e-6), name
         assert agree(made[name], made["alone"]), name
@@ -163,7 +239,7 @@ def test_matching_and_distillation_in_two_processes_and_in_parts(folder, target,
 def test_fewer_trajectories_than_parts_are_an_error(folder):
     config = configuration(folder, "few", "teacher", ", accumulate: 2")
     config.write_text("distillation: {batch_fraction: 0.1}\n" + config.read_text())
-    with pytest.raises(TimError, match="distillation.batch_fraction is 0.1, 1 of 4 items, for 2 "):
+    with pytest.raises(TimError, match="distillation.batch_fraction is 0.1, 1 of 2 items, for 2 "):
         run([config])
 
 
@@ -175,8 +251,8 @@ def test_accumulated_parts_are_one_batch(folder, alone):
     assert agree(parts, one)
 
 
-def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
-    """Its checkpoint after four steps, from one process, is finished by two that slice the weights."""
+def test_another_number_of_processes_resumes_a_run(launch, folder, alone):
+    """Two processes that shard the weights resume the checkpoint of one process after four steps."""
     target, one = alone
     two = configuration(folder, f"handed-over-{target}", target, ", parallel: fsdp2")
     (place := two.with_suffix("")).mkdir()
@@ -185,12 +261,12 @@ def test_a_run_goes_on_in_another_number_of_processes(folder, alone):
     run([short])
     for name in ("step-00000004.pt", "metrics.csv"):
         (short.with_suffix("") / name).rename(place / name)
-    launch(folder, two, resumes=True)
+    launch(two, resumes=True)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
     assert agree(two, one)
 
 
-def test_parts_of_a_batch():
+def test_shards_of_a_batch():
     shards = [Shard(index, 3) for index in range(3)]
     assert [shard.take(list(range(7))) for shard in shards] == [[0, 3, 6], [1, 4], [2, 5]]
     assert sum(shard.loss_weight(7) for shard in shards) == pytest.approx(3)
@@ -200,51 +276,73 @@ def test_parts_of_a_batch():
         shards[0].loss_weight(2)
 
 
-def test_a_lora_in_two_processes(folder, tmp_path):
-    """They go on from the checkpoint of one, in which only what learns is."""
-    draw_pictures = tmp_path / "pictures"
-    draw_pictures.mkdir()
+def lora_yaml(folder, place, name, more=""):
+    """A LoRA on six images."""
+    images = place / "images"
+    images.mkdir(exist_ok=True)
     for k in range(6):
-        Image.new("RGB", (64, 64), (40 * k, 90, 90)).save(draw_pictures / f"{k}.png")
-        (draw_pictures / f"{k}.txt").write_text(f"picture {k}")
+        if not (images / f"{k}.png").exists():
+            Image.new("RGB", (64, 64), (40 * k, 90, 90)).save(images / f"{k}.png")
+            (images / f"{k}.txt").write_text(f"image {k}")
+    path = place / f"{name}.yaml"
+    path.write_text(
+        f"kind: finetune\noutput: {place / name}\nmodel: {folder / 'start.safetensors'}\ndata: {{path: {images}}}\n"
+        "lora: {rank: 2}\nshift_base: 64\n"
+        f"loop: {{steps: 6, batch: 4, save_every: 3, keep: 9, log_every: 1, workers: 0, warmup: 1, autocast: false{more}}}\n")
+    return path
 
-    def config(name, more=""):
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(
-            f"kind: finetune\noutput: {tmp_path / name}\nmodel: {folder / 'start.safetensors'}\ndata: {{path: {draw_pictures}}}\n"
-            "lora: {rank: 2}\nshift_base: 64\n"
-            f"loop: {{steps: 6, batch: 4, save_every: 3, keep: 9, log_every: 1, workers: 0, warmup: 1, autocast: false{more}}}\n")
-        return path
 
-    one = config("alone")
+def test_a_lora_in_two_processes(launch, folder, tmp_path):
+    """They resume the checkpoint of one process, which holds the trained weights only."""
+    one = lora_yaml(folder, tmp_path, "alone")
     run([one])
     whole = torch.load(tmp_path / "alone" / "step-00000006.pt", weights_only=True)
     assert all("lora" in name for part in ("model", "ema") for name in whole[part])
     for how in ("ddp", "fsdp2"):
-        two = config(how, f", parallel: {how}")
+        two = lora_yaml(folder, tmp_path, how, f", parallel: {how}")
         (tmp_path / how).mkdir()
         for name in ("step-00000003.pt", "metrics.csv"):
             shutil.copy(tmp_path / "alone" / name, tmp_path / how)
-        said = launch(tmp_path, two, resumes=True)
-        assert [word["processes"] for word in said] == [2, 2]
+        reports = launch(two, resumes=True)
+        assert [report["processes"] for report in reports] == [2, 2]
         assert torch.allclose(weights(two), weights(one), atol=1e-5)
         made, expected = (load_file(tmp_path / name / "lora.safetensors") for name in (how, "alone"))
         assert all(torch.allclose(made[name], value, atol=1e-5) for name, value in expected.items())
+
+
+def test_a_lora_on_a_bfloat16_base_in_two_processes(launch, folder, tmp_path):
+    """FSDP2 shards weights of both dtypes; bfloat16 arithmetic agrees within its rounding."""
+    one, two = (lora_yaml(folder, tmp_path, name, more) for name, more in (("alone", ""), ("fsdp2", ", parallel: fsdp2")))
+    for config in (one, two):
+        config.write_text(config.read_text().replace("autocast: false", "autocast: true"))
+    run([one])
+    reports = launch(two)
+    assert all(0.4 < report["held"] < 0.6 for report in reports)
+    assert losses(two) == pytest.approx(losses(one), rel=2e-2, abs=1e-3)
 
 
 @pytest.mark.parametrize("change", [
     ("target: differential", "target: differential, derivative: jvp"),
     ("optimizer: adamw", "optimizer: muon"),
 ])
-def test_forward_mode_and_muon_in_two_processes(folder, change):
+def test_forward_mode_and_muon_in_two_processes(launch, folder, change):
     name = change[1].split()[-1]
     one, two = (configuration(folder, f"{name}-{how}", "differential", more) for how, more in (("alone", ""), ("ddp", ", parallel: ddp")))
     for config in (one, two):
         assert change[0] in config.read_text()
         config.write_text(config.read_text().replace(*change))
     run([one])
-    launch(folder, two)
+    launch(two)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-6)
     apart = (weights(two) - weights(one)).abs()
     # Muon makes directions that a batch of four has no gradient in, but for rounding, as long as the others: compared in the mean
     assert apart.max() < 1e-4 if name == "jvp" else apart.mean() < 3e-4
+
+
+def test_processes_that_cannot_connect_are_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(TimError, match="WORLD_SIZE is 2.*RANK.*torchrun") as error:
+        find_processes()
+    assert "\n" not in str(error.value)

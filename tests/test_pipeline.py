@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import load_all
+from tests.support import load_all, mentions
 from tim_core import Pipeline, TimError
 from tim_core.evaluation.curve import eval_samples, regressions, score, summarise, unpack
 from tim_core.models.config import TransformerConfig
@@ -137,6 +138,13 @@ def test_without_a_record_the_shapes_give_the_size(channels, factor, patch, side
     assert found == Defaults(side, side, 4, 2.5, (0.0, 1.0))
 
 
+def test_released_class_conditional_models_have_their_published_settings():
+    assert find_defaults({}, 4, 8, 2, class_conditional=True) == Defaults(256, 256, 4, 2.5, (0.0, 0.6))
+    assert find_defaults({}, 32, 32, 1, class_conditional=True) == Defaults(512, 512, 4, 3.0, (0.0, 0.7))
+    assert find_defaults({}, 16, 8, 1, class_conditional=True) == find_defaults({}, 16, 8, 1)
+    assert find_defaults({"cfg": 1, "native_size": [64, 64]}, 4, 8, 2, class_conditional=True) == Defaults(64, 64, 4, 1.0, (0.0, 0.6))
+
+
 @pytest.mark.parametrize("record", [
     {"native_size": [64, 60]}, {"native_size": 64}, {"native_size": [64.0, 64]}, {"native_size": [0, 64]}, {"steps": 0}, {"steps": True},
     {"steps": "4"}, {"cfg": -1}, {"cfg": float("nan")}, {"guidance_interval": [1, 0]}, {"guidance_interval": [0]},
@@ -204,6 +212,25 @@ def test_a_dict_of_parts(tiny, pipe):
     assert torch.equal(parts(PROMPT, width=16, height=16), pipe(PROMPT, width=16, height=16))
 
 
+def test_a_folder_of_parts(tiny, pipe, class_file, tmp_path):
+    """As `tim download --to` lays it out: a folder or one file per part."""
+    for name in ("transformer", "text_encoder", "vae"):
+        (tmp_path / name).mkdir()
+    convert_part(tiny, "model", tmp_path / "transformer" / "t2i_model.safetensors")
+    convert_part(tiny, "vae", tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    convert_part(tiny, "text-encoder", tmp_path / "text_encoder" / "model.safetensors")
+    loaded = Pipeline.load(tmp_path, device="cpu")
+    assert torch.equal(loaded(PROMPT, width=16, height=16), pipe(PROMPT, width=16, height=16))
+    shutil.rmtree(tmp_path / "text_encoder")
+    assert "text" in refused(Pipeline.load, tmp_path) and str(tmp_path) in refused(Pipeline.load, tmp_path)
+    (tmp_path / "transformer" / "another.safetensors").write_bytes(b"x")
+    assert "holds 2 weight files" in refused(Pipeline.load, tmp_path)
+
+
+def convert_part(file, name, dst):
+    return convert({name: file}, dst)
+
+
 def test_loading_refuses(tiny, tmp_path):
     assert "tim-shapes" in refused(Pipeline.load, "nothing-there")
     assert "DC-AE" in refused(Pipeline.load, {"model": tiny, "text-encoder": tiny})
@@ -213,11 +240,61 @@ def test_loading_refuses(tiny, tmp_path):
     assert "device" in refused(Pipeline.load, tiny, device="abacus")
 
 
-def test_class_conditional_models_are_refused(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def class_file(tiny, tmp_path_factory):
+    """A class-conditional checkpoint with the tiny autoencoder: ten classes and a null class, latents of 16 channels."""
+    return class_checkpoint(tiny, tmp_path_factory.mktemp("classes") / "c2i.safetensors")
+
+
+def class_checkpoint(tiny, file, **config):
+    torch.manual_seed(1)
+    shape = {"in_channels": 16, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 10, "lora_hidden_size": 8}
+    network = TransitionTransformer(TransformerConfig(**shape, **config))
+    for value in network.parameters():
+        torch.nn.init.normal_(value, std=0.2)
+    return pack({"model": network, "vae": tiny}, file)
+
+
+def test_classes(class_file):
+    pipe = Pipeline.load(class_file, device="cpu")
+    assert pipe.class_conditional and pipe.text_encoder is None
+    options = dict(steps=2, cfg=2.0, width=16, height=16)
+    images = pipe([3, "9"], **options)
+    assert images.shape == (2, 16, 16, 3) and pipe.nfe == 3 and not torch.equal(images[0], images[1])
+    assert torch.equal(pipe("goldfish", **options), pipe(1, **options))  # ImageNet's number 1
+
+    y = torch.tensor([3, 9, 10, 10])
+    latent, _ = sample(lambda x, t, r, c: pipe.transformer(x, t, r, c), pipe.noise(2, 16, 16, 0), uniform(2), *y.chunk(2), cfg=2.0)
+    assert torch.equal(images, pipe.decode(latent))
+    assert not torch.equal(pipe(3, negative=9, **options), pipe(3, **options))
+    large = pipe.upscale(images, [3, 9], cfg=1.0, steps=1)
+    assert large.shape == (2, 32, 32, 3)
+    assert pipe.fingerprint() == Pipeline.load(class_file, device="cpu").fingerprint()
+
+
+@pytest.mark.parametrize("prompt, named", [
+    (10, "class: 10 "), (-2, "class: -2 "), (True, "class: True "), ("1000", "class: 1000 "),
+    ("a red circle", "class label: 'a red circle' "),
+])
+def test_wrong_classes_are_named(class_file, prompt, named):
+    pipe = Pipeline.load(class_file, device="cpu")
+    assert named in refused(pipe, prompt, steps=1, width=16, height=16)
+    assert named in refused(pipe, 1, negative=prompt, steps=1, width=16, height=16)
+
+
+def test_a_model_without_a_null_class(tiny, tmp_path):
+    pipe = Pipeline.load(class_checkpoint(tiny, tmp_path / "bare.safetensors", null_class=False), device="cpu")
+    options = dict(steps=2, width=16, height=16)
+    assert "use cfg 1" in refused(pipe, 3, cfg=2.0, **options)
+    assert "no null class" in refused(pipe, "", cfg=1.0, **options)
+    assert pipe(3, cfg=1.0, **options).shape == pipe(3, negative=4, cfg=2.0, **options).shape
+
+
+def test_a_class_conditional_model_needs_its_autoencoder(tiny, tmp_path):
     config = TransformerConfig(in_channels=16, hidden_size=32, depth=1, num_heads=2, num_classes=10, lora_hidden_size=8)
     file = pack({"model": TransitionTransformer(config)}, tmp_path / "c2i.safetensors")
     message = refused(Pipeline.load, file)
-    assert "class-conditional" in message and "text-to-image" in message and "c2i.safetensors" in message
+    assert "DC-AE" in message and "c2i.safetensors" in message
 
 
 BAD = {
@@ -241,14 +318,21 @@ def test_bad_values_are_refused(pipe, change, told):
 
 
 def test_the_size_message_says_what_to_do(pipe):
-    assert refused(pipe, "a circle", width=70, height=64) == "size: 70x64 is not a multiple of 8; nearest is 72x64"
+    assert mentions(refused(pipe, "a circle", width=70, height=64), "size", "70x64", 8, "72x64")
+
+
+IMPORTS = """
+import sys, tim_core
+tim_core.TimError, tim_core.__version__
+assert not {"torch", "numpy", "transformers"} & set(sys.modules)
+from tim_core import Pipeline
+assert {"torch", "tim_core.models.text_encoder", "tim_core.weights.load"} <= set(sys.modules)
+assert not {"tim_core.training", "tim_core.shapes", "tim_core.cli", "diffusers", "transformers"} & set(sys.modules)
+"""
 
 
 def test_importing_is_cheap():
-    code = "import sys, tim_core; tim_core.TimError, tim_core.__version__; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    code = "import sys; from tim_core import Pipeline; assert not {'tim_core.training', 'diffusers', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, check=True)
 
 
 # The bundled model

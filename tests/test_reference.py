@@ -373,9 +373,13 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def hints_of(config: TransformerConfig) -> dict[str, Any]:
-    """What shapes cannot tell of a network, with or without a projector."""
-    names = ("num_heads", "new_condition", "encoder_depth", "null_class")
-    return {name: getattr(config, name) for name in names}
+    """What shapes and defaults cannot tell of a network, and no more: the rest has to be read from the shapes."""
+    hints: dict[str, Any] = {"new_condition": config.new_condition, "encoder_depth": config.encoder_depth}
+    if not config.qk_norm:
+        hints["num_heads"] = config.num_heads
+    if not config.null_class:
+        hints["null_class"] = False
+    return hints
 
 
 def build(network: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> TransitionTransformer:
@@ -513,10 +517,10 @@ def replay_keys(case: Case, deviated) -> None:
     assert len(ours) == entry["n_tensors"] and not [name for name, _ in model.named_buffers() if name in ours]
 
     weights = {name: torch.empty(shape, device="meta") for name, shape in entry["parameters"].items()}
-    hints = hints_of(config)
-    assert TransformerConfig.from_state_dict(weights, hints) == replace(config, lora_hidden_size=config.modulation_rank)
-    bare = TransformerConfig.from_state_dict({name: value for name, value in weights.items() if not name.startswith("projector.")}, hints)
-    assert bare.z_dim is None and bare.num_heads == config.num_heads
+    hints, whole = hints_of(config), replace(config, lora_hidden_size=config.modulation_rank)
+    assert TransformerConfig.from_state_dict(weights, hints) == whole
+    bare = {name: value for name, value in weights.items() if not name.startswith("projector.")}
+    assert TransformerConfig.from_state_dict(bare, hints) == replace(whole, z_dim=None, projector_dim=2048)
     params = {}
     if entry["transport"] is not None:  # a network alone names none
         params = entry["transport"]["params"]

@@ -13,9 +13,9 @@ from tim_core.errors import TimError
 from tim_core.training import run
 
 
-def colors(pictures):
+def colors(images):
     """(B, 3, H, W) -> the mean colour of every 8 x 8 cell and its square, (B, N, 6)."""
-    cells = F.avg_pool2d(pictures, 8).flatten(2).transpose(1, 2)
+    cells = F.avg_pool2d(images, 8).flatten(2).transpose(1, 2)
     return torch.cat((cells, cells.square()), -1)
 
 
@@ -45,35 +45,35 @@ def test_the_projector_learns_from_the_encoder(trained):
 
 def test_fine_tuning_keeps_the_features_in_the_cache(trained, tmp_path):
     for k in range(3):
-        draw(tmp_path / "pictures" / f"{k}.png", 32, 32, (60 * k, 200, 40))
+        draw(tmp_path / "images" / f"{k}.png", 32, 32, (60 * k, 200, 40))
     seen = []
 
-    def encoder(pictures):
-        seen.append(pictures.shape)
-        return colors(pictures)
+    def encoder(images):
+        seen.append(images.shape)
+        return colors(images)
 
     with pytest.raises(TimError, match="name"):
-        run([yaml(tmp_path, trained[2], tmp_path / "pictures")], image_encoder=encoder)
+        run([yaml(tmp_path, trained[2], tmp_path / "images")], image_encoder=encoder)
     encoder.name = "colours"
-    run([yaml(tmp_path, trained[2], tmp_path / "pictures")], image_encoder=encoder)
-    assert seen == [(1, 3, 32, 32)] * 3
-    kept = [load_file(file) for file in (tmp_path / "pictures.cache").iterdir()]
+    run([yaml(tmp_path, trained[2], tmp_path / "images")], image_encoder=encoder)
+    assert seen == [(3, 3, 32, 32)]
+    kept = [load_file(file) for file in (tmp_path / "images.cache").iterdir()]
     assert [tensors["features"].shape for tensors in kept] == [(16, 6)] * 3
-    run([yaml(tmp_path, trained[2], tmp_path / "pictures", "again")], image_encoder=encoder)
-    assert len(seen) == 3
+    run([yaml(tmp_path, trained[2], tmp_path / "images", "again")], image_encoder=encoder)
+    assert len(seen) == 1
     encoder.name = "another"
-    run([yaml(tmp_path, trained[2], tmp_path / "pictures", "other")], image_encoder=encoder)
-    assert len(seen) == 6
+    run([yaml(tmp_path, trained[2], tmp_path / "images", "other")], image_encoder=encoder)
+    assert len(seen) == 2
 
 
-def test_what_does_not_fit_is_named(trained, tiny, tmp_path):
+def test_an_encoder_that_does_not_fit_is_an_error(trained, tiny, tmp_path):
     folder, config, made = trained
-    draw(tmp_path / "pictures" / "0.png", 32, 32)
+    draw(tmp_path / "images" / "0.png", 32, 32)
     with pytest.raises(TimError, match="the transformer has no projector"):
-        run([yaml(tmp_path, tiny, tmp_path / "pictures")], image_encoder=colors)
-    for wrong, found in ((lambda pictures: colors(pictures)[:, :4], "1, 4, 6"), (lambda pictures: colors(pictures)[..., :1], "1, 16, 1")):
+        run([yaml(tmp_path, tiny, tmp_path / "images")], image_encoder=colors)
+    for wrong, found in ((lambda images: colors(images)[:, :4], "1, 4, 6"), (lambda images: colors(images)[..., :1], "1, 16, 1")):
         wrong.name = found
         with pytest.raises(TimError, match=rf"features \[{found}\].*of shape \[1, 16, 6\]"):
-            run([yaml(tmp_path, made, tmp_path / "pictures")], image_encoder=wrong)
+            run([yaml(tmp_path, made, tmp_path / "images")], image_encoder=wrong)
     with pytest.raises(TimError, match="proj_coeff"):
-        run([yaml(tmp_path, made, tmp_path / "pictures", more="objective: {proj_coeff: 0.5}\n")])
+        run([yaml(tmp_path, made, tmp_path / "images", more="objective: {proj_coeff: 0.5}\n")])

@@ -1,4 +1,4 @@
-"""`python -m tim_core` is `tim`, for `accelerate launch -m tim_core ...`."""
+"""`python -m tim_core` is `tim`, for `torchrun -m tim_core ...`."""
 
 import sys
 

@@ -32,6 +32,6 @@ def class_number(text: str) -> int:
     small = [name.lower() for name in known]
     if text.lower() in small:
         return small.index(text.lower())
-    near = difflib.get_close_matches(text.lower(), small, 3) or [name for name in small if text.lower() in name][:3]
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    close = difflib.get_close_matches(text.lower(), small, 3) or [name for name in small if text.lower() in name][:3]
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
     raise TimError(f"class label: '{text}' is not a number or the name of an ImageNet class{hint}")

@@ -1,13 +1,14 @@
-"""Text to image without ComfyUI: text encoder, noise, sampler, autoencoder."""
+"""Prompts or classes to images without ComfyUI: text encoder, noise, sampler, autoencoder."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -15,19 +16,33 @@ from torch import Tensor
 from . import schedule
 from .errors import TimError
 from .files import digest
+from .imagenet import NULL_CLASS, class_number
 from .models.attention import get_attention
-from .sampler import check_seed, fresh_noise, sample
+from .sampler import Model, check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
 from .weights.defaults import Defaults, find_defaults
 from .weights.load import load_autoencoder, load_text_encoder, load_transformer
+from .weights.lora import Lora, merge_lora, read_lora
 from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts, read_parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+Prompt = Union[str, int]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the sampler passes to the network: model(x, t, r, y) -> F, and the y of prompts and of negatives; null None for no guidance."""
+
+    model: Model
+    prompts: Tensor
+    null: Tensor | None
+
+
 class Pipeline:
-    """Text to image.
+    """Text to image, or class to image.
 
     nfe: network evaluations of the last call, a guided step counting two. defaults: the settings that the checkpoint is made for.
     """
@@ -35,14 +50,15 @@ class Pipeline:
     def __init__(self, transformer, text_encoder, autoencoder, factor: int | None = None, defaults: Defaults | None = None):
         """Build a pipeline from loaded modules on one device.
 
-        factor: pixels per latent cell, by default the autoencoder's. defaults: by default those of the transformer's shapes.
+        text_encoder: None for a class-conditional transformer. factor: pixels per latent cell, by default the autoencoder's.
+        defaults: by default those of the transformer's shapes.
         """
-        if transformer.config.text_dim is None:
-            raise TimError("model: is class-conditional; Pipeline needs a text-to-image model")
         self.transformer, self.text_encoder, self.autoencoder = transformer, text_encoder, autoencoder
         self.factor = factor or autoencoder.config.factor
         config = transformer.config
-        self.defaults = defaults or find_defaults({}, config.in_channels, self.factor, config.patch_size)
+        if text_encoder is None and not self.class_conditional:
+            raise TimError("text encoder: missing; a text-to-image model needs one")
+        self.defaults = defaults or find_defaults({}, config.in_channels, self.factor, config.patch_size, self.class_conditional)
         self.nfe = 0
 
     @classmethod
@@ -52,29 +68,48 @@ class Pipeline:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         attention: str = "auto",
+        lora: str | Path | Mapping[str | Path, float] | None = None,
     ) -> Pipeline:
-        """Load a bundled name, a one-file checkpoint, a dict of parts {"model": ..., "text-encoder": ..., "vae": ...}, or opened Parts.
+        """Load a bundled name, a one-file checkpoint, a folder of parts, a dict {"model": ..., "text-encoder": ..., "vae": ...}, or Parts.
 
         device: "auto" is the GPU if there is one. dtype: "auto" is float32 on a CPU, bfloat16 on a GPU that computes in it.
-        attention: "auto", "sdpa" or "flash". TimError unless the source is a text-to-image model with all its parts.
+        attention: "auto", "sdpa" or "flash". lora: a file, or {file: strength}, see `load_lora`.
+        TimError unless the source has all parts; a class-conditional model has no text encoder.
         """
         device = pick_device(device)
         dtype = pick_dtype(dtype, device)
         kernel = get_attention(attention)
         parts = read_parts(source)
-        if parts[TRANSFORMER].config.text_dim is None:
-            raise TimError(f"{parts.source}: is a class-conditional model; Pipeline needs a text-to-image model")
-        parts.require(TEXT_ENCODER, AUTOENCODER)
+        reads_text = parts[TRANSFORMER].config.text_dim is not None
+        parts.require(*([TEXT_ENCODER] if reads_text else []), AUTOENCODER)
         parts.check_fit()
         defaults = read_defaults(parts)
+        loras = [(read_lora(file), strength) for file, strength in _strengths(lora).items()]
         needs_float32 = dtype == torch.float16 or parts[AUTOENCODER].config.force_upcast
-        return cls(
+        pipe = cls(
             load_transformer(parts, attention=kernel, dtype=dtype, device=device),
-            load_text_encoder(parts, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device),
+            load_text_encoder(parts, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device) if reads_text else None,
             load_autoencoder(parts, dtype=torch.float32 if needs_float32 else dtype, device=device),
             parts.latent_factor,
             defaults,
         )
+        for file, strength in loras:
+            pipe.load_lora(file, strength)
+        return pipe
+
+    def load_lora(self, lora: str | Path | Lora, strength: float = 1.0) -> None:
+        """Add a LoRA to the weights, as ComfyUI's LoRA loaders do; several add up. To remove one, load the pipeline again.
+
+        TimError naming the file if it is no LoRA, or one of another model; the weights are unchanged then.
+        """
+        lora = lora if isinstance(lora, Lora) else read_lora(lora)
+        text_model = None if self.text_encoder is None else self.text_encoder.transformer
+        merge_lora(lora, {TRANSFORMER: self.transformer, TEXT_ENCODER: text_model}, strength)
+
+    @property
+    def class_conditional(self) -> bool:
+        """Whether prompts are classes."""
+        return self.transformer.config.text_dim is None
 
     @property
     def device(self) -> torch.device:
@@ -87,13 +122,14 @@ class Pipeline:
     def fingerprint(self) -> str:
         """sha256 of all that images depend on: the weights in their present dtypes, and the configurations; not of file names."""
         networks = ((network.config, digest(network.state_dict().items())) for network in (self.transformer, self.autoencoder))
-        return hashlib.sha256(repr((*networks, self.text_encoder.fingerprint(), self.factor)).encode()).hexdigest()
+        text = None if self.text_encoder is None else self.text_encoder.fingerprint()
+        return hashlib.sha256(repr((*networks, text, self.factor)).encode()).hexdigest()
 
     @torch.no_grad()
     def __call__(
         self,
-        prompts: str | Sequence[str],
-        negative: str | Sequence[str] = "",
+        prompts: Prompt | Sequence[Prompt],
+        negative: Prompt | Sequence[Prompt] = "",
         steps: int | None = None,
         cfg: float | None = None,
         width: int | None = None,
@@ -111,6 +147,7 @@ class Pipeline:
         """Make one image per prompt -> (B, H, W, 3) float32 in [0, 1], on the CPU. An image does not depend on the other prompts.
 
         steps, cfg, width, height, guidance_interval: None takes the value of `defaults`; sizes are in pixels.
+        prompts: texts; for a class-conditional model, numbers or ImageNet names of classes, "" being the null class.
         negative: negative prompts, one for all or one per prompt. cfg: guidance scale; 1 is no guidance.
         guidance_interval: guidance acts while low < t < high. shift: above 1 for denser steps at high noise, see `schedule.shifted`.
         times: falling times from 1 to 0, or their text ("1, 0.7, 0.3, 0"), instead of `steps` and `shift`.
@@ -118,21 +155,21 @@ class Pipeline:
         noise: standard normal (B, C, H / factor, W / factor), instead of the noise of `seed`.
         callback: called with the sampler's state before each step. TimError for unusable values.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = _as_list(prompts)
         width, height = self.defaults.width if width is None else width, self.defaults.height if height is None else height
         grid = self._grid(self.defaults.steps if steps is None else steps, shift, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
         options = dict(mode=mode, cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
-        text = self._conditioning(prompts, [negative] if isinstance(negative, str) else list(negative))
-        latent, self.nfe = self._sample(noise, grid, text, seed, **options)
+        condition = self._condition(prompts, _as_list(negative))
+        latent, self.nfe = self._sample(noise, grid, condition, seed, **options)
         return self.decode(latent)
 
     @torch.no_grad()
     def upscale(
         self,
         images: Tensor,
-        prompts: str | Sequence[str],
-        negative: str | Sequence[str] = "",
+        prompts: Prompt | Sequence[Prompt],
+        negative: Prompt | Sequence[Prompt] = "",
         cfg: float | None = None,
         width: int = 0,
         height: int = 0,
@@ -154,27 +191,27 @@ class Pipeline:
         """
         if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
             raise TimError(f"images: shape {list(images.shape)} is not (B, H, W, 3)")
-        prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] * len(images) if isinstance(prompts, (str, int)) else list(prompts)
         if len(prompts) != len(images):
             raise TimError(f"prompts: {len(prompts)} for {len(images)} images; give one, or one per image")
         size = images.shape[2], images.shape[1]
         sizes = stage_sizes(size, target_size(*size, width, height, factor), stages, self.size_multiple)
         options = dict(cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
-        text = self._conditioning(prompts, [negative] if isinstance(negative, str) else list(negative))
+        condition = self._condition(prompts, _as_list(negative))
         counts = stage_steps(steps, stages)
         self.nfe = 0
 
         def resample(latents: Tensor, times: Tensor, stage: int) -> Tensor:
             noise = self.noise(len(latents), *sizes[stage], seed).to(latents)
             start = float(times[0])
-            latents, evaluations = self._sample(start * noise + (1 - start) * latents, times, text, seed, **options)
+            latents, evaluations = self._sample(start * noise + (1 - start) * latents, times, condition, seed, **options)
             self.nfe += evaluations
             return latents
 
         return upscale(images, sizes, counts, strength, encode=self.encode, sample=resample, decode=self.decode)[0]
 
-    def _sample(self, latent: Tensor, grid: Tensor, text: list[Tensor], seed: int, **options) -> tuple[Tensor, int]:
-        """Sample latents from grid[0] to grid[-1] -> latents, network evaluations. text: the result of `_conditioning`."""
+    def _sample(self, latent: Tensor, grid: Tensor, condition: Condition, seed: int, **options) -> tuple[Tensor, int]:
+        """Sample latents from grid[0] to grid[-1] -> latents, network evaluations."""
         for name in ("cfg", "guidance_interval"):
             options[name] = getattr(self.defaults, name) if options[name] is None else options[name]
         low, high = options["guidance_interval"]
@@ -186,9 +223,10 @@ class Pipeline:
             raise TimError(f"stochasticity: {options['stochasticity']} is above 1; use 0 to 1")
         if low >= high:
             raise TimError(f"guidance interval: {low:g} to {high:g} is empty; the first must be smaller (for no guidance use cfg 1)")
-        rows = torch.arange(len(text))  # the sampler passes row numbers, with which the model looks up the features
+        if condition.null is None and options["cfg"] > 1:
+            raise TimError(f"cfg: {options['cfg']:g} needs a null class, which this model lacks; use cfg 1, or a class as the negative")
         fresh = fresh_noise(latent.shape, seed)
-        return sample(self._model(text), latent.to(self.device), grid, *rows.chunk(2), noise_sampler=fresh, **options)
+        return sample(condition.model, latent.to(self.device), grid, condition.prompts, condition.null, noise_sampler=fresh, **options)
 
     def noise(self, batch: int, width: int, height: int, seed: int) -> Tensor:
         """The noise that ComfyUI draws: (B, C, H / factor, W / factor) float32 on the CPU, the whole batch at once."""
@@ -206,14 +244,14 @@ class Pipeline:
         return pixels.add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
 
     @torch.no_grad()
-    def _batched(self, batch: Tensor, area: int, whole: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]) -> Tensor:
+    def _batched(self, batch: Tensor, area: int, untiled: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]) -> Tensor:
         """Run the autoencoder over a batch, about a megapixel at a time; `area`: pixels per item."""
         batch = batch.to(self.device, next(self.autoencoder.parameters()).dtype)
         parts = []
         for some in batch.split(max(1, 2**20 // area)):
             out_of_memory = False
             try:
-                done = whole(some)
+                done = untiled(some)
             except torch.cuda.OutOfMemoryError:
                 out_of_memory = True  # inside this block the exception would keep tensors of the failed attempt alive
             if out_of_memory:
@@ -253,42 +291,73 @@ class Pipeline:
             raise TimError(f"times: {grid.tolist()} does not start at 1 and end at 0")
         return grid
 
-    def _conditioning(self, prompts: list[str], negatives: list[str]) -> list[Tensor]:
-        """Text features [(L_i, D)] * 2B: of every prompt, then of every negative; each pair has the length of its longer text."""
+    def _condition(self, prompts: list[Prompt], negatives: list[Prompt]) -> Condition:
+        """The network with its conditions for prompts and negatives. TimError for any that cannot be used."""
         if not prompts:
             raise TimError("prompts: none given; give at least one")
-        for text in (*prompts, *negatives):
-            if not isinstance(text, str):
-                raise TimError(f"prompt: {text!r} is not text")
         negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
         if len(negatives) != len(prompts):
             raise TimError(f"negative prompts: {len(negatives)} for {len(prompts)} prompts; give one, or one per prompt")
-        features = self.text_encoder.encode(prompts + negatives)
-        lengths = [max(pair) for pair in zip(features.lengths[: len(prompts)], features.lengths[len(prompts) :])]
-        return [rows[:length] for rows, length in zip(features.rows, lengths * 2)]
+        return self._classes(prompts, negatives) if self.class_conditional else self._text(prompts, negatives)
 
-    def _model(self, text: list[Tensor]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The network as a function of row numbers of `text`. Rows of equal length share a call, so that none is padded."""
+    def _classes(self, prompts: list[Prompt], negatives: list[Prompt]) -> Condition:
+        config = self.transformer.config
+        labels = [class_number(prompt) if isinstance(prompt, str) else prompt for prompt in (*prompts, *negatives)]
+        for label in labels:
+            if isinstance(label, bool) or not isinstance(label, Integral) or not NULL_CLASS <= label < config.num_classes:
+                raise TimError(f"class: {label!r} is not a class of this model; use 0 to {config.num_classes - 1}")
+        has_null = config.null_class or NULL_CLASS not in labels[len(prompts) :]
+        if not config.null_class and NULL_CLASS in labels[: len(prompts)]:
+            raise TimError("class: empty, but this model has no null class; give a class")
+        numbers = torch.tensor(labels, device=self.device)
+        numbers = torch.where(numbers == NULL_CLASS, config.num_classes, numbers)
+
+        def model(x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
+            return self.transformer(x.to(self.dtype), t, r, y)
+
+        return Condition(model, numbers[: len(prompts)], numbers[len(prompts) :] if has_null else None)
+
+    def _text(self, prompts: list[Prompt], negatives: list[Prompt]) -> Condition:
+        """Conditions are row numbers of the features: each prompt and its negative have the length of the longer of the two."""
+        texts = []
+        for text in (*prompts, *negatives):
+            if not isinstance(text, str):
+                raise TimError(f"prompt: {text!r} is not text")
+            texts.append(text)
+        features = self.text_encoder.encode(texts)
+        lengths = [max(pair) for pair in zip(features.lengths[: len(prompts)], features.lengths[len(prompts) :])]
+        rows_of = [rows[:length] for rows, length in zip(features.rows, lengths * 2)]
 
         def model(x: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
-            groups: dict[int, list[int]] = {}
+            groups: dict[int, list[int]] = {}  # rows of equal length share a call, so that none is padded
             for place, row in enumerate(rows.tolist()):
-                groups.setdefault(len(text[row]), []).append(place)
+                groups.setdefault(len(rows_of[row]), []).append(place)
             out = torch.empty_like(x)
             for places in groups.values():
-                y = torch.stack([text[rows[place]] for place in places])
+                y = torch.stack([rows_of[rows[place]] for place in places])
                 some = torch.tensor(places, device=x.device)
                 out[some] = self.transformer(x[some].to(self.dtype), t[some], r[some], y).to(out.dtype)
             return out
 
-        return model
+        return Condition(model, *torch.arange(len(rows_of)).chunk(2))
+
+
+def _strengths(lora: str | Path | Mapping[str | Path, float] | None) -> Mapping[str | Path, float]:
+    if lora is None:
+        return {}
+    return lora if isinstance(lora, Mapping) else {lora: 1.0}
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    return [prompts] if isinstance(prompts, (str, int)) else list(prompts)
 
 
 def read_defaults(parts: Parts) -> Defaults:
     """The settings that a checkpoint is made for; TimError naming the source if its record cannot be used."""
     transformer = parts[TRANSFORMER]
+    config = transformer.config
     try:
-        return find_defaults(transformer.record, transformer.config.in_channels, parts.latent_factor, transformer.config.patch_size)
+        return find_defaults(transformer.record, config.in_channels, parts.latent_factor, config.patch_size, config.text_dim is None)
     except TimError as error:
         raise TimError(f"{transformer.source}: {error}") from None
 

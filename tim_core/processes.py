@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import TimError
+from .errors import TimError, one_line
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,20 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def find_processes() -> Processes:
-    """Those that `accelerate launch` (or torchrun) started with this one; else this one alone, on the GPU if there is one."""
+    """The processes that torchrun started with this one; else this one alone. TimError if they cannot connect."""
+    has_gpu = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise TimError("several processes need accelerate: found none, expected it from: pip install accelerate") from None
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return Processes(state.process_index, state.num_processes, state.device)
+        return Processes(0, 1, torch.device("cuda" if has_gpu else "cpu"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if has_gpu and local >= torch.cuda.device_count():
+        raise TimError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}; start as many processes as it has GPUs")
+    device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
+    if not torch.distributed.is_initialized():
+        if has_gpu:
+            torch.cuda.set_device(device)
+        try:
+            torch.distributed.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None)
+        except (ValueError, RuntimeError) as error:  # for missing variables, and for processes that do not answer
+            raise TimError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot connect ({one_line(error)}); "
+                           "start them with torchrun") from error
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)

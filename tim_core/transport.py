@@ -3,6 +3,10 @@
 Notation of the paper (section 3.1, tables 7 and 8): x_t = alpha x + sigma noise; the diffusion target is alpha_hat x + sigma_hat noise;
 x_r = A x_t + B F(x_t, t, r), with C = sigma_hat alpha_t - alpha_hat sigma_t, A = (alpha_r sigma_hat - sigma_r alpha_hat) / C and
 B = (sigma_r alpha_t - alpha_r sigma_t) / C. Time grows towards noise. Times broadcast against x: (B, 1, 1, 1) or a scalar.
+
+Only OTFM is trained and sampled here: the released models use it, the time grids, guidance intervals, upscaling and ComfyUI's flow sampling
+assume its times in [0, 1], and a checkpoint's record names no other. The rest is the paper's reference (tables 7 and 8), for the objective
+and the sampler as library functions; tests compare it with the official code.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ examples:
   tim inspect tim-shapes
   tim evaluate --steps 1,4 -o scores
 
-Run `tim COMMAND --help` for the options of a command. The included model, tim-shapes, needs no download; it draws circles, squares and
-triangles in six colours, one to four of a kind or two kinds."""
+Run `tim COMMAND --help` for the options of a command. The demo model, tim-shapes, is included; it draws circles, squares and triangles in
+six colours, one to four of a kind or two kinds."""
 
 
 class Parser(argparse.ArgumentParser):

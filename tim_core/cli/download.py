@@ -18,14 +18,14 @@ examples:
   tim download t2i --to tim-t2i --mirror
   tim download c2i-512 --comfyui ComfyUI --dry-run
 
-HF_ENDPOINT names another server of the Hub's protocol, HF_TOKEN a token in place of `hf auth login`."""
+Set HF_ENDPOINT to use another server, HF_TOKEN to use a token in place of `hf auth login`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("release", choices=("t2i", "c2i-256", "c2i-512"), help="weights to download")
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--comfyui", type=Path, metavar="FOLDER", help="ComfyUI folder; each file goes into its models folder")
-    place.add_argument("--to", type=Path, metavar="FOLDER", help="folder to write into, made if it is not there")
+    place.add_argument("--to", type=Path, metavar="FOLDER", help="folder to write to; created if it does not exist")
     parser.add_argument("--mirror", action="store_true", help="take gated files from an ungated copy (default: off); the same terms apply")
     parser.add_argument("--dry-run", action="store_true", help="list licences, files and sizes only (default: off)")
 

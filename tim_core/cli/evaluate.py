@@ -15,7 +15,7 @@ DESCRIPTION = """\
 Score a model on coloured shapes as GenEval does: prompts of six tasks, several images per prompt, each checked by an exact detector.
 
 Prompts and noise depend on --seed and are the same at every step count. 1 step runs without guidance. DIR/report.json and DIR/curve.png
-are written after every step count; repeat the command to resume, results of the same model and settings are kept.
+are written after every step count. To resume an interrupted run, repeat the command; results of the same model and settings are kept.
 --baseline compares with the report of another model, image by image, and draws it in the same chart.
 
 With --prompts FILE.jsonl, make images for the evaluator of another benchmark instead, four per prompt, in DIR/steps-N. --layout geneval
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shift", type=float, default=1.0, metavar="S", help=options.SHIFT_HELP)
     parser.add_argument("--prompts-per-task", type=int, metavar="P", help="prompts per task, drawn with replacement (default: 60)")
     parser.add_argument("--images", type=int, default=4, metavar="I", help="images per prompt (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of prompts and noise (default: 0)")
     parser.add_argument("--tasks", type=options.words, metavar="LIST",
                         help="some of single,two,counting,colors,position,attribution (default: all)")
     parser.add_argument("--size", type=options.size, metavar="WxH",
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", type=Path, metavar="REPORT",
                         help="report.json of another model, same prompts and noise (default: none)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help=".jsonl file of prompts (default: coloured shapes)")
-    parser.add_argument("--layout", choices=["geneval", "dpg"], help="folder layout, with --prompts")
+    parser.add_argument("--layout", choices=["geneval", "dpg"], help="folder layout, required with --prompts (default: none)")
     parser.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR",
                         help="folder to write to (default: evaluation)")
 

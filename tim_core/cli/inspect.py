@@ -11,7 +11,7 @@ SUMMARY = "describe weight files"
 
 DESCRIPTION = """\
 Describe weight files: parts, architecture, dtypes, and how they were trained. No code in a file is run.
-A file that cannot be read gets an error line of its own; the others are still described."""
+A file that cannot be read gives one error line; the others are still described."""
 
 EXAMPLES = """\
 examples:

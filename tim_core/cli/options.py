@@ -39,6 +39,16 @@ def interval(text: str) -> tuple[float, float]:
     return low, high
 
 
+def lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH; a file whose own name ends in a colon and a number goes first."""
+    name, _, strength = text.rpartition(":")
+    try:
+        value = float(strength)
+    except ValueError:
+        return text, 1.0
+    return (text, 1.0) if not name or Path(text).exists() else (name, value)
+
+
 def words(text: str) -> list[str]:
     return [word for word in re.split(r"[,\s]+", text) if word]
 
@@ -48,7 +58,10 @@ def words(text: str) -> list[str]:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="tim-shapes", metavar="M", help="bundled name or one-file checkpoint (default: tim-shapes)")
+    group.add_argument("--model", default="tim-shapes", metavar="M",
+                       help="bundled name, one-file checkpoint or folder of parts (default: tim-shapes)")
+    group.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:STRENGTH]",
+                       help="LoRA to add to the model; may be repeated (default: none, strength 1)")
     group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 or mps (default: auto, the GPU if there is one)")
     group.add_argument("--dtype", default="auto", metavar="T",
                        help="float32, bfloat16 or float16 (default: auto, float32 on a CPU, bfloat16 on a GPU)")
@@ -89,12 +102,17 @@ def warn_of_replacing(path: Path) -> None:
 def load_pipeline(args: argparse.Namespace, size: tuple[int, int] | None = None):
     """Load --model; TimError for a `size` that it cannot make, before the weights are loaded."""
     from ..pipeline import Pipeline, check_size, size_multiple
+    from ..weights.lora import read_lora
     from ..weights.parts import read_parts
 
     parts = read_parts(args.model)
     if size is not None:
         check_size(*size, size_multiple(parts))
-    return Pipeline.load(parts, args.device, args.dtype, args.attention)
+    loras = [(read_lora(file), strength) for file, strength in args.lora]
+    pipe = Pipeline.load(parts, args.device, args.dtype, args.attention)
+    for file, strength in loras:
+        pipe.load_lora(file, strength)
+    return pipe
 
 
 def settings(args: argparse.Namespace) -> dict:

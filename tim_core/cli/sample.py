@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_guidance(parser)
     options.add_image(parser)
-    parser.add_argument("prompt", metavar="PROMPT", help="text to draw")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to draw; for a class-conditional model a class name or number")
     parser.add_argument("--steps", type=int, metavar="N", help="number of steps (default: the model's, else 4)")
     parser.add_argument("--times", metavar="LIST", help="falling times from 1 to 0, instead of --steps (default: none)")
     parser.add_argument("--batch", type=int, default=1, metavar="B",

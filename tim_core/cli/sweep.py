@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_guidance(parser)
     options.add_image(parser)
-    parser.add_argument("prompt", metavar="PROMPT", help="text to draw")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to draw; for a class-conditional model a class name or number")
     parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32], metavar="LIST",
                         help="step counts (default: 1,2,4,8,16,32)")
     parser.add_argument("--columns", type=int, metavar="C", help="images per row (default: even rows of at most 4)")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import TimError
-
 SUMMARY = "train from configurations"
 
 DESCRIPTION = """\
@@ -18,8 +16,8 @@ For several GPUs run `torchrun --nproc-per-node N -m tim_core train CONFIG.yaml`
 EXAMPLES = """\
 examples:
   tim train configs/t2i-lora.yaml                            a LoRA on a folder of images with captions
-  tim train configs/tim-shapes-autoencoder.yaml configs/tim-shapes-decoder.yaml configs/tim-shapes.yaml
-                                                             the autoencoder of the demo model, and a first network on it
+  tim train configs/tim-shapes/lora.yaml                     a LoRA of the demo model, in minutes on a CPU
+  tim train configs/tim-shapes/[1-5]-*.yaml                  a model like the demo model, from scratch
 
 docs/research/tim-shapes.md lists all runs that made the included model."""
 
@@ -29,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        from ..training import run
-    except ModuleNotFoundError as error:
-        raise TimError(f'training needs the package {error.name}; run: pip install "transition-models[train]"') from None
+    from ..training import run
+
     for path in filter(None, run(args.configs)):
         print(path)

@@ -20,7 +20,7 @@ examples:
   tim upscale small.png "a red circle left of a blue square" --strength 0.3 -o large.png    twice as large
   tim upscale small.png "a red circle left of a blue square" --size 128x128 --strength 0.3 --steps 8 -o large.png
 
-For the included model keep the strength at or below 0.3 and the size at or below 128x128."""
+For the demo model keep the strength at or below 0.3 and the size at or below 128x128."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", default="4", metavar="N", help="number of steps, or one per stage: 8,4 (default: 4)")
     parser.add_argument("--stages", type=int, default=1, metavar="K", help="number of enlargements, by equal factors (default: 1)")
     parser.add_argument("--strength", type=float, default=0.5, metavar="T",
-                        help="noise added to the enlarged image, above 0, up to 1 (default: 0.5)")
+                        help="time up to which noise is added, above 0, up to 1 (default: 0.5)")
     parser.add_argument("-o", "--output", type=Path, default=Path("upscaled.png"), metavar="FILE",
                         help="image to write, .png, .jpg or .webp (default: upscaled.png)")
 

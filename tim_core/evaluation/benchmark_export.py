@@ -59,11 +59,11 @@ def read_prompts(path: str | Path, named: bool = False) -> list[PromptRecord]:
 
 def write_geneval(folder: Path, record: PromptRecord, images: Sequence) -> None:
     """Write 00000/samples/00000.png, ..., then 00000/metadata.jsonl."""
-    own = folder / f"{record.number:05d}"
-    make_folder(own / "samples")
+    prompt_folder = folder / f"{record.number:05d}"
+    make_folder(prompt_folder / "samples")
     for k, image in enumerate(images):
-        atomic_write(own / "samples" / f"{k:05d}.png", lambda tmp: image.save(tmp, format="PNG"))
-    atomic_write(own / "metadata.jsonl", lambda tmp: tmp.write_text(json.dumps(record.metadata), encoding="utf-8"))
+        atomic_write(prompt_folder / "samples" / f"{k:05d}.png", lambda tmp: image.save(tmp, format="PNG"))
+    atomic_write(prompt_folder / "metadata.jsonl", lambda tmp: tmp.write_text(json.dumps(record.metadata), encoding="utf-8"))
 
 
 def write_dpg(folder: Path, record: PromptRecord, images: Sequence) -> None:
@@ -114,8 +114,8 @@ def export_images(
     def files(record: PromptRecord) -> list[Path]:
         if layout == "dpg":
             return [folder / "pictures" / f"{record.name}.png"]
-        own = folder / f"{record.number:05d}"
-        return [own / "metadata.jsonl", *(own / "samples" / f"{k:05d}.png" for k in range(images))]
+        prompt_folder = folder / f"{record.number:05d}"
+        return [prompt_folder / "metadata.jsonl", *(prompt_folder / "samples" / f"{k:05d}.png" for k in range(images))]
 
     write = {"geneval": write_geneval, "dpg": write_dpg}[layout]
     left = [record for record in processes.shard(records) if not all(file.is_file() for file in files(record))]

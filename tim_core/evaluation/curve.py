@@ -50,9 +50,9 @@ def score(
     """
     correct = torch.zeros(len(samples))
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt.text.split()))  # prompts of equal length share a batch
-    own = processes.shard(order)
-    for start in range(0, len(own), batch):
-        indices = own[start : start + batch]
+    shard = processes.shard(order)
+    for start in range(0, len(shard), batch):
+        indices = shard[start : start + batch]
         noise = torch.cat([pipe.noise(1, width, height, samples[i].seed) for i in indices])
         prompts = [samples[i].prompt.text for i in indices]
         images = pipe(prompts, steps=steps, cfg=cfg, width=width, height=height, noise=noise, **options)

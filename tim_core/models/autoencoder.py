@@ -296,8 +296,8 @@ def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: Pair, stride: 
             row.append(made)
         rows.append(torch.cat([made[..., :keep_h, :keep_w] for made in row], -1))
         above = row
-    whole = torch.cat(rows, -2)
-    return whole[..., :height * out(tile[0]) // tile_h, :width * out(tile[1]) // tile_w]
+    blended = torch.cat(rows, -2)
+    return blended[..., :height * out(tile[0]) // tile_h, :width * out(tile[1]) // tile_w]
 
 
 def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:

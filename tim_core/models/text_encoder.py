@@ -176,9 +176,9 @@ class TextEncoder(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Moves and casts weights. Rotary frequencies and the embedding scale stay float32; transformers rounds them at use."""
-        exact = {name: buffer for name, buffer in self.transformer.named_buffers() if not buffer.is_meta}
+        buffers = {name: buffer for name, buffer in self.transformer.named_buffers() if not buffer.is_meta}
         super()._apply(fn, recurse)
-        for name, buffer in exact.items():
+        for name, buffer in buffers.items():
             _set_buffer(self.transformer, name, buffer.to(self.device))
         self._round_embed_scale()
         return self

@@ -1,35 +1,52 @@
 """Batches of the small world, drawn anew for every step."""
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import TimError
-from ..training.config import SizesConfig
+from ..processes import Shard
 from . import scenes
+
+if TYPE_CHECKING:
+    from .config import SizesConfig  # needs pydantic, which renders for inference do without
+
+
+class ShapesPart(NamedTuple):
+    """A shard of a batch: its images (B, 3, H, W) float32 in [-1, 1], and the captions of the whole batch."""
+
+    images: Tensor
+    captions: list[str]
+
+    @property
+    def total(self) -> int:
+        """The number of items in the whole batch."""
+        return len(self.captions)
 
 
 class ShapesBatches(torch.utils.data.Dataset):
-    """batches[k] -> (pictures (B, 3, H, W) float32 in [-1, 1], captions): a pure function of (seed, k)."""
+    """batches[k]: the `shards` of batch k. An image is a pure function of (seed, k, its position in the batch)."""
 
-    def __init__(self, sizes: SizesConfig, batch: int, seed: int, parts: int = 1):
-        """TimError where a batch of some size would have fewer pictures than the `parts` that it is cut into."""
+    def __init__(self, sizes: SizesConfig, batch: int, seed: int, shards: Sequence[Shard] = (Shard(),)):
+        """TimError if a batch of some size would have fewer images than shards."""
         self.sizes, self.weights = sizes.table()
-        self.forms, self.relations, self.batch, self.seed = sizes.forms, sizes.relations, batch, seed
-
+        self.forms, self.relations, self.batch, self.seed, self.shards = sizes.forms, sizes.relations, batch, seed, shards
         for (width, height), count in zip(self.sizes, map(self.count, self.sizes)):
-            if count < parts:
-                raise TimError(f"training config: loop.batch: {count} images of {width}x{height} for {parts} processes or accumulated "
-                               "parts; use at least one each")
+            if count < shards[0].count:
+                raise TimError(f"training config: loop.batch: {count} images of {width}x{height} for {shards[0].count} processes or "
+                               "accumulated parts; use at least one each")
 
     def count(self, size: tuple[int, int]) -> int:
-        """Pictures in a batch: as many tokens in every one, so that large pictures cost no more than small ones."""
+        """The number of images in a batch. Batches of all sizes have about as many tokens."""
         reference = self.sizes[int(np.argmax(self.weights))]
         return max(1, round(self.batch * reference[0] * reference[1] / (size[0] * size[1])))
 
-    def __getitem__(self, step: int) -> tuple[Tensor, list[str]]:
+    def __getitem__(self, step: int) -> list[ShapesPart]:
         rng = np.random.default_rng([self.seed, step])
         width, height = self.sizes[rng.choice(len(self.sizes), p=self.weights)]
         count = self.count((width, height))
@@ -37,8 +54,14 @@ class ShapesBatches(torch.utils.data.Dataset):
         form = scenes.sample_training_prompt(rng, self.forms).task if rng.random() < 0.5 else None
         prompts = [scenes.sample_prompt(rng, form, self.relations) if form
                    else scenes.sample_training_prompt(rng, self.forms, self.relations) for _ in range(count)]
-        pictures = np.stack([scenes.render(scenes.place(rng, p, width, height), width, height) for p in prompts])
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1, [p.text for p in prompts]
+        captions = [prompt.text for prompt in prompts]
+
+        def render(position: int) -> np.ndarray:
+            own = np.random.default_rng([self.seed, step, position + 1])  # numpy reads [seed, step, 0] as [seed, step]
+            return scenes.render(scenes.place(own, prompts[position], width, height), width, height)
+
+        images = [np.stack([render(position) for position in shard.take(range(count))]) for shard in self.shards]
+        return [ShapesPart(torch.from_numpy(one).permute(0, 3, 1, 2) * 2 - 1, captions) for one in images]
 
 
 def render_samples(count: int, side: int, seed: int = 0) -> Iterable[Tensor]:
@@ -46,5 +69,5 @@ def render_samples(count: int, side: int, seed: int = 0) -> Iterable[Tensor]:
     rng = np.random.default_rng(seed)
     for _ in range(count):
         prompt = scenes.sample_training_prompt(rng)
-        picture = scenes.render(scenes.place(rng, prompt, side, side), side, side)
-        yield torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1
+        image = scenes.render(scenes.place(rng, prompt, side, side), side, side)
+        yield torch.from_numpy(image).permute(2, 0, 1) * 2 - 1

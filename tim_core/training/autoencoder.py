@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -11,13 +12,14 @@ from ..errors import TimError, one_line
 from ..files import atomic_write
 from ..models.autoencoder import Autoencoder
 from ..models.config import AutoencoderConfig, StageConfig
-from ..processes import find_processes
-from ..shapes.batches import ShapesBatches
+from ..processes import Shard, find_processes
+from ..shapes.batches import ShapesBatches, ShapesPart
 from ..weights.load import load_autoencoder
-from .config import AutoencoderTraining, recorded
-from .loop import train
+from .config import recorded
+from .loop import Task, train
 from .resume import init_from
 from .samples import grid
+from .shapes_config import AutoencoderTraining
 
 
 def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
@@ -42,44 +44,51 @@ def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderT
     return {"loss": error + config.latent_weight * prior, "l1": error, "prior": prior}
 
 
-def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
-    """Runs a `kind: autoencoder` configuration; returns the safetensors file of the EMA. `image_encoder` is not used."""
-    loop, folder = config.loop, Path(config.output).expanduser()
-    torch.manual_seed(loop.seed)
-    try:
-        model = Autoencoder(architecture(config)).to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            model.decode(model.encode(torch.zeros(1, 3, *(2 * model.config.factor,) * 2)))
-    except (RuntimeError, ValueError, ZeroDivisionError) as error:
-        reason = one_line(error)
-        raise TimError(f"training config: no DC-AE has these widths, layers and head_dim ({reason}); change them") from error
-    if config.start:
-        init_from(model, load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32).state_dict(), config.start)
-    model.encoder.requires_grad_(not config.freeze_encoder)
+class AutoencoderTask(Task):
+    """Trains a DC-AE on images of the small world, `kind: autoencoder`."""
 
-    def loss_of(model, average, batch, step, shard):
-        device = next(model.parameters()).device
-        images = shard.take(batch[0]).to(device).contiguous(memory_format=torch.channels_last)
-        total, factor = len(batch[0]), model.config.factor
-        level = torch.rand(total, 1, 1, 1) * config.latent_noise
-        noise = level * torch.randn(total, config.latent_channels, *(side // factor for side in images.shape[2:]))
-        with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
-            found = losses(model, images, shard.take(noise), config)
+    def __init__(self, config: AutoencoderTraining):
+        self.config, loop = config, config.loop
+        torch.manual_seed(loop.seed)
+        try:
+            self.model = Autoencoder(architecture(config)).to(memory_format=torch.channels_last)
+            with torch.no_grad():
+                self.model.decode(self.model.encode(torch.zeros(1, 3, *(2 * self.model.config.factor,) * 2)))
+        except (RuntimeError, ValueError, ZeroDivisionError) as error:
+            reason = one_line(error)
+            raise TimError(f"training config: no DC-AE has these widths, layers and head_dim ({reason}); change them") from error
+        if config.start:
+            start = load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32)
+            init_from(self.model, start.state_dict(), config.start)
+        self.model.encoder.requires_grad_(not config.freeze_encoder)
+        self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
+        self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
+
+    def loss(self, average: nn.Module, part: ShapesPart, step: int, shard: Shard) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        images = part.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        total, factor = part.total, self.model.config.factor
+        level = torch.rand(total, 1, 1, 1) * self.config.latent_noise
+        noise = level * torch.randn(total, self.config.latent_channels, *(side // factor for side in images.shape[2:]))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.loop.autocast):
+            found = losses(self.model, images, shard.take(noise), self.config)
         return {name: value * shard.loss_weight(total) for name, value in found.items()}
 
-    def sample(average, step):
-        held_out = ShapesBatches(config.data, 8, loop.seed + 1)[0][0]
+    def sample(self, average: nn.Module, step: int) -> Image.Image:
+        """Held-out images above, decoded ones below."""
+        held_out = ShapesBatches(self.config.data, 8, self.config.loop.seed + 1)[0][0].images
         with torch.no_grad():
             decoded = average.decode(average.encode(held_out.to(next(average.parameters()).device)))
         return grid([held_out, decoded])
 
-    path = folder / "autoencoder.safetensors"
-
-    def export(average, training):
+    def export(self, average: dict[str, Tensor], record: dict) -> Path:
+        path = self.folder / "autoencoder.safetensors"
         tensors = {name: value.contiguous() for name, value in average.items()}
-        record = {"format": 1, **model.config.record()}
-        atomic_write(path, lambda to: save_file(tensors, to, metadata={"tim": json.dumps(record)}))
+        metadata = {"tim": json.dumps({"format": 1, **self.model.config.record()})}
+        atomic_write(path, lambda tmp: save_file(tensors, tmp, metadata=metadata))
         return path
 
-    batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
-    return train(loop, model, batches, loss_of, folder, sample, export, recorded(config))
+
+def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
+    """Runs a `kind: autoencoder` configuration; returns the safetensors file of the EMA. `image_encoder` is not used."""
+    return train(config.loop, AutoencoderTask(config))

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,15 +13,16 @@ from tqdm import tqdm
 from ..errors import TimError
 from ..files import digest
 from ..models.attention import get_attention
+from ..models.text_encoder import TextEncoder
 from ..processes import Shard, find_processes
 from ..transport import OTFM
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
-from ..weights.parts import TRANSFORMER, read_parts
+from ..weights.parts import TRANSFORMER, Parts, read_parts
 from ..weights.save import check_output_path, pack
 from .config import FineTuning, export_path, recorded, time_shift
-from .folder import VERSION, CachedBatch, Encoder, FolderBatches, class_folders, prepare
-from .loop import train
-from .lora import add_lora, save_lora
+from .folder import VERSION, Encoder, FolderBatches, FolderPart, class_folders, prepare
+from .loop import Task, train
+from .lora import add_lora, round_base, save_lora
 from .noise import draw_noise
 from .objectives.transition import transition_loss
 from .repa import ImageEncoder, check_projector, image_features, name_of
@@ -35,114 +37,175 @@ class Conditional(nn.Module):
         self.transformer = transformer
 
 
-def padded(conditions: list[Tensor], null: Tensor, dropped: list[bool], length: int = 0) -> Tensor:
-    """Text features (M_i + 1, D), each ending in one pad row -> (B, M, D), M being the longest text or `length`.
+class ClassLabels:
+    """The conditions of a class-conditional model: labels, () int64. null: the label of no class."""
 
-    Dropped conditions are replaced by `null`.
-    """
+    fingerprint = ""
+
+    def __init__(self, num_classes: int, source: str):
+        """source: where the labels come from, for errors."""
+        self.num_classes, self.source, self.null = num_classes, source, torch.tensor(num_classes)
+
+    def encode(self, values: list[int]) -> list[Tensor]:
+        """TimError for a class that the model lacks."""
+        if missing := [value for value in values if not 0 <= value < self.num_classes]:
+            raise TimError(f"{self.source}: class {missing[0]} is not in the model; use 0 to {self.num_classes - 1}")
+        return [torch.tensor(value) for value in values]
+
+    def longest(self, lengths: list[int], dropped: list[bool]) -> int:
+        """Labels have one row each."""
+        return 1
+
+    def batch(self, conditions: list[Tensor], dropped: list[bool], length: int) -> Tensor:
+        """Labels (B,); dropped ones are replaced by `null`."""
+        return torch.stack([self.null if drop else label for drop, label in zip(dropped, conditions)])
+
+    def null_like(self, y: Tensor) -> Tensor:
+        """`null` in the shape of a batch."""
+        return self.null.expand(len(y))
+
+
+class Captions:
+    """The conditions of a text-to-image model: text features (M + 1, D), ending in one pad row, since all pad rows are equal."""
+
+    def __init__(self, text_encoder: TextEncoder):
+        self.text_encoder, self.fingerprint = text_encoder, text_encoder.fingerprint()
+        self.pad = text_encoder.encode([""]).rows[0, -1:].cpu()
+        (self.null,) = self.encode([""])
+
+    def encode(self, values: list[str]) -> list[Tensor]:
+        features = self.text_encoder.encode(values)
+        return [torch.cat((rows[:length], self.pad)) for rows, length in zip(features.rows.cpu(), features.lengths)]
+
+    def longest(self, lengths: list[int], dropped: list[bool]) -> int:
+        """The rows M of a whole batch, for the rows (M_i + 1) of its conditions."""
+        return max(len(self.null) if drop else rows for drop, rows in zip(dropped, lengths)) - 1
+
+    def batch(self, conditions: list[Tensor], dropped: list[bool], length: int) -> Tensor:
+        """Features (B, length, D); dropped ones are replaced by `null`."""
+        return padded(conditions, self.null, dropped, length)
+
+    def null_like(self, y: Tensor) -> Tensor:
+        """`null` in the shape of a batch."""
+        return padded([self.null] * len(y), self.null, [True] * len(y), y.shape[1])
+
+
+def padded(conditions: list[Tensor], null: Tensor, dropped: list[bool], length: int) -> Tensor:
+    """Text features (M_i + 1, D), each ending in one pad row -> (B, length, D). Dropped conditions are replaced by `null`."""
     conditions = [null if drop else rows for drop, rows in zip(dropped, conditions)]
-    length = length or max(len(rows) for rows in conditions) - 1
     return torch.stack([torch.cat((rows, rows[-1:].expand(max(0, length - len(rows)), -1)))[:length] for rows in conditions])
+
+
+def read_sources(config: FineTuning) -> Parts:
+    """The parts of `model`, and those of `text_encoder` and `autoencoder` where they are set."""
+    sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
+    given = {name: path for name, path in sources.items() if path}
+    return read_parts(given if config.text_encoder or config.autoencoder else config.model)
+
+
+class FineTuningTask(Task):
+    """Trains a transformer, or a LoRA on it, on a folder of images, `kind: finetune`."""
+
+    def __init__(self, config: FineTuning, image_encoder: ImageEncoder | None):
+        self.config, self.processes, self.parts = config, find_processes(), read_sources(config)
+        self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
+        self.model = Conditional(
+            load_transformer(self.parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
+        self.architecture = self.model.transformer.config
+        check_projector(self.model.transformer, image_encoder, config.objective)
+        self.autoencoder = load_autoencoder(self.parts, dtype=torch.float32).to(self.processes.device).requires_grad_(False)
+        self.factor = self.autoencoder.config.factor
+        self.transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
+        self.encode_folder(image_encoder)
+        if config.lora:
+            torch.manual_seed(config.loop.seed)
+            add_lora(self.model.transformer, config.lora)
+            if config.loop.autocast:
+                round_base(self.model.transformer)
+        else:
+            self.plain = load_transformer(self.parts, dtype=torch.float32, device="meta", projector=True)
+
+    def encode_folder(self, image_encoder: ImageEncoder | None) -> None:
+        """Encodes the images and their conditions into the cache; sets up the batches and the conditions of the samples."""
+        config, processes, labels = self.config, self.processes, self.architecture.text_dim is None
+        text = None if labels else load_text_encoder(self.parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
+        self.conditions = ClassLabels(self.architecture.num_classes, config.data.path) if labels else Captions(text)
+
+        def encode_images(images: Tensor) -> dict[str, Tensor]:
+            images = images.to(processes.device)
+            tensors = {"latent": self.autoencoder.encode(images)}
+            if image_encoder is not None:
+                tensors["features"] = image_features(image_encoder, images, tensors["latent"], self.architecture)
+            return tensors
+
+        identity = " ".join([VERSION, digest(self.autoencoder.state_dict().items()), str(self.autoencoder.config),
+                             name_of(image_encoder), self.conditions.fingerprint])
+        encode = Encoder(config.data.cache_folder, identity, encode_images, self.conditions.encode)
+        items = prepare(config.data, encode, self.factor * self.architecture.patch_size, labels, processes)
+        self.sampled = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
+        conds = self.conditions.encode([item.caption_or_label for item in self.sampled])
+        both, dropped = conds * 2, [False] * len(conds) + [True] * len(conds)
+        length = self.conditions.longest([rows.shape[0] if rows.ndim else 1 for rows in both], dropped)
+        self.sample_conditions = self.conditions.batch(both, dropped, length).chunk(2)
+        if text is not None:
+            text.cpu()  # its features are cached
+        self.batches = FolderBatches(config.data, items, encode, config.loop.batch, config.loop.seed,
+                                     processes.shards(config.loop.accumulate))
+        if processes.is_main:
+            tqdm.write(f"{config.data.path}: {self.batches}", file=sys.stderr)
+            if labels and (classes := class_folders(config.data)):
+                names = ", ".join(f"{number} {folder.name}" for number, folder in enumerate(classes))
+                tqdm.write(f"classes: {names}", file=sys.stderr)
+
+    def networks(self, model: Conditional) -> list[nn.Module]:
+        return [model.transformer]
+
+    def loss(self, average: Conditional, part: FolderPart, step: int, shard: Shard) -> dict[str, Tensor]:
+        config, objective = self.config, self.config.objective
+        total, device = part.total, next(self.model.parameters()).device
+        _, channels, height, width = part.latents.shape
+        shift = time_shift(height * self.factor, width * self.factor, config.shift_base)
+        drawn = draw_noise((total, channels, height, width), config.dropout, self.transport, objective, shift)
+        own = drawn.take(shard, device)
+        latents = part.latents.to(device, non_blocking=True)
+        y = self.conditions.batch(part.conditions, own.dropped, self.conditions.longest(part.lengths, drawn.dropped)).to(device)
+        more: dict[str, Any] = {}
+        if objective.enhance_target or objective.target == "composed":
+            more["ema_model"] = average.transformer
+        if objective.enhance_target:
+            more["y_null"] = self.conditions.null_like(y).to(device)
+        if part.features is not None:
+            more["h_target"] = part.features.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.autocast):
+            losses = transition_loss(
+                self.model.transformer, latents, own.noise, y, transport=self.transport, config=objective,
+                times=(own.t, own.r, own.n_diffusion), transitions=drawn.n_diffusion < total, between=own.between, **more)
+        return {"loss": losses.total * shard.loss_weight(total), **drawn.mean_errors(losses.denoising_loss, shard)}
+
+    def sample(self, average: Conditional, step: int) -> Image.Image:
+        """The first four captions or labels at the size of their images."""
+        loop, first = self.config.loop, self.sampled[0]
+        noise = torch.randn(len(self.sampled), self.architecture.in_channels, first.height // self.factor, first.width // self.factor,
+                            generator=torch.Generator().manual_seed(loop.seed))
+        inputs = [value.to(next(average.parameters()).device) for value in (noise, *self.sample_conditions)]
+        return sample_grid(average.transformer, self.autoencoder.decode, *inputs, self.transport, loop.autocast)
+
+    def export(self, average: dict[str, Tensor], record: dict) -> Path:
+        """Writes the LoRA, or the transformer in bfloat16."""
+        config = self.config
+        weights = {name.removeprefix("transformer."): value for name, value in average.items()}
+        path = export_path(config, record["step"], "lora.safetensors" if config.lora else "model.safetensors")
+        if config.lora:
+            return save_lora(weights, config.lora, path, json.dumps(record))
+        made = self.plain.to_empty(device="cpu")
+        made.load_state_dict(weights)
+        metadata = {**self.parts[TRANSFORMER].record, "latent_factor": self.parts.latent_factor, "escape_prompts": self.parts.escape,
+                    "training": record}
+        return pack({"transformer": made}, path, dtype=torch.bfloat16, metadata=metadata, keep_projector=True)
 
 
 def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = None) -> Path:
     """Runs a `kind: finetune` configuration; returns the safetensors file of the transformer, or of the LoRA."""
-    loop, folder, processes = config.loop, Path(config.output).expanduser(), find_processes()
     if config.checkpoint:
         check_output_path(config.checkpoint)
-    sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
-    parts = read_parts(
-        {name: path for name, path in sources.items() if path} if config.text_encoder or config.autoencoder else config.model)
-    model = Conditional(load_transformer(parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
-    architecture = model.transformer.config
-    check_projector(model.transformer, image_encoder, config.objective)
-    autoencoder = load_autoencoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
-    factor = autoencoder.config.factor
-    transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
-
-    labels = architecture.text_dim is None
-    text = None if labels else load_text_encoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
-    pad = None if labels else text.encode([""]).rows[0, -1:].cpu()
-
-    def encode_condition(value: str | int) -> Tensor:
-        if labels:
-            if not 0 <= value < architecture.num_classes:
-                raise TimError(f"{config.data.path}: class {value} is not in the model; use 0 to {architecture.num_classes - 1}")
-            return torch.tensor(value)
-        features = text.encode([value])
-        return torch.cat((features.rows[0, : features.lengths[0]].cpu(), pad))  # all pad rows are equal
-
-    def encode_image(image: Tensor) -> dict[str, Tensor]:
-        image = image.to(processes.device)
-        tensors = {"latent": autoencoder.encode(image)}
-        if image_encoder is not None:
-            tensors["features"] = image_features(image_encoder, image, tensors["latent"], architecture)
-        return tensors
-
-    identity = " ".join([VERSION, digest(autoencoder.state_dict().items()), str(autoencoder.config), name_of(image_encoder),
-                         "" if labels else text.fingerprint()])
-    encode = Encoder(config.data.cache_folder, identity, encode_image, encode_condition)
-    items = prepare(config.data, encode, factor * architecture.patch_size, labels, processes)
-    null = torch.tensor(architecture.num_classes) if labels else encode_condition("")
-    some = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
-    conds, nulls = [encode_condition(item.caption_or_label) for item in some], [null] * len(some)
-    sample_conditions = (
-        (torch.stack(conds), torch.stack(nulls)) if labels else padded(conds + nulls, null, [False] * 2 * len(some)).chunk(2))
-    if text is not None:
-        text.cpu()  # its features are cached
-    batches = FolderBatches(config.data, items, encode, loop.batch, loop.seed, processes.count * loop.accumulate)
-    if processes.is_main:
-        tqdm.write(f"{config.data.path}: {batches}", file=sys.stderr)
-        if labels and (classes := class_folders(config.data)):
-            tqdm.write("classes: " + ", ".join(f"{number} {folder.name}" for number, folder in enumerate(classes)), file=sys.stderr)
-
-    if config.lora:
-        torch.manual_seed(loop.seed)
-        add_lora(model.transformer, config.lora)
-
-    def loss_of(model: Conditional, average: Conditional, batch: CachedBatch, step: int, shard: Shard) -> dict[str, Tensor]:
-        latents, conditions, features = batch
-        total, device = len(latents), next(model.parameters()).device
-        height, width = latents.shape[2] * factor, latents.shape[3] * factor
-        drawn = draw_noise(latents.shape, config.dropout, transport, config.objective, time_shift(height, width, config.shift_base))
-        if labels:
-            y = torch.stack([null if drop else number for drop, number in zip(drawn.dropped, conditions)])
-        else:
-            y = padded(conditions, null, drawn.dropped)
-        latents, y, own = shard.take(latents).to(device), shard.take(y).to(device), drawn.take(shard, device)
-        more: dict = {}
-        if config.objective.enhance_target or config.objective.target == "composed":
-            more["ema_model"] = average.transformer
-        if config.objective.enhance_target:
-            nothing = null.expand(len(y)) if labels else padded([null] * len(y), null, [False] * len(y), y.shape[1])
-            more["y_null"] = nothing.to(device)
-        if features is not None:
-            more["h_target"] = shard.take(features).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
-            losses = transition_loss(
-                model.transformer, latents, own.noise, y, transport=transport, config=config.objective,
-                times=(own.t, own.r, own.n_diffusion), transitions=drawn.n_diffusion < total, between=own.between, **more)
-        return {"loss": losses.total * shard.loss_weight(total), **drawn.mean_errors(losses.denoising_loss, shard)}
-
-    def sample(average: Conditional, step: int) -> Image.Image:
-        """The first four captions at the size of their images."""
-        noise = torch.randn(len(some), architecture.in_channels, some[0].height // factor, some[0].width // factor,
-                            generator=torch.Generator().manual_seed(loop.seed))
-        inputs = [value.to(next(average.parameters()).device) for value in (noise, *sample_conditions)]
-        return sample_grid(average.transformer, autoencoder.decode, *inputs, transport, loop.autocast)
-
-    plain = load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
-
-    def export(average: dict[str, Tensor], training: dict) -> Path:
-        weights = {name.removeprefix("transformer."): value for name, value in average.items()}
-        name = "lora.safetensors" if config.lora else "model.safetensors"
-        to = export_path(config, training["step"], name)
-        if config.lora:
-            return save_lora(weights, config.lora, to, json.dumps(training))
-        trained = plain.to_empty(device="cpu")
-        trained.load_state_dict(weights)
-        record = {**parts[TRANSFORMER].record, "latent_factor": parts.latent_factor, "escape_prompts": parts.escape,
-                  "training": training}
-        return pack({"transformer": trained}, to, dtype=torch.bfloat16, metadata=record, keep_projector=True)
-
-    return train(loop, model, batches, loss_of, folder, sample, export, recorded(config))
+    return train(config.loop, FineTuningTask(config, image_encoder))

@@ -1,11 +1,13 @@
 """A folder of images for fine-tuning: scanned, cropped to native sizes, encoded once, and drawn in batches of one size."""
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +19,12 @@ from tqdm import tqdm
 
 from ..errors import TimError, one_line
 from ..files import atomic_write
-from ..processes import Processes
+from ..processes import Processes, Shard
 from .config import FolderConfig
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CachedBatch = tuple[Tensor, list[Tensor], Tensor | None]  # latents, conditions, features of an image encoder
 VERSION = "3"  # of cached files; files of another version are encoded again
+ENCODE_PIXELS = 2 * 1024 * 1024  # pixels of the images that are encoded together
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised for images that it cannot read
 
 
@@ -150,23 +152,33 @@ def open_image(item: Item) -> Tensor:
     return torch.from_numpy(np.asarray(fitted, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-class UnreadableImage(Exception):
-    """An image file that cannot be read."""
+class FolderPart(NamedTuple):
+    """A shard of a batch: latents (B, C, h, w), B conditions (text features (M, D), or labels), features (B, N, z_dim) or None.
+
+    lengths: the rows of every condition in the whole batch, 1 for a label.
+    """
+
+    latents: Tensor
+    conditions: list[Tensor]
+    features: Tensor | None
+    lengths: list[int]
+
+    @property
+    def total(self) -> int:
+        """The number of items in the whole batch."""
+        return len(self.lengths)
 
 
 class FolderBatches(torch.utils.data.Dataset):
-    """batches[k]: latents (B, C, h, w), B conditions (text features (M, D), or labels), features (B, N, z_dim) of an image encoder or None.
+    """batches[k]: the `shards` of batch k. A batch has one size and is a pure function of (seed, k). All images are equally likely."""
 
-    A batch has one size and is a pure function of (seed, k). All images are equally likely.
-    """
-
-    def __init__(self, config: FolderConfig, items: list[Item], encode: "Encoder", batch: int, seed: int, parts: int):
-        self.files = {}
+    def __init__(self, config: FolderConfig, items: list[Item], encode: "Encoder", batch: int, seed: int, shards: Sequence[Shard]):
+        self.files, self.shards, self.labels = {}, shards, isinstance(items[0].caption_or_label, int)
         for item in items:
             self.files.setdefault((item.width, item.height), []).append(encode.cache_path(item))
         self.sizes = sorted(self.files)
         tokens = [batch * config.base_pixels / (width * height) for width, height in self.sizes]
-        self.counts = [max(parts, round(count)) for count in tokens]
+        self.counts = [max(shards[0].count, round(count)) for count in tokens]
         weights = np.array([len(self.files[size]) / count for size, count in zip(self.sizes, self.counts)])
         self.weights, self.seed = weights / weights.sum(), seed
 
@@ -176,15 +188,27 @@ class FolderBatches(torch.utils.data.Dataset):
         found = [f"{len(self.files[self.sizes[k]])} of {'x'.join(map(str, self.sizes[k]))} in batches of {self.counts[k]}" for k in order]
         return f"{sum(map(len, self.files.values()))} images: " + ", ".join(found[:6] + ["..."] * (len(found) > 6))
 
-    def __getitem__(self, step: int) -> "CachedBatch":
+    def __getitem__(self, step: int) -> list[FolderPart]:
         rng = np.random.default_rng([self.seed, step])
         which = int(rng.choice(len(self.sizes), p=self.weights))
         files, count = self.files[self.sizes[which]], self.counts[which]
         # no repeats before all images were drawn; a small folder is drawn several times per batch
         order = np.concatenate([rng.permutation(len(files)) for _ in range(-(-count // len(files)))])[:count]
-        kept = [load_file(files[i]) for i in order]
+        lengths = [1 if self.labels else condition_rows(files[i]) for i in order]
+        return [self.load([files[i] for i in shard.take(order)], lengths) for shard in self.shards]
+
+    def load(self, files: list[Path], lengths: list[int]) -> FolderPart:
+        """The shard with these cached files."""
+        kept = [load_file(file) for file in files]
         features = torch.stack([one["features"] for one in kept]) if "features" in kept[0] else None
-        return torch.stack([one["latent"].float() for one in kept]), [one["condition"] for one in kept], features
+        return FolderPart(torch.stack([one["latent"].float() for one in kept]), [one["condition"] for one in kept], features, lengths)
+
+
+@functools.cache
+def condition_rows(file: Path) -> int:
+    """The rows of the text features in a cached file. Reads its header alone."""
+    with safe_open(file, "pt") as opened:
+        return opened.get_slice("condition").get_shape()[0]
 
 
 def readable(file: Path) -> bool:
@@ -197,15 +221,18 @@ def readable(file: Path) -> bool:
 
 
 class Encoder:
-    """Encodes every image and its caption once, and caches the result."""
+    """Encodes every image and its caption or label once, images of one size together, and caches the results."""
 
     def __init__(
-        self, cache: Path, identity: str, encode_image: Callable[[Tensor], dict[str, Tensor]],
-        encode_condition: Callable[[str | int], Tensor],
+        self, cache: Path, identity: str, encode_images: Callable[[Tensor], dict[str, Tensor]],
+        encode_conditions: Callable[[list[str | int]], list[Tensor]],
     ):
-        """identity: changes with the encoders, so that they do not share cached files. encode_image: (1, 3, H, W) -> tensors by name."""
+        """identity: changes with the encoders, so that they do not share cached files.
+
+        encode_images: (B, 3, H, W) -> tensors (B, ...) by name. encode_conditions: captions or labels -> a tensor each.
+        """
         self.cache, self.identity = cache, identity
-        self.encode_image, self.encode_condition = encode_image, encode_condition
+        self.encode_images, self.encode_conditions = encode_images, encode_conditions
 
     def cache_path(self, item: Item) -> Path:
         """The cached file of an item. Its name changes with the encoders, the image file, the caption or label, and the size."""
@@ -214,17 +241,33 @@ class Encoder:
         return self.cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
 
     @torch.no_grad()
-    def keep(self, item: Item) -> None:
-        """Encodes an item unless it is cached. UnreadableImage if its image cannot be read."""
-        if not readable(path := self.cache_path(item)):
+    def keep(self, items: list[Item]) -> None:
+        """Encodes items of one size into the cache. Unreadable images are skipped with a warning."""
+        images = {}
+        for item in items:
             try:
-                image = open_image(item)[None]
+                images[item] = open_image(item)
             except PILLOW_ERRORS as error:
-                raise UnreadableImage(str(error)) from error
-            tensors = {name: value[0] for name, value in self.encode_image(image).items()}
-            tensors["condition"] = self.encode_condition(item.caption_or_label)
-            tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            atomic_write(path, lambda tmp: save_file(tensors, tmp))
+                logging.warning(f"{item.file}: skipped ({one_line(error)})")
+        if not images:
+            return
+        encoded = {name: value.cpu() for name, value in self.encode_images(torch.stack(list(images.values()))).items()}
+        conditions = self.encode_conditions([item.caption_or_label for item in images])
+        for k, (item, condition) in enumerate(zip(images, conditions, strict=True)):
+            tensors = {**{name: value[k].clone() for name, value in encoded.items()}, "condition": condition.cpu().contiguous()}
+            atomic_write(self.cache_path(item), functools.partial(save_file, tensors))
+
+
+def same_size(items: list[Item], max_pixels: int) -> list[list[Item]]:
+    """Groups of items of one size, each of at most `max_pixels` in all, or of one item."""
+    members: dict[tuple[int, int], list[Item]] = {}
+    for item in items:
+        members.setdefault((item.width, item.height), []).append(item)
+    groups = []
+    for (width, height), same in members.items():
+        count = max(1, max_pixels // (width * height))
+        groups += [same[k : k + count] for k in range(0, len(same), count)]
+    return groups
 
 
 def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, processes: Processes) -> list[Item]:
@@ -253,11 +296,11 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     fitted = similar_sizes(fitted, config.min_bucket_size)
     encode.cache.mkdir(parents=True, exist_ok=True)
     mine = processes.shard(list({encode.cache_path(item): item for item in fitted}.values()))  # duplicates share a cached file
-    for item in tqdm(mine, desc="encode", unit="image", disable=not processes.is_main):
-        try:
-            encode.keep(item)
-        except UnreadableImage as error:
-            logging.warning(f"{item.file}: skipped ({one_line(error)})")
+    missing = [item for item in mine if not readable(encode.cache_path(item))]
+    with tqdm(total=len(missing), desc="encode", unit="image", disable=not processes.is_main) as bar:
+        for group in same_size(missing, ENCODE_PIXELS):
+            encode.keep(group)
+            bar.update(len(group))
     processes.wait()
     usable = [item for item in fitted if encode.cache_path(item).is_file()]  # cached files are complete
     if not usable:

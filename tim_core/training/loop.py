@@ -8,8 +8,10 @@ import ctypes
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -20,12 +22,10 @@ from tqdm import tqdm
 
 from ..errors import TimError
 from ..files import digest
-from ..models.text_encoder import TextEncoder
-from ..models.transformer import Block, TransitionTransformer
+from ..models.transformer import Block
 from ..processes import Processes, Shard, find_processes
 from . import metrics
 from .config import LoopConfig
-from .objectives.matching import MatchingConfig
 from .parallel import distribute, full_tensor, local_shard, synchronise
 from .resume import resume, save
 
@@ -41,34 +41,80 @@ def learning_rate(config: LoopConfig, step: int, start_step: int = 0) -> float:
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def optimizers(config: LoopConfig, model: nn.Module, matching: MatchingConfig | None = None) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon (Jordan et al. 2024) for the weight matrices of blocks and layers and AdamW for the rest.
+@dataclass(frozen=True)
+class ParamGroup:
+    """Trained parameters, by name, with learning rates of their own; their gradients are clipped together.
 
-    Modulation layers use AdamW, because they are zero at first and the size of Muon's steps does not depend on the gradient. A critic has
-    its own optimisers, with the learning rates of `matching`; the other parameters wait until its warm-up is over.
+    norm: the name of their gradient norm in metrics.csv. muon_lr: with loop.optimizer muon, for the weight matrices of blocks and layers.
+    start_step: the step of their first update and of the start of their warm-up.
     """
-    matrices, rest, critic, critic_matrices = [], [], [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        inner = parameter.ndim == 2 and (".blocks." in f".{name}" or ".layers." in f".{name}") and "adaLN" not in name
-        with_muon = config.optimizer == "muon" and inner
-        if name.startswith("critic."):
-            (critic_matrices if with_muon else critic).append(parameter)
-        else:
-            (matrices if with_muon else rest).append(parameter)
+
+    norm: str
+    parameters: dict[str, nn.Parameter]
+    lr: float
+    muon_lr: float
+    start_step: int = 0
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters of a model, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Task:
+    """What a run trains and writes. Subclasses set the attributes and implement `loss`, `sample` and `export`.
+
+    model: trained; its EMA is exported. batches[k]: the shards of batch k that this process computes, in order; each has as `total`
+    the number of items in the whole batch. folder: of checkpoints, metrics.csv and sample images.
+    settings: the configuration, for the record. not_averaged: submodules of the model that the EMA lacks.
+    frozen: networks beside the model whose weights must be the same when the run is resumed, by name.
+    """
+
+    model: nn.Module
+    batches: torch.utils.data.Dataset
+    folder: Path
+    settings: dict
+    not_averaged: tuple[str, ...] = ()
+    frozen: Mapping[str, nn.Module] = {}
+
+    def param_groups(self, config: LoopConfig) -> list[ParamGroup]:
+        """The parameters to train, each in one group."""
+        return [ParamGroup("grad_norm", trained(self.model), config.lr, config.muon_lr)]
+
+    def networks(self, model: nn.Module) -> list[nn.Module]:
+        """The networks in the model or in its EMA that FSDP2 shards, after their blocks."""
+        return []
+
+    def loss(self, average: nn.Module, part: Any, step: int, shard: Shard) -> dict[str, Tensor]:
+        """Named means over `part`, a shard of the batch, of which "loss" is minimised. average: the EMA of the model."""
+        raise NotImplementedError
+
+    def sample(self, average: nn.Module, step: int) -> Image.Image:
+        """The sample image of a checkpoint."""
+        raise NotImplementedError
+
+    def export(self, average: dict[str, Tensor], record: dict) -> Path:
+        """Writes the model file of a checkpoint, from the weights of the EMA; returns its path."""
+        raise NotImplementedError
+
+
+def optimizers(config: LoopConfig, groups: list[ParamGroup]) -> list[torch.optim.Optimizer]:
+    """For each group AdamW, or Muon (Jordan et al. 2024) for the weight matrices of blocks and layers and AdamW for the rest.
+
+    Modulation layers use AdamW, because they are zero at first and the size of Muon's steps does not depend on the gradient.
+    """
     found: list[torch.optim.Optimizer] = []
-    kinds = [(rest, matrices, config.lr, config.muon_lr, matching.critic_warmup_steps if matching else 0)]
-    if matching:
-        kinds.append((critic, critic_matrices, matching.critic_lr, matching.critic_muon_lr, 0))
-    for others, inner, lr, muon_lr, start_step in kinds:
-        made = []
-        if others:
-            made.append(torch.optim.AdamW(others, lr, config.betas, 1e-8, config.weight_decay, fused=True))
-        if inner:
-            made.append(torch.optim.Muon(inner, lr=muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
-        for group in (group for optimizer in made for group in optimizer.param_groups):
-            group["base_lr"], group["start_step"] = group["lr"], start_step
+    for group in groups:
+        matrices, rest, made = [], [], []
+        for name, parameter in group.parameters.items():
+            inner = parameter.ndim == 2 and (".blocks." in f".{name}" or ".layers." in f".{name}") and "adaLN" not in name
+            (matrices if config.optimizer == "muon" and inner else rest).append(parameter)
+        if rest:
+            made.append(torch.optim.AdamW(rest, group.lr, config.betas, 1e-8, config.weight_decay, fused=True))
+        if matrices:
+            made.append(torch.optim.Muon(matrices, lr=group.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
+        for options in (options for optimizer in made for options in optimizer.param_groups):
+            options["base_lr"], options["start_step"] = options["lr"], group.start_step
         found += made
     return found
 
@@ -76,44 +122,36 @@ def optimizers(config: LoopConfig, model: nn.Module, matching: MatchingConfig | 
 class Step(nn.Module):
     """A step's loss as a forward pass, which DDP and FSDP2 need."""
 
-    def __init__(self, model: nn.Module, average: nn.Module, loss_of: "LossOf"):
+    def __init__(self, task: Task, average: nn.Module):
         super().__init__()
-        self.model, self.loss_of = model, loss_of
+        self.model, self.task = task.model, task
         object.__setattr__(self, "average", average)  # not a submodule: the EMA has no gradients
 
-    def forward(self, batch, step: int, shard: Shard) -> dict[str, Tensor]:
-        return self.loss_of(self.model, self.average, batch, step, shard)
+    def forward(self, part: Any, step: int, shard: Shard) -> dict[str, Tensor]:
+        return self.task.loss(self.average, part, step, shard)
 
 
-LossOf = Callable[[nn.Module, nn.Module, object, int, Shard], dict[str, Tensor]]
-Export = Callable[[dict[str, Tensor], dict], Path]
+def train(config: LoopConfig, task: Task) -> Path:
+    """Trains a task to `config.steps`; returns the file that the last export wrote. TimError if `config.seconds` ended the run early.
 
-
-def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Dataset, loss_of: LossOf, folder: Path,
-          sample: Callable[[nn.Module, int], Image.Image], export: "Export", settings: dict,
-          matching: MatchingConfig | None = None, teacher: nn.Module | None = None) -> Path:
-    """Trains `model` to `config.steps`; returns the file that the last export wrote. TimError if `config.seconds` ended the run early.
-
-    batches[k]: the batch of step k.
-    loss_of(model, EMA model, batch, k, shard): named means over that shard of the batch, of which "loss" is minimised.
-    folder: of checkpoints, metrics.csv and sample images. A run that is there is resumed, by any number of processes.
-    sample(EMA model, k), export(EMA weights, record): the sample image and the model file at a checkpoint.
-    settings: the configuration, for the record. teacher: a network whose weights must be the same on resume.
+    A run that is in the folder of the task is resumed, by any number of processes.
     """
+    model, folder, settings = task.model, task.folder, task.settings
     processes = find_processes()
     keep_memory()
     folder.mkdir(parents=True, exist_ok=True)
     model.to(processes.device)
-    average = make_ema(model, share_fixed=processes.count == 1 or config.parallel == "ddp")
-    units = [*fsdp_units(model), *fsdp_units(average)]
+    average = make_ema(model, share_fixed=processes.count == 1 or config.parallel == "ddp", without=task.not_averaged)
+    units = [unit for one in (model, average) for unit in (*blocks_of(one), *task.networks(one))]
     if config.compile:
         compile_blocks(model)
         compile_blocks(average)
     if config.checkpointing:
         checkpoint_blocks(model)
-    step_loss = distribute(Step(model, average, loss_of), units, processes, config.parallel)
-    optims = optimizers(config, model, matching)
-    held = [*model.named_parameters(), *(teacher.named_parameters(prefix="teacher") if teacher is not None else ())]
+    step_loss = distribute(Step(task, average), units, processes, config.parallel)
+    groups = task.param_groups(config)
+    optims = optimizers(config, groups)
+    held = [*model.named_parameters(), *(pair for name, one in task.frozen.items() for pair in one.named_parameters(prefix=name))]
     fixed = digest((name, full_tensor(p)) for name, p in held if not p.requires_grad)
     resumed = resume(folder, config, model, optims, average, fixed, settings, processes)
     start, totals, counted = resumed.step, resumed.totals, resumed.counted
@@ -122,14 +160,13 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
         return {"step": step, "configuration": settings, **({"changed": resumed.changed} if resumed.changed else {})}
 
     if start >= config.steps:  # killed between the last checkpoint and its export
-        return _export(export, full_state_dict(average, processes), record(start), processes)
+        return _export(task, full_state_dict(average, processes), record(start), processes)
     loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None, persistent_workers=False)
+        task.batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
+        prefetch_factor=4 if config.workers else None, pin_memory=processes.device.type == "cuda")
     shards = processes.shards(config.accumulate)
-    critic = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("critic.")]
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("critic.")}
-    ema_parameters = [p for name, p in average.named_parameters() if name in parameters]
+    parameters = trained(model)
+    averaged = {name: p for name, p in average.named_parameters() if name in parameters}
     started, made, images = time.monotonic(), None, 0
     board = metrics.tensorboard(folder, start) if processes.is_main else None
     model.train()
@@ -137,30 +174,29 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
         for step, batch in enumerate(loader, start):
             factor = learning_rate(config, step)
             for optimizer in optims:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * learning_rate(config, step, group["start_step"])
+                for options in optimizer.param_groups:
+                    options["lr"] = options["base_lr"] * learning_rate(config, step, options["start_step"])
             losses: dict[str, Tensor] = {}
-            for shard in shards:
+            for shard, part in zip(shards, batch, strict=True):
                 torch.manual_seed(config.seed * 1_000_003 + step)  # every shard draws the numbers of the whole batch and takes its own
                 synchronise(step_loss, units, shard is shards[-1])
-                some = step_loss(batch, step, shard)
+                some = step_loss(part, step, shard)
                 (some["loss"] / len(shards)).backward()
                 for name, value in some.items():
                     losses[name] = losses.get(name, 0.0) + value.detach().float() / len(shards)
-            losses["grad_norm"] = _clip(parameters.values(), config.clip)
-            if critic:
-                losses["critic_norm"] = _clip(critic, config.clip)
+            for group in groups:
+                losses[group.norm] = _clip(group.parameters.values(), config.clip)
             for optimizer in optims:
                 if step >= optimizer.param_groups[0]["start_step"]:  # with zero gradients, Muon's momentum would still move weights
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             decay = min(config.ema, (1 + step) / (10 + step))
-            current = [local_shard(p.detach()) for p in parameters.values()]
-            torch._foreach_lerp_([local_shard(p) for p in ema_parameters], current, 1 - decay)
+            current = [local_shard(parameters[name].detach()) for name in averaged]
+            torch._foreach_lerp_([local_shard(p) for p in averaged.values()], current, 1 - decay)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value
             counted += 1
-            images += len(batch[0])
+            images += batch[0].total
             done = step + 1
             bar.update()
             late = config.seconds and bool(processes.mean(torch.tensor(float(time.monotonic() - started > config.seconds))) > 0)
@@ -185,10 +221,10 @@ def train(config: LoopConfig, model: nn.Module, batches: torch.utils.data.Datase
                 progress = {"seconds": resumed.seconds + time.monotonic() - started, "counted": counted, "totals": sums, "fixed": fixed,
                             "settings": settings, "changed": resumed.changed}
                 save(folder, config, done, progress, model, optims, weights, processes)
-                image = sample(average, done)  # in every process: each holds a shard of the weights
+                image = task.sample(average, done)  # in every process: each holds a shard of the weights
                 if processes.is_main:
                     image.save(folder / f"sample-{done:08d}.png")
-                made = _export(export, weights, record(done), processes)
+                made = _export(task, weights, record(done), processes)
             if late and done < config.steps:
                 raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; repeat the command to resume")
     return made
@@ -210,13 +246,6 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module if isinstance(block, Block)]
 
 
-def fsdp_units(model: nn.Module) -> list[nn.Module]:
-    """The modules that FSDP2 shards, inner ones first: every block, and the networks."""
-    networks = [module for module in model.modules() if isinstance(module, TransitionTransformer)]
-    texts = [module.transformer for module in model.modules() if isinstance(module, TextEncoder)]
-    return [*blocks_of(model), *networks, *texts]
-
-
 def compile_blocks(model: nn.Module) -> None:
     """Compiles block by block: all blocks share one compiled function."""
     torch._dynamo.config.recompile_limit = 64
@@ -235,20 +264,21 @@ def _clip(parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
     return found.full_tensor() if hasattr(found, "full_tensor") else found
 
 
-def _export(export: Export, weights: dict[str, Tensor], record: dict, processes: Processes) -> Path | None:
+def _export(task: Task, weights: dict[str, Tensor], record: dict, processes: Processes) -> Path | None:
     """The file that the main process writes; None in the others."""
-    made = export(weights, record) if processes.is_main else None
+    made = task.export(weights, record) if processes.is_main else None
     processes.wait()
     return made
 
 
-def make_ema(model: nn.Module, share_fixed: bool) -> nn.Module:
-    """A copy for the averaged weights. With `share_fixed` it shares the model's frozen parameters instead of copying them."""
-    memo = {id(p): p for p in model.parameters() if not p.requires_grad} if share_fixed else {}
-    average = copy.deepcopy(model, memo).requires_grad_(False)
-    if hasattr(average, "critic"):
-        average.critic = None  # its average is not used
-    return average
+def make_ema(model: nn.Module, share_fixed: bool, without: Collection[str] = ()) -> nn.Module:
+    """A copy for the averaged weights, in which the submodules `without` are None.
+
+    With `share_fixed` it shares the model's frozen parameters instead of copying them.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad} if share_fixed else {}
+    memo |= {id(getattr(model, name)): None for name in without}
+    return copy.deepcopy(model, memo).requires_grad_(False)
 
 
 def full_state_dict(model: nn.Module, processes: Processes) -> dict[str, Tensor]:

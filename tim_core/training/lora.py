@@ -40,6 +40,13 @@ def add_lora(network: nn.Module, config: LoraConfig) -> None:
         setattr(holder, leaf, LoraLinear(getattr(holder, leaf), config.rank, config.alpha or float(config.rank)))
 
 
+def round_base(network: nn.Module) -> None:
+    """Keeps the frozen linear and convolutional layers in bfloat16. Autocast rounds them at every use, so results stay the same."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and not any(p.requires_grad for p in module.parameters()):
+            module.to(torch.bfloat16)
+
+
 def save_lora(weights: dict[str, Tensor], config: LoraConfig, path: Path, record: str) -> Path:
     """Writes the adapters in `weights` under the names ComfyUI reads: diffusion_model.<layer>.lora_A.weight, .lora_B.weight, .alpha."""
     tensors = {}

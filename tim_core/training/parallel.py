@@ -16,7 +16,7 @@ def distribute(step: nn.Module, units: Iterable[nn.Module], processes: Processes
     if processes.count == 1:
         return step
     if how == "ddp":
-        # without device_ids, with which DDP would copy the whole batch to every GPU
+        # without device_ids: a task moves what it needs to the GPU
         return nn.parallel.DistributedDataParallel(step, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -109,8 +109,8 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
         raise TimError(f"{found[-1]}: its run has {wrong[0]} {before!r}, the configuration has {now!r}; restore it or choose another "
                        "output")
     if state.get("fixed", fixed) != fixed:
-        raise TimError(f"{found[-1]}: the frozen weights differ from those of its run; restore the files that it was initialised from or "
-                       "choose another output")
+        raise TimError(f"{found[-1]}: the frozen weights differ from those of its run; restore the files that it was initialised from (and "
+                       "the loop.autocast of a LoRA), or choose another output")
     init_from(model, state["model"], str(found[-1]), frozen(model))
     configured = [[{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
                for optimizer in optims]

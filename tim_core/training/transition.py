@@ -2,8 +2,9 @@
 
 import copy
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +19,22 @@ from ..models.text_encoder import TextEncoder, Tokenizer
 from ..models.transformer import TransitionTransformer
 from ..processes import Shard, find_processes
 from ..shapes import scenes
-from ..shapes.batches import ShapesBatches, render_samples
+from ..shapes.batches import ShapesBatches, ShapesPart, render_samples
 from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
 from ..transport import OTFM
 from ..weights import previews
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
 from ..weights.save import check_output_path, pack
-from .config import TextShape, TransitionTraining, export_path, recorded, time_shift
-from .loop import compile_blocks, make_ema, train
+from .config import LoopConfig, export_path, recorded, time_shift
+from .loop import ParamGroup, Task, compile_blocks, make_ema, train
 from .noise import draw_noise
 from .objectives.distillation import DistillationNoise, distillation_loss, draw_distillation_noise
 from .objectives.matching import MatchingNoise, draw_matching_noise, matching_losses
-from .objectives.transition import transition_loss
+from .objectives.transition import ObjectiveConfig, transition_loss
 from .repa import ImageEncoder, check_projector, image_features
 from .resume import init_from
 from .samples import sample_grid
+from .shapes_config import TextShape, TransitionTraining
 
 
 class TextToImage(nn.Module):
@@ -84,44 +86,91 @@ def gemma_config(shape: TextShape) -> dict:
     }
 
 
-def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | None = None) -> Path:
-    """Runs a `kind: tim` configuration; returns the one-file checkpoint of the EMA."""
-    loop, folder = config.loop, Path(config.output).expanduser()
-    if config.checkpoint:
-        check_output_path(config.checkpoint)
-    autoencoder: Autoencoder = load_autoencoder(
-        Path(config.autoencoder).expanduser(), dtype=torch.float32).to(memory_format=torch.channels_last)
-    torch.manual_seed(loop.seed)
-    model = TextToImage(config, autoencoder.config.latent_channels)
-    if config.start:
-        start = Path(config.start).expanduser()
-        init_from(model.transformer, load_transformer(start, dtype=torch.float32, projector=True).state_dict(), str(start))
-        init_from(model.text, load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
-        if model.critic is not None:
-            same = model.transformer.state_dict()
-            model.critic.load_state_dict({name: same[name] for name in model.critic.state_dict()})
-    initial = {name: value.detach().clone() for name, value in model.named_parameters()} if config.interpolate_start else {}
-    words, ids = model.text.transformer.embed_tokens.weight.data, vocabulary()
-    before = words.clone()
-    for word, other in config.add_embedding.items():
-        words[ids[WORD_START + word]] += before[ids[WORD_START + other]]
-    model.text.requires_grad_(not config.freeze_text)
-    teacher = make_ema(model, share_fixed=False).eval() if config.needs_start else None
-    if teacher is not None and loop.compile:
-        compile_blocks(teacher)
-    check_projector(model.transformer, image_encoder, *config.objectives.values())
-    transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
-    config.data.check_multiples(autoencoder.config.factor * config.transformer.patch_size)
-    coder = copy.deepcopy(autoencoder)  # moved to the device of the run; `autoencoder` stays on the CPU for the export
-    factor, channels = autoencoder.config.factor, autoencoder.config.latent_channels
+def init_model(model: TextToImage, start: Path) -> None:
+    """Loads the weights of a checkpoint; the critic becomes a copy of its transformer. TimError if its architecture differs."""
+    init_from(model.transformer, load_transformer(start, dtype=torch.float32, projector=True).state_dict(), str(start))
+    init_from(model.text, load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
+    if model.critic is not None:
+        same = model.transformer.state_dict()
+        model.critic.load_state_dict({name: same[name] for name in model.critic.state_dict()})
 
-    def loss_of(model: TextToImage, average: TextToImage, batch: tuple[Tensor, list[str]], step: int, shard: Shard) -> dict[str, Tensor]:
-        images, captions = batch
-        objective, total = config.objective_at(step), len(captions)
-        device = next(model.parameters()).device
-        coder.to(device)
-        shape = (total, channels, images.shape[2] // factor, images.shape[3] // factor)
-        drawn = draw_noise(shape, config.text_dropout, transport, objective, time_shift(*images.shape[2:], config.shift_base))
+
+def add_embeddings(text: TextEncoder, words: dict[str, str]) -> None:
+    """Adds to the embedding of each word that of another."""
+    table, ids = text.transformer.embed_tokens.weight.data, vocabulary()
+    before = table.clone()
+    for word, other in words.items():
+        table[ids[WORD_START + word]] += before[ids[WORD_START + other]]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Text features of a shard. y: (B, M, D); y_null: of the empty prompt, where a loss needs it.
+
+    teacher: y and y_null of the teacher's text model, None where it is the trained one.
+    """
+
+    y: Tensor
+    y_null: Tensor | None = None
+    teacher: tuple[Tensor, Tensor] | None = None
+
+    def first(self, count: int) -> "Conditions":
+        """Those of the first items."""
+        teacher = (self.teacher[0][:count], self.teacher[1]) if self.teacher else None
+        return Conditions(self.y[:count], self.y_null[:count], teacher)
+
+
+class TransitionTask(Task):
+    """Trains a transformer together with its text model on images of the small world, `kind: tim`."""
+
+    not_averaged = ("critic",)
+
+    def __init__(self, config: TransitionTraining, image_encoder: ImageEncoder | None):
+        self.config, self.image_encoder = config, image_encoder
+        loop = config.loop
+        self.autoencoder: Autoencoder = load_autoencoder(
+            Path(config.autoencoder).expanduser(), dtype=torch.float32).to(memory_format=torch.channels_last)
+        self.factor, self.channels = self.autoencoder.config.factor, self.autoencoder.config.latent_channels
+        torch.manual_seed(loop.seed)
+        self.model = TextToImage(config, self.channels)
+        if config.start:
+            init_model(self.model, Path(config.start).expanduser())
+        # the weights that the export is interpolated with
+        self.initial = {name: p.detach().clone() for name, p in self.model.named_parameters()} if config.interpolate_start else {}
+        add_embeddings(self.model.text, config.add_embedding)
+        self.model.text.requires_grad_(not config.freeze_text)
+        self.teacher = None
+        if config.needs_start:
+            self.teacher = make_ema(self.model, share_fixed=False, without=self.not_averaged).eval()
+            self.frozen = {"teacher": self.teacher}
+            if loop.compile:
+                compile_blocks(self.teacher)
+        check_projector(self.model.transformer, image_encoder, *config.objectives.values())
+        self.transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
+        config.data.check_multiples(self.factor * config.transformer.patch_size)
+        self.coder = copy.deepcopy(self.autoencoder)  # moved to the device of the run; `autoencoder` stays on the CPU for the export
+        self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
+        self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
+
+    def param_groups(self, config: LoopConfig) -> list[ParamGroup]:
+        """The critic has learning rates of its own, and the rest waits until its warm-up is over."""
+        groups, matching = super().param_groups(config), self.config.matching
+        if matching is None:
+            return groups
+        (everything,) = groups
+        critic = {name: p for name, p in everything.parameters.items() if name.startswith("critic.")}
+        rest = {name: p for name, p in everything.parameters.items() if name not in critic}
+        return [replace(everything, parameters=rest, start_step=matching.critic_warmup_steps),
+                ParamGroup("critic_norm", critic, matching.critic_lr, matching.critic_muon_lr)]
+
+    def networks(self, model: TextToImage) -> list[nn.Module]:
+        return [model.transformer, *([model.critic] if model.critic is not None else []), model.text.transformer]
+
+    def loss(self, average: TextToImage, part: ShapesPart, step: int, shard: Shard) -> dict[str, Tensor]:
+        config, objective, total, (height, width) = self.config, self.config.objective_at(step), part.total, part.images.shape[2:]
+        device = next(self.model.parameters()).device
+        shape = (total, self.channels, height // self.factor, width // self.factor)
+        drawn = draw_noise(shape, config.text_dropout, self.transport, objective, time_shift(height, width, config.shift_base))
         jumps = trajectories = None
         if config.matching:
             count = subset_size("matching.batch_fraction", config.matching.batch_fraction, total, shard)
@@ -130,83 +179,112 @@ def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | N
             count = subset_size("distillation.batch_fraction", config.distillation.batch_fraction, total, shard)
             trajectories = draw_distillation_noise((count, *shape[1:]), config.distillation)
         own = drawn.take(shard, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=loop.autocast):
-            prompts = ["" if drop else caption for drop, caption in zip(drawn.dropped, captions)]
-            y = model.features(shard.take(prompts), model.max_tokens(prompts))
-            with torch.no_grad():
-                pixels = shard.take(images).to(device).contiguous(memory_format=torch.channels_last)
-                latents = coder.encode(pixels).float()
-                y_null = teacher_y = None
-                if objective.enhance_target or jumps or trajectories:
-                    y_null = model.features([""], y.shape[1]).expand_as(y)
-                if teacher is not None:
-                    teacher.to(device)
-                    if not config.freeze_text:  # else the teacher's text model is the model's
-                        teacher_y = teacher.features(shard.take(prompts), y.shape[1]), teacher.features([""], y.shape[1])
-            more: dict = {}
-            if objective.enhance_target or objective.target == "composed":
-                more["ema_model"] = average.transformer
-            if objective.enhance_target:
-                more["y_null"] = y_null
-            if objective.target == "teacher":
-                more["teacher"] = lambda x_t, t, r: teacher.transformer(x_t, t, r, teacher_y[0] if teacher_y else y)
-            if image_encoder is not None:
-                more["h_target"] = image_features(image_encoder, pixels, latents, model.transformer.config)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.autocast):
+            prompts = ["" if drop else caption for drop, caption in zip(drawn.dropped, part.captions)]
+            conditions = self.encode_prompts(
+                shard.take(prompts), self.model.max_tokens(prompts), bool(objective.enhance_target or jumps or trajectories))
+            pixels = part.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+            latents = self.encode_images(pixels)
             losses = transition_loss(
-                model.transformer, latents, own.noise, y, transport=transport, config=objective, times=(own.t, own.r, own.n_diffusion),
-                transitions=drawn.n_diffusion < total, between=own.between, **more)
+                self.model.transformer, latents, own.noise, conditions.y, transport=self.transport, config=objective,
+                times=(own.t, own.r, own.n_diffusion), transitions=drawn.n_diffusion < total, between=own.between,
+                **self.target_inputs(objective, average, conditions, pixels, latents))
             found = {"loss": losses.total * shard.loss_weight(total)}
             if jumps:
-                found |= matched(model, average, shard, latents, y, y_null, teacher_y, jumps)
+                found |= self.matching(average, shard, latents, conditions, jumps)
                 found["loss"] = found["loss"] + config.matching.weight * found["matching"] + found["critic"]
             if trajectories:
-                found |= distilled(model, shard, y, y_null, teacher_y, trajectories)
+                found |= self.distillation(shard, conditions, trajectories)
                 found["loss"] = found["loss"] + config.distillation.weight * found["distillation"]
         return {**found, **drawn.mean_errors(losses.denoising_loss, shard)}
 
-    def matched(model: TextToImage, average: TextToImage, shard: Shard, latents: Tensor, y: Tensor, y_null: Tensor,
-                teacher_y: tuple[Tensor, Tensor] | None, noise: MatchingNoise) -> dict[str, Tensor]:
+    def encode_prompts(self, prompts: list[str], length: int, needs_null: bool) -> Conditions:
+        """Text features of a shard's prompts, `length` rows each."""
+        y = self.model.features(prompts, length)
+        y_null = teacher = None
+        with torch.no_grad():
+            if needs_null:
+                y_null = self.model.features([""], length).expand_as(y)
+            if self.teacher is not None:
+                self.teacher.to(y.device)
+                if not self.config.freeze_text:  # else the teacher's text model is the model's
+                    teacher = self.teacher.features(prompts, length), self.teacher.features([""], length)
+        return Conditions(y, y_null, teacher)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents of images (B, 3, H, W)."""
+        return self.coder.to(pixels.device).encode(pixels).float()
+
+    def target_inputs(self, objective: ObjectiveConfig, average: TextToImage, conditions: Conditions, pixels: Tensor,
+                      latents: Tensor) -> dict[str, Any]:
+        """The arguments of `transition_loss` that only some objectives need."""
+        found: dict[str, Any] = {}
+        if objective.enhance_target or objective.target == "composed":
+            found["ema_model"] = average.transformer
+        if objective.enhance_target:
+            found["y_null"] = conditions.y_null
+        if objective.target == "teacher":
+            y = conditions.teacher[0] if conditions.teacher else conditions.y
+            found["teacher"] = lambda x_t, t, r: self.teacher.transformer(x_t, t, r, y)
+        if self.image_encoder is not None:
+            found["h_target"] = image_features(self.image_encoder, pixels, latents, self.model.transformer.config)
+        return found
+
+    def matching(self, average: TextToImage, shard: Shard, latents: Tensor, conditions: Conditions,
+                 noise: MatchingNoise) -> dict[str, Tensor]:
         """The losses of distribution matching, for the first items of a batch."""
         own, total = noise.map(lambda value: shard.take(value).to(latents.device)), len(noise.path)
-        some = slice(len(own.path))
-        of_start = config.matching.teacher == "start"
+        some = conditions.first(len(own.path))
+        of_start = self.config.matching.teacher == "start"
         loss, critic = matching_losses(
-            model.transformer, (teacher if of_start else average).transformer, model.critic, latents[some], y[some].detach(), y_null[some],
-            transport=transport, config=config.matching, noise=own,
-            teacher_conditions=(teacher_y[0][some], teacher_y[1]) if of_start and teacher_y else None)
+            self.model.transformer, (self.teacher if of_start else average).transformer, self.model.critic, latents[: len(own.path)],
+            some.y.detach(), some.y_null, transport=self.transport, config=self.config.matching, noise=own,
+            teacher_conditions=some.teacher if of_start else None)
         return {"matching": loss.sum() * shard.count / total, "critic": critic.sum() * shard.count / total}
 
-    def distilled(model: TextToImage, shard: Shard, y: Tensor, y_null: Tensor, teacher_y: tuple[Tensor, Tensor] | None,
-                  noise: DistillationNoise) -> dict[str, Tensor]:
+    def distillation(self, shard: Shard, conditions: Conditions, noise: DistillationNoise) -> dict[str, Tensor]:
         """The loss of the distillation, for the first items of a batch."""
-        own, total = noise.map(lambda value: shard.take(value).to(y.device)), len(noise.noise)
-        some = slice(len(own.noise))
+        own, total = noise.map(lambda value: shard.take(value).to(conditions.y.device)), len(noise.noise)
+        some = conditions.first(len(own.noise))
         loss = distillation_loss(
-            model.transformer, teacher.transformer, y[some], y_null[some], transport=transport, config=config.distillation, noise=own,
-            teacher_conditions=(teacher_y[0][some], teacher_y[1]) if teacher_y else None)
+            self.model.transformer, self.teacher.transformer, some.y, some.y_null, transport=self.transport,
+            config=self.config.distillation, noise=own, teacher_conditions=some.teacher)
         return {"distillation": loss.sum() * shard.count / total}
 
-    def sample(average: TextToImage, step: int) -> Image.Image:
+    def sample(self, average: TextToImage, step: int) -> Image.Image:
+        """A prompt of each form, at the first image size."""
+        loop = self.config.loop
         rng = np.random.default_rng([loop.seed, 1])
         prompts = [scenes.sample_prompt(rng, form).text for form in scenes.TRAINING_FORMS]
-        width, height = config.data.table()[0][0]
-        noise = torch.randn(len(prompts), channels, height // factor, width // factor, generator=torch.Generator().manual_seed(loop.seed))
+        width, height = self.config.data.table()[0][0]
+        noise = torch.randn(len(prompts), self.channels, height // self.factor, width // self.factor,
+                            generator=torch.Generator().manual_seed(loop.seed))
         device = next(average.parameters()).device
         cond, null = average.text.conditioning(prompts)
-        return sample_grid(average.transformer, coder.to(device).decode, noise.to(device), cond, null, transport, loop.autocast)
+        decode = self.coder.to(device).decode
+        return sample_grid(average.transformer, decode, noise.to(device), cond, null, self.transport, loop.autocast)
 
-    preview = functools.cache(lambda: previews.fit(autoencoder, render_samples(100, 8 * factor, loop.seed)))
+    @functools.cached_property
+    def preview(self) -> dict:
+        """The live-preview colours of the latents."""
+        return previews.fit(self.autoencoder, render_samples(100, 8 * self.factor, self.config.loop.seed))
 
-    def export(average: dict[str, Tensor], training: dict) -> Path:
+    def export(self, average: dict[str, Tensor], record: dict) -> Path:
         """Packs the EMA weights and the autoencoder into one file."""
-        trained = TextToImage(replace(config, matching=None), autoencoder.config.latent_channels)
-        mixed = {name: value.lerp(initial[name], config.interpolate_start) if initial else value for name, value in average.items()}
-        trained.load_state_dict({**trained.state_dict(), **mixed})
-        record = {"latent_factor": autoencoder.config.factor, "scaling_factor": autoencoder.config.scaling_factor, "escape_prompts": False,
-                  "preview": preview(), "training": training}
+        config, made = self.config, TextToImage(replace(self.config, matching=None), self.channels)
+        mixed = {name: value.lerp(self.initial[name], config.interpolate_start) if self.initial else value
+                 for name, value in average.items()}
+        made.load_state_dict({**made.state_dict(), **mixed})
+        metadata = {"latent_factor": self.factor, "scaling_factor": self.autoencoder.config.scaling_factor, "escape_prompts": False,
+                    "preview": self.preview, "training": record}
         return pack(
-            {"transformer": trained.transformer, "text_encoder": trained.text, "vae": autoencoder},
-            export_path(config, training["step"]), dtype=torch.bfloat16, metadata=record, keep_projector=True)
+            {"transformer": made.transformer, "text_encoder": made.text, "vae": self.autoencoder},
+            export_path(config, record["step"]), dtype=torch.bfloat16, metadata=metadata, keep_projector=True)
 
-    batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().count * loop.accumulate)
-    return train(loop, model, batches, loss_of, folder, sample, export, recorded(config), config.matching, teacher)
+
+def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | None = None) -> Path:
+    """Runs a `kind: tim` configuration; returns the one-file checkpoint of the EMA."""
+    if config.checkpoint:
+        check_output_path(config.checkpoint)
+    return train(config.loop, TransitionTask(config, image_encoder))

@@ -12,6 +12,7 @@ from ..errors import TimError
 RECORD = ("native_size", "steps", "cfg", "guidance_interval")  # keys of a transformer's record
 RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
 MOST_SIDE, MOST_STEPS, MOST_CFG = 16384, 1000, 100
+RELEASED_CLASSES = {32: (512, 3.0, (0.0, 0.7)), 4: (256, 2.5, (0.0, 0.6))}  # class-conditional: pixels per side, cfg, guidance interval
 OTHER_CELLS = 8  # latent cells per side where neither record nor channels tell; tim-shapes, of factor 8, was trained mostly at 64x64
 
 
@@ -26,15 +27,20 @@ class Defaults:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
-def find_defaults(record: Mapping[str, Any], channels: int, factor: int, patch_size: int = 1) -> Defaults:
+def find_defaults(
+    record: Mapping[str, Any], channels: int, factor: int, patch_size: int = 1, class_conditional: bool = False
+) -> Defaults:
     """The defaults of a transformer with `channels` latent channels, `factor` pixels per latent cell, `patch_size` cells per patch.
 
-    TimError naming a key of the record whose value cannot be used.
+    Without a record they are those of the official scripts, which sample classes at 256x256 and 512x512 with guidance intervals of their
+    own. TimError naming a key of the record whose value cannot be used.
     """
     multiple = factor * patch_size
     found: dict[str, Any] = {}
+    side = RELEASED_SIDES.get(channels, OTHER_CELLS * factor)
+    if class_conditional and channels in RELEASED_CLASSES:
+        side, found["cfg"], found["guidance_interval"] = RELEASED_CLASSES[channels]
     if (size := record.get("native_size")) is None:
-        side = RELEASED_SIDES.get(channels, OTHER_CELLS * factor)
         size = (math.ceil(side / multiple) * multiple,) * 2
     elif not (isinstance(size, (list, tuple)) and len(size) == 2
               and all(_is_whole(side, MOST_SIDE) and side % multiple == 0 for side in size)):

@@ -66,8 +66,8 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
 
 def check_tensors(part: Part, model: torch.nn.Module) -> None:
     """TimError unless the part has the model's names and shapes. `model` may be on the meta device."""
-    own = model.state_dict()
-    if wrong := state_dict_mismatch(own, part.tensors, _counters(own)):
+    expected = model.state_dict()
+    if wrong := state_dict_mismatch(expected, part.tensors, _counters(expected)):
         raise TimError(f"{part.source}: not a complete {TITLES[part.kind]}: {wrong}")
 
 

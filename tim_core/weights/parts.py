@@ -41,6 +41,7 @@ CONFIG_KEYS = {
     TEXT_ENCODER: "text_encoders.config_json",
     AUTOENCODER: "vae.config_json",
 }
+PART_FOLDERS = {"transformer": "model", "text_encoder": "text-encoder", "vae": "vae"}  # of a folder of parts
 PART_NAMES = {"model": TRANSFORMER, "text-encoder": TEXT_ENCODER, "clip": TEXT_ENCODER, "vae": AUTOENCODER} | {n: n for n in TITLES}
 
 DIMENSIONS = {"embed_tokens.weight": 2, "layers.0.self_attn.q_norm.weight": 1, "x_embedder.proj.weight": 4}
@@ -182,15 +183,18 @@ def resolve(name: str | Path) -> Path:
 
 
 def read_parts(source) -> Parts:
-    """Reads the parts of a weight file, a folder in Hugging Face layout, a bundled name, or a dict {"model": ..., "vae": ...}.
+    """Reads the parts of a weight file, a folder, a bundled name, or a dict {"model": ..., "vae": ...}.
 
-    The values of a dict are files, folders or modules. TimError naming the source if it holds no part of a TiM checkpoint.
+    A folder holds one model in Hugging Face layout, or folders transformer, text_encoder and vae that each hold one. The values of a dict
+    are files, folders or modules. TimError naming the source if it holds no part of a TiM checkpoint.
     """
     if isinstance(source, Parts):
         return source
     if isinstance(source, Mapping):
         return _gather(source)
     path = resolve(source)
+    if folders := {name: path / folder for folder, name in PART_FOLDERS.items() if (path / folder).is_dir()}:
+        return replace(_gather(folders), source=str(source))
     tensors, metadata, folder = _open_folder(path) if path.is_dir() else (*open_state_dict(path), path.parent)
     parts = _take_apart(tensors, _tim_record(metadata, str(source)), str(source))
     if not parts.parts:

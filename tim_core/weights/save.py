@@ -80,12 +80,12 @@ def _record_of(part: Part, parts: Parts, extra: dict) -> dict:
 
 
 def _whole_record(parts: Parts, records: dict[str, dict], extra: dict) -> dict:
-    whole = {"format": FORMAT, **parts.metadata}
-    whole |= records.get(TRANSFORMER, {})
-    whole |= records.get(AUTOENCODER, {})
+    record = {"format": FORMAT, **parts.metadata}
+    record |= records.get(TRANSFORMER, {})
+    record |= records.get(AUTOENCODER, {})
     if TEXT_ENCODER in records:
-        whole["escape_prompts"] = records[TEXT_ENCODER]["escape_prompts"]
-    return {**whole, **extra}
+        record["escape_prompts"] = records[TEXT_ENCODER]["escape_prompts"]
+    return {**record, **extra}
 
 
 def _cast(tensors: StateDict, dtype) -> StateDict:

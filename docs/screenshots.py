@@ -1,7 +1,8 @@
-"""Makes the templates' thumbnails and the help pages' pictures of nodes, in a real ComfyUI: `python docs/node_pictures.py [NAME ...]`.
+"""Make the README's screenshot, the templates' thumbnails and the help pages' images of nodes: `python docs/screenshots.py [NAME ...]`.
 
-Every template is run, and its last picture is its thumbnail; every node is photographed in the editor (Debian's chromium), in a
-template that has it. Look at them. ComfyUI is found as the tests find it; NAMEs are templates and nodes, all if there are none.
+Every template is run in a real ComfyUI, and its last image is its thumbnail. Nodes and graph are photographed in the editor (Debian's
+chromium), each node in a template that has it. Look at the results. ComfyUI is found as the tests find it. NAMEs are templates, nodes and
+`graph`, the README's screenshot; without one, all are made.
 """
 
 import json
@@ -15,10 +16,10 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tests import comfy_support  # noqa: E402
-from tests.test_browser import READY, START_EMPTY, TROUBLE  # noqa: E402
+from tests.test_browser import LISTEN, PICTURES, READY, START_EMPTY, TROUBLE  # noqa: E402
 
 SIDE = 400
-LAST = {  # template -> the prefix of the picture to show, where there are several
+LAST = {  # template -> the prefix of the image to show, where there are several
     "draft-and-refine": "TiM-refined", "native-upscale": "TiM-large", "image-to-image": "TiM-after", "inpainting": "TiM-after",
 }
 WHERE = {  # node -> the template that shows it
@@ -32,6 +33,17 @@ CENTRE = """name => { const node = app.graph._nodes.find(node => node.type === n
     canvas.ds.offset[0] = view.width / 2 - node.pos[0] - w / 2; canvas.ds.offset[1] = view.height / 2 - node.pos[1] - h / 2
     canvas.setDirty(true, true); canvas.draw(true, true)
     return [view.left + view.width / 2, view.top + view.height / 2, w, h] }"""
+GRAPH = """() => { const canvas = app.canvas, view = canvas.canvas.getBoundingClientRect()
+    app.graph._nodes.filter(node => node.type === 'MarkdownNote').forEach(node => app.graph.remove(node))
+    for (const node of app.graph._nodes.filter(node => node.type === 'TiMSampler')) {  // its live preview
+        node.imgs = undefined; node.widgets = node.widgets.filter(widget => widget.name !== '$$canvas-image-preview')
+        node.setSize([node.size[0], 0]); node.setSize([node.size[0], node.computeSize()[1]]) }
+    const nodes = app.graph._nodes, side = (end, of) => end(...nodes.map(of))
+    const left = side(Math.min, node => node.pos[0]), right = side(Math.max, node => node.pos[0] + node.size[0])
+    const top = side(Math.min, node => node.pos[1]), bottom = side(Math.max, node => node.pos[1] + node.size[1])
+    canvas.ds.scale = 1; canvas.ds.offset[0] = 90 - left; canvas.ds.offset[1] = 190 - top
+    canvas.setDirty(true, true); canvas.draw(true, true)
+    return [view.left + 90, view.top + 190, right - left, bottom - top] }"""
 
 
 def workflow(name: str) -> dict:
@@ -61,26 +73,44 @@ def thumbnail(server, name: str) -> None:
     outputs = server.run(prompt)
     saves = {node["inputs"]["filename_prefix"]: key for key, node in prompt.items() if node["class_type"] == "SaveImage"}
     key = saves[LAST.get(name, next(iter(saves)))]
-    with Image.open(server.file(outputs[key]["images"][0])) as picture:
-        small = picture.convert("RGB")
+    with Image.open(server.file(outputs[key]["images"][0])) as image:
+        small = image.convert("RGB")
     factor = max(1, SIDE // max(small.size))
     large = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
     ImageOps.pad(large, (SIDE, SIDE), color=(25, 25, 30)).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
 
 
-def photograph(page, server, name: str) -> None:
+def photograph_graph(page) -> None:
+    """docs/graph.jpg: the text-to-image template after a run, without its note and the live preview."""
+    show(page, workflow("text-to-image"))
+    page.evaluate(LISTEN)
+    page.evaluate("() => app.queuePrompt(0)")
+    page.wait_for_function("() => ended.length > 0")
+    page.wait_for_function(PICTURES)
+    time.sleep(8)  # until the editor's message about the run is gone
+    x, y, w, h = page.evaluate(GRAPH)
+    time.sleep(2)
+    clip = {"x": x - 20, "y": y - 55, "width": w + 40, "height": h + 75}
+    page.screenshot(path=str(ROOT / "docs" / "graph.jpg"), type="jpeg", quality=82, clip=clip)
+
+
+def photograph(page, name: str) -> None:
     graph = workflow(WHERE[name])
     graph = with_text_encoder_loader(graph) if name == "TiMTextEncoderLoader" else graph
-    page.evaluate("graph => app.loadGraphData(graph, true, true, 'shown')", graph)
-    time.sleep(2)
-    if trouble := page.evaluate(TROUBLE):
-        raise SystemExit(f"{name}: the editor says {trouble}")
+    show(page, graph)
     x, y, w, h = page.evaluate(CENTRE, name)
     time.sleep(1)
     width, height = max(w + 380, 720), max(h + 150, 330)
     left, top = max(60, x - width / 2), max(50, y - height / 2 - 15)
-    clip = {"x": left, "y": top, "width": min(width, 1490 - left), "height": min(height, 940 - top)}
+    clip = {"x": left, "y": top, "width": min(width, 1690 - left), "height": min(height, 940 - top)}
     page.screenshot(path=str(ROOT / "web" / "docs" / name / "graph.jpg"), type="jpeg", quality=80, clip=clip)
+
+
+def show(page, graph: dict) -> None:
+    page.evaluate("graph => app.loadGraphData(graph, true, true, 'shown')", graph)
+    time.sleep(2)
+    if trouble := page.evaluate(TROUBLE):
+        raise SystemExit(f"the editor says {trouble}")
 
 
 def main(names: list[str]) -> None:
@@ -96,20 +126,20 @@ def main(names: list[str]) -> None:
             if not names or file.stem in names:
                 thumbnail(server, file.stem)
                 print(file.stem)
-        wanted = [name for name in WHERE if not names or name in names]
+        wanted = [name for name in (*WHERE, "graph") if not names or name in names]
         if not wanted:
             return
         with sync_playwright() as playwright:
             options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
             browser = playwright.chromium.launch(executable_path=find_chromium(), args=options)
-            page = browser.new_context(viewport={"width": 1500, "height": 1000}).new_page()
+            page = browser.new_context(viewport={"width": 1700, "height": 1000}).new_page()
             page.set_default_timeout(240_000)
             server.read("settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False})
             page.add_init_script(START_EMPTY)
             page.goto(f"http://127.0.0.1:{server.port}")
             page.wait_for_function(READY)
             for name in wanted:
-                photograph(page, server, name)
+                photograph_graph(page) if name == "graph" else photograph(page, name)
                 print(name)
             browser.close()
     finally:

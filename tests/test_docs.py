@@ -1,0 +1,114 @@
+"""The documentation is true where a machine can tell: links, commands, module names and the README's Python."""
+
+import ast
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tim_core.cli import COMMANDS, build_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
+HELP = sorted((ROOT / "web" / "docs").rglob("*.md"))
+NOTEBOOK = ROOT / "docs" / "research"
+
+
+def text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def notes() -> dict[str, str]:
+    """The notes of the templates, by file name."""
+    found = {}
+    for file in sorted((ROOT / "workflows").glob("*.json")):
+        nodes = json.loads(text_of(file))["nodes"]
+        found[file.name] = "\n".join(text for node in nodes if "Note" in node["type"] for text in node["widgets_values"])
+    return found
+
+
+def commands(text: str) -> list[list[str]]:
+    """The tim commands of a page's shell blocks and code spans, as arguments; a span that only names a command is none."""
+    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))]
+    calls = [re.search(r"(?:^|&& )(?:tim|python -m tim_core) (.+)", line.strip()) for line in lines]
+    words = [shlex.split(call.group(1), comments=True) for call in calls if call]
+    return [arguments for arguments in words if len(arguments) > 1 and arguments[0] != "COMMAND" and "..." not in arguments]
+
+
+def anchors(file: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text_of(file), flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
+def test_links_lead_somewhere(file):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(file)):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        place = file.parent / name if name else file
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), target
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
+def test_commands_are_understood(file):
+    for arguments in commands(text_of(file)):
+        build_parser().parse_args(arguments)
+        for name in arguments:
+            assert not name.startswith(("configs/", "docs/")) or list(ROOT.glob(name)), name
+
+
+def test_the_pages_have_commands():
+    assert {arguments[0] for file in PAGES for arguments in commands(text_of(file))} == set(COMMANDS)
+
+
+def test_every_command_has_its_row():
+    rows = re.findall(r"^\| `tim (\w+)` \|", text_of(ROOT / "docs" / "command-line.md"), re.M)
+    assert rows == list(COMMANDS)
+
+
+def test_modules_that_texts_run_can_be_run():
+    texts = {file.name: text_of(file) for file in [*PAGES, *HELP, *NOTEBOOK.glob("*.md")]} | notes()
+    named = {name for text in texts.values() for name in re.findall(r"python3? -m (tim_core[\w.]*)", text)}
+    assert "tim_core" in named
+    for name in named:
+        module = importlib.import_module(name)
+        assert not hasattr(module, "__path__") or importlib.util.find_spec(f"{name}.__main__"), name
+
+
+def test_commands_of_help_pages_and_notes_are_understood():
+    spans = [span for file in HELP for span in re.findall(r"`python -m tim_core ([^`]+)`", text_of(file))]
+    spans += [span for note in notes().values() for span in re.findall(r"python -m tim_core ([a-z]+ \S+ --\S+ \S+)", note)]
+    assert spans
+    for arguments in map(shlex.split, spans):
+        if "--help" not in arguments:
+            build_parser().parse_args(arguments)
+        assert arguments[0] in COMMANDS
+
+
+def test_the_readmes_python_saves_a_file(tmp_path, monkeypatch):
+    (source,) = blocks(text_of(ROOT / "README.md"), "python")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, "README.md", "exec"), {})  # noqa: S102
+    with Image.open(tmp_path / "circle.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_python_of_the_pages_names_what_exists():
+    """Every import of a block finds its names."""
+    for file in PAGES:
+        for source in blocks(text_of(file), "python"):
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names), (file.name, node.module)

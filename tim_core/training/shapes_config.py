@@ -1,0 +1,150 @@
+"""Configurations of the kinds that train on images of the small world: `autoencoder` and `tim`."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from ..settings import CONFIG, Count, FractionBelowOne, NotNegative, Text, WholeNumber, require
+from ..shapes.config import SizesConfig
+from ..shapes.tokenizer import WORDS
+from .config import LoopConfig, TransformerTraining
+from .objectives.distillation import DistillationConfig
+from .objectives.matching import MatchingConfig
+from .objectives.transition import ObjectiveConfig
+
+Widths = Annotated[tuple[Count, ...], Field(min_length=1)]
+Layers = Annotated[tuple[WholeNumber, ...], Field(min_length=1)]
+
+
+@dataclass(config=CONFIG, frozen=True, kw_only=True)
+class AutoencoderTraining:
+    """`kind: autoencoder`: a DC-AE on images of the small world."""
+
+    output: Text
+    start: Text | None = None                    # weights to initialise from, of the same architecture
+    freeze_encoder: bool = False                 # train the decoder alone, so that latents stay as they are
+    encoder_widths: Widths = (32, 32, 64, 128)
+    encoder_layers: Layers = (0, 1, 1, 1)
+    decoder_widths: Widths = (32, 32, 64, 128)
+    decoder_layers: Layers = (0, 2, 2, 2)
+    attention_stages: WholeNumber = 1  # the deepest ones are EfficientViT blocks
+    head_dim: Count = 16
+    latent_channels: Count = 16
+    latent_noise: NotNegative = 0.3              # maximal standard deviation of the noise added to latents before decoding
+    latent_weight: NotNegative = 0.05            # weight of the distance from mean 0 and variance 1 per channel
+    loop: LoopConfig = LoopConfig()
+    data: SizesConfig = SizesConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "AutoencoderTraining":
+        stages = len(self.encoder_widths)
+        for name in ("encoder_layers", "decoder_widths", "decoder_layers"):
+            found = list(getattr(self, name))
+            require(len(found) == stages, name, found, f"{stages} numbers, as many as encoder_widths")
+            require(all(found[1:]), name, found, "0 at the first stage only")
+        for name in ("encoder_widths", "decoder_widths"):
+            require(getattr(self, name)[-1] % self.latent_channels == 0, "latent_channels", self.latent_channels,
+                    f"a divisor of {getattr(self, name)[-1]}, the last of {name}")
+        require(self.attention_stages <= stages, "attention_stages", self.attention_stages, f"at most the number of stages, {stages}")
+        cell = 2 ** (stages - 1)
+        misfit = self.data.misfit(cell)
+        require(misfit is None, "data.sizes", misfit, f"multiples of {cell} pixels")
+        for name in ("compile", "checkpointing"):
+            require(not getattr(self.loop, name), f"loop.{name}", True, "false for an autoencoder")
+        require(self.loop.parallel == "ddp", "loop.parallel", self.loop.parallel, "ddp for an autoencoder")
+        return self
+
+
+@dataclass(config=CONFIG, frozen=True)
+class TransformerShape:
+    """The transformer to train; latent channels and text width follow from the autoencoder and the text model."""
+
+    hidden_size: Count = 192
+    depth: Count = 7
+    num_heads: Count = 6
+    patch_size: Count = 1
+    lora_hidden_size: Count = 48
+    new_condition: Text = "t-r"
+    use_new_embed: bool = True
+    distance_aware: bool = True
+    z_dim: Count | None = None                   # width of the image encoder's features, for REPA; null: no projector
+    encoder_depth: Count = 4                     # number of the block, from 1, whose output is projected
+    projector_dim: Count = 512
+    qk_norm: bool = True
+
+
+@dataclass(config=CONFIG, frozen=True)
+class TextShape:
+    """The Gemma-3 text model to train, with the small world's tokenizer; every second layer has global attention."""
+
+    hidden_size: Count = 128
+    layers: Count = 2
+    heads: Count = 2
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    intermediate_size: Count = 256
+
+
+@dataclass(config=CONFIG, frozen=True, kw_only=True)
+class TransitionTraining(TransformerTraining):
+    """`kind: tim`: a transformer and its text model, trained together on images of the small world."""
+
+    autoencoder: Text                            # safetensors file of the DC-AE, which is not trained
+    start: Text | None = None                    # checkpoint to initialise both from, of the same architecture
+    interpolate_start: FractionBelowOne = 0.0    # weight of `start` in the exported weights (WiSE-FT, arXiv 2109.01903)
+    add_embedding: dict[str, str] = Field(default_factory=dict)   # word -> word; adds the embedding of the second
+    transformer: TransformerShape = TransformerShape()
+    text: TextShape = TextShape()
+    objective_from: dict[str, ObjectiveConfig] = Field(default_factory=dict)   # step -> the objective from that step on
+    matching: MatchingConfig | None = None       # adds distribution matching
+    distillation: DistillationConfig | None = None   # adds distillation of guided steps of `start`
+    freeze_text: bool = False                    # keep the text model of `start`
+    text_dropout: FractionBelowOne = 0.1
+    data: SizesConfig = SizesConfig()
+
+    @field_validator("objective_from")
+    @classmethod
+    def _check_steps(cls, objectives: dict[str, ObjectiveConfig]) -> dict[str, ObjectiveConfig]:
+        for step in objectives:
+            require(step.isascii() and step.isdecimal(), "", step, "whole numbers, the steps from which on each objective applies")
+        return objectives
+
+    @field_validator("add_embedding")
+    @classmethod
+    def _check_words(cls, words: dict[str, str]) -> dict[str, str]:
+        for word, other in words.items():
+            require(word in WORDS and other in WORDS and word != other, "", f"{word}: {other}", "two words of the small world")
+        return words
+
+    @model_validator(mode="after")
+    def _check(self) -> "TransitionTraining":
+        require(self.start or not self.matching or self.matching.teacher != "start", "matching.teacher", "start",
+                "average, or set start, the checkpoint whose weights teach")
+        require(self.start or not self.distillation, "start", self.start, "a checkpoint, whose guided steps are distilled")
+        require(not self.freeze_text or self.start and not self.add_embedding, "freeze_text", True,
+                "false without start (there is no text model to keep) and with add_embedding (which changes it)")
+        if self.matching:
+            require(self.matching.critic_warmup_steps < self.loop.steps, "matching.critic_warmup_steps", self.matching.critic_warmup_steps,
+                    f"less than loop.steps, {self.loop.steps}")
+        require(self.start or not self.interpolate_start, "interpolate_start", self.interpolate_start, "0 without start")
+        require(not (self.interpolate_start or self.needs_start) or not self.checkpoint or self.checkpoint != self.start, "checkpoint",
+                self.checkpoint, "another file than start, whose weights are needed until the end")
+        for name, objective in self.objectives.items():
+            require(self.start or objective.target != "teacher", f"{name}.target", "teacher",
+                    "differential or composed, or set start, the checkpoint whose predictions are the target")
+        return self
+
+    @property
+    def objectives(self) -> dict[str, ObjectiveConfig]:
+        return {"objective": self.objective, **{f"objective_from.{step}": one for step, one in self.objective_from.items()}}
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether the weights in `start` are a teacher during training."""
+        return bool(self.distillation) or bool(self.matching and self.matching.teacher == "start") or any(
+            objective.target == "teacher" for objective in self.objectives.values())
+
+    def objective_at(self, step: int) -> ObjectiveConfig:
+        """The objective of a step, the first being 0."""
+        started = [int(first) for first in self.objective_from if int(first) <= step]
+        return self.objective_from[str(max(started))] if started else self.objective

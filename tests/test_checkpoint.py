@@ -8,6 +8,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import zipfile
+from collections import Counter, OrderedDict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,19 +18,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests import hostile
+from tests.hostile import SPECIAL, deep_json, one_tensor, rezip, special_file
 from tests.support import load_all, mentions
 from tim_core.errors import TimError
+from tim_core.evaluation.benchmark_export import read_prompts
+from tim_core.evaluation.curve import read_report
 from tim_core.files import atomic_write
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
 from tim_core.models.text_encoder import TextEncoder, Tokenizer
 from tim_core.models.transformer import TransitionTransformer
+from tim_core.pipeline import Pipeline
 from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_autoencoder, load_text_encoder, load_transformer
 from tim_core.weights.open import flatten, open_state_dict
-from tim_core.weights.parts import BUNDLED, Parts, read_parts, resolve
-from tim_core.weights.save import convert, pack
+from tim_core.weights.parts import BUNDLED, CONFIG_KEYS, Parts, read_parts, resolve
+from tim_core.weights.save import convert, json_tensor, pack
 
 GEMMA = {
     "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -163,6 +170,244 @@ def test_files_that_cannot_be_opened(weights, tmp_path):
     assert "missing.bin" in refused(open_state_dict, tmp_path / "missing.bin")
     torch.save([torch.zeros(1)], tmp_path / "list.bin")
     assert "list" in refused(open_state_dict, tmp_path / "list.bin")
+
+
+@pytest.fixture
+def text_folder(modules, tmp_path, monkeypatch):
+    """A text model in Hugging Face layout, under a short relative path."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("it")
+    folder.mkdir()
+    save_file(modules["text_encoder"].transformer.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(GEMMA | {"model_type": "gemma3_text"}))
+    (folder / "tokenizer.json").write_bytes(small_world_tokenizer())
+    assert load_text_encoder(folder)
+    return folder
+
+
+@pytest.mark.skipif(os.name != "posix", reason="special files of POSIX")
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_special_files_are_refused_at_once(kind, name, text_folder):
+    """Never opened: a FIFO would wait for ever, /dev/zero would fill the memory."""
+    (text_folder / name).unlink(missing_ok=True)
+    kept = special_file(kind, text_folder / name)
+    for function in (load_text_encoder, describe):
+        message = refused(function, text_folder / "model.safetensors" if name == "model.safetensors" else text_folder)
+        assert name in message and "not a regular file" in message
+    if name == "model.safetensors":
+        assert "not a regular file" in refused(open_state_dict, text_folder / name)
+    del kept
+
+
+@pytest.mark.skipif(os.name != "posix", reason="special files of POSIX")
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("read", [read_prompts, read_report])
+def test_text_files_that_are_special_are_refused_at_once(kind, read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = special_file(kind, Path("text"))
+    assert "text: not a regular file" in refused(read, "text")
+    del kept
+
+
+@pytest.mark.parametrize("read", [read_prompts, read_report])
+def test_text_files_that_are_deep_or_no_text_are_refused(read, tmp_path):
+    for content in (deep_json().encode(), b"\xff\xfe\x00", b"x" * (2**24 + 1)):
+        (tmp_path / "text").write_bytes(content)
+        message = refused(read, tmp_path / "text")
+        assert f"{tmp_path / 'text'}: " in message and len(message) < 500
+
+
+def test_links_to_regular_files_are_followed(text_folder):
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (text_folder / name).rename(text_folder / f"real-{name}")
+        (text_folder / name).symlink_to(f"real-{name}")
+    assert load_text_encoder(text_folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("content", [deep_json(), '{"a": "' + "x" * 2**24 + '"}', "[" * 100, '{"a": ' + "9" * 5000 + "}"],
+                         ids=["deep", "large", "cut", "digits"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_hostile_json_in_a_folder_is_one_line(name, content, text_folder):
+    (text_folder / name).write_text(content)
+    for function in (load_text_encoder, describe):
+        assert name in refused(function, text_folder)
+
+
+@pytest.mark.parametrize("text", [deep_json(), "9" * 5000, '{"format": 1, "x": "' + "x" * 2**24 + '"}'], ids=["deep", "digits", "large"])
+def test_hostile_metadata_is_one_line(text, weights, tmp_path):
+    save_file(weights, tmp_path / "a.safetensors", metadata={"tim": text})
+    for function in (load_transformer, describe):
+        message = refused(function, tmp_path / "a.safetensors")
+        assert "a.safetensors: metadata" in message and len(message) < 500
+
+
+@pytest.mark.parametrize("weight_map", [[1], None, 3, "x", {"a": 1}, {"a": None}, {"a": ["b"]}], ids=str)
+def test_an_index_that_maps_no_names_to_files_is_refused(weight_map, text_folder):
+    (text_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for function in (load_text_encoder, describe):
+        message = refused(function, text_folder)
+        assert "model.safetensors.index.json: weight_map" in message
+
+
+def test_a_tensor_in_two_shards_is_refused(text_folder):
+    shutil.copy(text_folder / "model.safetensors", text_folder / "other.safetensors")
+    index = {"weight_map": {"norm.weight": "model.safetensors", "x": "other.safetensors"}}
+    (text_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refused(load_text_encoder, text_folder)
+    assert "other.safetensors" in message and "another shard" in message
+
+
+CUTS = {"half": lambda data: data[: len(data) // 2], "one byte": lambda data: data[:-1], "nothing": lambda data: b"",
+        "longer": lambda data: data + bytes(4)}
+
+
+@pytest.mark.parametrize("change", CUTS)
+@pytest.mark.parametrize("key", ["blocks.1.mlp.fc2.weight", "final_layer.linear.bias"])
+def test_a_storage_of_another_length_names_its_tensor(change, key, weights, tmp_path):
+    """Memory-mapped reading would take the neighbour's bytes."""
+    torch.save({"model": weights}, tmp_path / "whole.bin")
+    number = str(list(weights).index(key))
+    rezip(tmp_path / "whole.bin", tmp_path / "cut.bin", lambda name, data: CUTS[change](data) if name.endswith(f"/data/{number}") else data)
+    for function in (load_transformer, describe, open_state_dict, lambda path: convert(path, tmp_path / "out.safetensors")):
+        message = refused(function, tmp_path / "cut.bin")
+        assert "cut.bin" in message and key in message
+    assert not (tmp_path / "out.safetensors").exists()
+    assert load_transformer(rezip(tmp_path / "whole.bin", tmp_path / "same.bin", lambda name, data: data))
+
+
+def test_a_missing_storage_names_its_tensor(weights, tmp_path):
+    torch.save(weights, tmp_path / "whole.bin")
+    rezip(tmp_path / "whole.bin", tmp_path / "gone.bin", lambda name, data: None if name.endswith("/data/3") else data)
+    assert list(weights)[3] in refused(load_transformer, tmp_path / "gone.bin")
+
+
+def test_compressed_records_are_refused(weights, tmp_path):
+    torch.save(weights, tmp_path / "whole.bin")
+    rezip(tmp_path / "whole.bin", tmp_path / "small.bin", lambda name, data: data, zipfile.ZIP_DEFLATED)
+    message = refused(load_transformer, tmp_path / "small.bin")
+    assert "small.bin" in message and "compressed" in message
+    bomb = hostile.Pickle().add(b"}", "a", "x" * 2**20, b"s").zip(tmp_path / "bomb.bin", {}, zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 10_000 and "compressed" in refused(load_transformer, bomb)
+
+
+def test_records_that_share_bytes_are_refused(weights, tmp_path):
+    """The directory points two records at one place."""
+    torch.save(weights, tmp_path / "whole.bin")
+    data = bytearray((tmp_path / "whole.bin").read_bytes())
+    with zipfile.ZipFile(tmp_path / "whole.bin") as archive:
+        first, second = (next(r for r in archive.infolist() if r.filename.endswith(f"/data/{k}")) for k in (4, 10))
+    assert first.file_size != second.file_size
+    place = data.rindex(second.filename.encode()) - 4
+    assert int.from_bytes(data[place : place + 4], "little") == second.header_offset
+    data[place : place + 4] = first.header_offset.to_bytes(4, "little")
+    (tmp_path / "shared.bin").write_bytes(data)
+    assert "shared.bin" in refused(load_transformer, tmp_path / "shared.bin")
+
+
+STRIDES = {  # elements in the file, shape, strides, offset
+    "expanded": (1, (40_000, 40_000), (0, 0), 0), "one dimension expanded": (8, (10**9, 8), (0, 1), 0),
+    "overlapping": (8, (7, 8), (0, 1), 0), "too large": (4, (5,), (1,), 0), "behind the end": (4, (2,), (1,), 3),
+    "far away": (4, (2,), (2**61,), 0),
+}
+
+
+@pytest.mark.parametrize("case", STRIDES)
+def test_strides_that_leave_or_repeat_the_storage_are_refused(case, tmp_path):
+    message = refused(open_state_dict, one_tensor(tmp_path / "a.bin", *STRIDES[case], name="the.weight"))
+    assert "a.bin: the.weight: its shape" in message and len(message) < 300
+
+
+def test_views_of_a_storage_are_read(tmp_path):
+    base = torch.arange(12.0)
+    tensors = {"row": base[3:6], "turned": base.view(3, 4).t(), "tied": base, "empty": base[:0], "one": base[5]}
+    tensors["wide"] = base[None].expand(1, 12)
+    for new in (True, False):
+        torch.save(tensors, tmp_path / "a.bin", _use_new_zipfile_serialization=new)
+        found = open_state_dict(tmp_path / "a.bin")[0]
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_what_training_checkpoints_hold_beside_tensors_is_read(tmp_path):
+    beside = {"list": [1, 2.5, None, True], "bytes": b"\xff\0", "bytearray": bytearray(b"x"), "set": {1, "a"}, "dtype": torch.float16,
+              "counter": Counter("aab"), "ordered": OrderedDict(b=torch.ones(2)), "device": torch.device("cpu"), "size": torch.Size([2, 3]),
+              "complex": 1 + 2j, 3: {"step": torch.tensor(5.0)}, "large": 2**80, "parameter": torch.nn.Parameter(torch.zeros(2))}
+    for new in (True, False):
+        torch.save(beside, tmp_path / "a.bin", _use_new_zipfile_serialization=new)
+        assert open_state_dict(tmp_path / "a.bin")[0].keys() == {"ordered.b", "3.step", "parameter"}
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.uint16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_is_read(dtype, tmp_path):
+    torch.save({"w": torch.ones(3, 5).to(dtype)}, tmp_path / "a.bin")
+    found = open_state_dict(tmp_path / "a.bin")[0]["w"]
+    assert found.dtype == dtype and found.float().sum() == 15
+
+
+BOMBS = ["deep_dicts", "dict_lattice", "dict_of_itself", "tuple_lattice_key", "growing_bytes", "huge_bytearray", "huge_meta_tensor"]
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_pickles_without_end_are_refused(bomb, tmp_path):
+    path = getattr(hostile, bomb)().zip(tmp_path / "bomb.bin", {})
+    for function in (open_state_dict, describe):
+        message = refused(function, path)
+        assert "bomb.bin" in message and len(message) < 400
+
+
+def test_a_pickle_larger_than_any_state_dicts_is_refused(tmp_path):
+    path = hostile.Pickle().add(b"}", "a", b"]" + b"]0" * 2**21, b"s").zip(tmp_path / "large.bin", {})
+    assert "large.bin" in refused(open_state_dict, path) and "data.pkl" in refused(open_state_dict, path)
+
+
+def test_an_archive_of_more_records_than_any_state_dicts_is_refused(tmp_path):
+    entry = b"PK\1\2" + bytes(24) + b"\1" + bytes(17) + b"a"
+    directory = entry * 200_000
+    end = b"PK\5\6" + bytes(4) + b"\xff\xff" * 2 + len(directory).to_bytes(4, "little") + (4).to_bytes(4, "little") + bytes(2)
+    (tmp_path / "many.bin").write_bytes(b"PK\3\4" + directory + end)
+    assert "its directory has" in refused(open_state_dict, tmp_path / "many.bin")
+
+
+def test_a_safetensors_header_larger_than_any_models_is_refused(tmp_path):
+    names = (f'"{k}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for k in range(350_000))
+    header = ("{" + ",".join(names) + "}").encode()
+    (tmp_path / "many.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "many.safetensors: its header has" in refused(open_state_dict, tmp_path / "many.safetensors")
+
+
+def test_a_state_dict_of_many_tensors_is_read(tmp_path):
+    many = {f"blocks.{k // 100}.some.module.{k % 100}.weight": torch.zeros(1) for k in range(4_000)}
+    torch.save({"model": many, "step": 1}, tmp_path / "many.bin")
+    assert len(open_state_dict(tmp_path / "many.bin")[0]) == 4_000
+
+
+def test_one_storage_under_many_names_is_refused(tmp_path):
+    """Written out, it would take a hundred times the file's size."""
+    torch.save(dict.fromkeys(map(str, range(100)), torch.zeros(2**19)), tmp_path / "many.bin")
+    assert "under 100 names" in refused(open_state_dict, tmp_path / "many.bin")
+
+
+def test_old_files_that_declare_more_than_they_hold(tmp_path):
+    torch.save({"the.weight": torch.zeros(64)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "old.bin").read_bytes()
+    huge = data.replace(b"K@", b"\x8a\x06" + (2**40).to_bytes(6, "little"))  # of elements, and of the shape
+    for harmed in (data[:-256], data[:-4], huge, data[: data.index(b"storage")]):
+        (tmp_path / "harmed.bin").write_bytes(harmed)
+        assert "harmed.bin" in refused(open_state_dict, tmp_path / "harmed.bin")
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+@pytest.mark.parametrize("ending", [".bin", ".safetensors"])
+def test_a_name_twice_once_wrapped_is_refused(wrapper, ending, weights, tmp_path):
+    key, path = "blocks.1.mlp.fc2.bias", tmp_path / f"twice{ending}"
+    weights[wrapper + key] = weights[key] + 1
+    torch.save(weights, path) if ending == ".bin" else save_file(weights, path)
+    for function in (load_transformer, describe):
+        message = refused(function, path)
+        assert f"twice{ending}" in message and key in message and "twice" in message.removeprefix(str(path))
 
 
 # Recognising
@@ -377,6 +622,19 @@ def test_parts_that_do_not_fit(modules, tmp_path):
     assert "16 latent channels" in refused(load_all, {**modules, "transformer": channels})
 
 
+def test_a_latent_factor_that_is_not_the_autoencoders_is_refused(modules, one_file, tmp_path):
+    """64x64 would be asked for, and 32x32 made."""
+    tensors = load_file(one_file)
+    key = "model.diffusion_model.config_json"
+    tensors[key] = json_tensor({**json.loads(bytes(tensors[key].tolist())), "latent_factor": 16})
+    save_file(tensors, tmp_path / "16.safetensors")
+    for function in (load_all, lambda path: convert(path, tmp_path / "out.safetensors"), Pipeline.load):
+        message = refused(function, tmp_path / "16.safetensors")
+        assert "latent_factor is 16" in message and "autoencoder has 8" in message
+    assert "latent_factor is 16" in refused(pack, modules, tmp_path / "out.safetensors", metadata={"latent_factor": 16})
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 @pytest.mark.parametrize("channels, factor", [(32, 32), (4, 8), (16, 8)])
 def test_latent_factor_of_a_lone_transformer(channels, factor, tmp_path):
     model = TransitionTransformer(TransformerConfig(**{**TIM, "in_channels": channels}))
@@ -410,6 +668,45 @@ def test_convert(weights, modules, one_file, tmp_path):
     own = tmp_path / "own.safetensors"
     shutil.copy(one_file, own)
     check_whole(convert(own, own), modules)
+
+
+@pytest.mark.parametrize("value, dtype", [(1e6, torch.float16), (-7e4, torch.float16), (3.4e38, torch.bfloat16)])
+@pytest.mark.parametrize("function", [convert, pack])
+def test_a_value_that_the_dtype_cannot_hold_names_its_tensor(value, dtype, function, weights, tmp_path):
+    weights["blocks.1.mlp.fc2.bias"][3] = value
+    save_file(weights, tmp_path / "large.safetensors")
+    message = refused(function, tmp_path / "large.safetensors", tmp_path / "out.safetensors", dtype)
+    assert "blocks.1.mlp.fc2.bias" in message and f"{value:g}"[:3] in message and "float32" in message
+    assert not (tmp_path / "out.safetensors").exists()
+    message = refused(load_transformer, tmp_path / "large.safetensors", dtype=dtype)
+    assert "large.safetensors" in message and "blocks.1.mlp.fc2.bias" in message
+
+
+def test_values_that_are_infinite_already_are_kept(weights, tmp_path):
+    weights["blocks.1.mlp.fc2.bias"][3] = torch.inf
+    save_file(weights, tmp_path / "a.safetensors")
+    half = load_file(convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", torch.float16))
+    assert half["blocks.1.mlp.fc2.bias"][3] == torch.inf
+
+
+def test_tensors_that_convert_leaves_out_are_named(one_file, tmp_path, caplog):
+    save_file({**load_file(one_file), "extra.adapter.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert "extra.adapter.weight" not in load_file(convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+    assert "a.safetensors" in caplog.text and "extra.adapter.weight" in caplog.text
+    assert "other tensors: 1 (extra.adapter.weight)" in str(describe(tmp_path / "a.safetensors"))
+    caplog.clear()
+    convert(one_file, tmp_path / "c.safetensors")
+    assert not caplog.text and "other tensors" not in str(describe(one_file))
+
+
+@pytest.mark.parametrize("command", ["convert", "pack"])
+def test_a_replaced_file_is_said(command, one_file, tmp_path, caplog):
+    from tim_core.cli import main
+
+    arguments = [str(one_file)] if command == "convert" else ["--model", str(one_file)]
+    assert main([command, *arguments, str(tmp_path / "a.safetensors")]) == 0 and not caplog.text
+    assert main([command, *arguments, str(tmp_path / "a.safetensors")]) == 0
+    assert "a.safetensors" in caplog.text and "replacing" in caplog.text
 
 
 def test_a_failed_write_leaves_nothing(one_file, tmp_path, monkeypatch):
@@ -534,8 +831,6 @@ def test_bundled_names(tmp_path, monkeypatch):
 
 def test_a_record_in_the_tensors_goes_before_the_metadata_and_that_before_a_file_beside(modules, tmp_path):
     """The same order for every part."""
-    from tim_core.weights.save import json_tensor
-
     def written(name, embedded=None, metadata=None, beside=None):
         folder = tmp_path / name
         folder.mkdir()
@@ -602,6 +897,44 @@ def test_a_record_does_not_reach_the_terminal_raw(weights, tmp_path):
     assert shown.replace("\n", "").isprintable() and len(shown) < 10000
 
 
+BAD_PREVIEWS = [
+    [], "x", {}, {"factors": [[0, 0, 0]] * 3, "bias": [0, 0, 0], "r2": 0.5}, {"factors": [[0, 0]] * 16, "bias": [0, 0], "r2": 0.5},
+    {"factors": [["a", 0, 0]] * 16, "bias": [0, 0, 0], "r2": 0.5}, {"factors": [[0, 0, 0]] * 16, "bias": [0, 0, float("nan")], "r2": 0.5},
+    {"factors": [[0, 0, 0]] * 16, "bias": [0, 0, 0]}, {"factors": [[0, 0, 0]] * 16, "bias": [0, 0, 0], "r2": "best"},
+]
+
+
+@pytest.mark.parametrize("preview", BAD_PREVIEWS, ids=str)
+def test_a_malformed_preview_is_ignored_and_said(preview, one_file, tmp_path, caplog):
+    tensors = load_file(one_file)
+    key = "model.diffusion_model.config_json"
+    tensors[key] = json_tensor({**json.loads(bytes(tensors[key].tolist())), "preview": preview})
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert "preview" not in read_parts(tmp_path / "a.safetensors")["transformer"].record
+    assert "a.safetensors" in caplog.text and "preview" in caplog.text
+    assert "live previews" not in str(describe(tmp_path / "a.safetensors"))
+
+
+def test_errors_of_other_libraries_and_log_lines_do_not_reach_the_terminal_raw(monkeypatch, tmp_path, capsys):
+    """A name with escape codes, in an error that is not ours, and in a warning."""
+    import logging
+
+    from tim_core.cli import main
+    from tim_core.cli.failures import LogLine
+
+    def broken(path):
+        raise KeyError(f"{ESCAPE}{'k' * 2**20}\x1b[2J")
+
+    monkeypatch.setattr("tim_core.weights.describe.read_parts", broken)
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.strip().isprintable() and len(said) < 3000
+    record = logging.makeLogRecord({"msg": "%s: skipped", "args": (ESCAPE + "x" * 2**20,)})
+    line = LogLine().format(record)
+    assert line.startswith("tim: ") and line.isprintable() and len(line) < 3000
+
+
 # What a careless hand leaves
 
 
@@ -659,29 +992,87 @@ def test_heads_that_no_shape_tells_are_asked_for(weights, tmp_path):
 
 
 RECORDS = {
-    "transformer": [{"latent_factor": "abc"}, {"latent_factor": -8}, {"latent_factor": 3.7}, {"escape_prompts": "false"}],
-    "autoencoder": [
-        {"scaling_factor": 0}, {"scaling_factor": "x"}, {"out_activation": "sing"}, {"head_dim": 0}, {"encoder_activations": 5},
+    "transformer": [
+        {"latent_factor": "abc"}, {"latent_factor": -8}, {"latent_factor": 3.7}, {"latent_factor": 10**9}, {"escape_prompts": "false"},
+        {"null_class": "no"}, {"num_heads": 0}, {"num_heads": 2.0}, {"new_condition": 5}, {"encoder_depth": "x"},
+        {"native_size": [10**9, 8]}, {"native_size": 64}, {"steps": 10**9}, {"steps": 0}, {"cfg": 1e20}, {"cfg": -1}, {"cfg": float("nan")},
+        {"guidance_interval": [1, 0]},
     ],
-    "text_encoder": [{"hidden_size": "x"}, {"rope_scaling": "x"}],
+    "autoencoder": [
+        {"scaling_factor": 0}, {"scaling_factor": "x"}, {"scaling_factor": 1e-300}, {"scaling_factor": 1e300},
+        {"scaling_factor": float("nan")},
+        {"scaling_factor": True}, {"out_activation": "sing"}, {"head_dim": 0}, {"head_dim": 10**30}, {"encoder_activations": 5},
+        {"encoder_activations": ["relu"]}, {"in_shortcut": "no"}, {"force_upcast": "false"},
+    ],
+    "text_encoder": [
+        {"hidden_size": "x"}, {"rope_scaling": "x"}, {"rms_norm_eps": -1}, {"rms_norm_eps": 0}, {"rms_norm_eps": 1e30},
+        {"rms_norm_eps": float("nan")}, {"rms_norm_eps": "x"}, {"query_pre_attn_scalar": 0}, {"query_pre_attn_scalar": -1},
+        {"num_hidden_layers": 10**9}, {"num_hidden_layers": 500}, {"num_hidden_layers": -1}, {"num_hidden_layers": 1.5},
+        {"head_dim": 10**10},
+        {"head_dim": 2**28}, {"head_dim": 0}, {"vocab_size": 10**12}, {"vocab_size": 5}, {"hidden_size": 2**30},
+        {"intermediate_size": 2**30},
+        {"num_attention_heads": 7}, {"num_key_value_heads": 10**6}, {"num_key_value_heads": 0}, {"sliding_window": -1},
+        {"layer_types": ["full_attention"]}, {"layer_types": ["x", "y"]}, {"layer_types": 5}, {"use_bidirectional_attention": True},
+        {"rope_parameters": {"full_attention": {"rope_theta": 0}}}, {"rope_parameters": {"full_attention": {"rope_theta": float("inf")}}},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 0}}}, {"rope_parameters": [1]},
+        {"hidden_activation": "sing"}, {"pad_token_id": 10**6},
+    ],
 }
 
 
 @pytest.mark.parametrize("part, record", [(part, record) for part, records in RECORDS.items() for record in records], ids=str)
 def test_records_that_make_no_sense_are_refused(part, record, one_file, tmp_path):
     """In one line that names the file, when it is loaded and when it is looked at; the files beside it are still described."""
-    from tim_core.weights.parts import CONFIG_KEYS
-    from tim_core.weights.save import json_tensor
-
     tensors, path = load_file(one_file), tmp_path / "odd.safetensors"
     key = CONFIG_KEYS[part]
     tensors[key] = json_tensor({**json.loads(bytes(tensors[key].tolist())), **record})
     save_file(tensors, path)
-    message = refused(load_all, path)
-    assert "odd.safetensors" in message
+    message = refused(lambda source: (load_all(source), Pipeline.load(source)), path)
+    assert "odd.safetensors" in message or next(iter(record)) in message
     from tim_core.cli import main
 
     assert main(["inspect", str(path), str(one_file)]) in (0, 1)
+
+
+COUNTS = [
+    ("vae.encoder.down_blocks.1000000000.0.conv1.weight", "stages"), ("vae.decoder.up_blocks.1000000000.0.conv1.weight", "stages"),
+    ("vae.encoder.down_blocks.0.1000000000.conv1.weight", "not a complete DC-AE"),
+    (f"vae.encoder.down_blocks.{'9' * 5000}.0.conv1.weight", "tensors"),
+    ("model.diffusion_model.blocks.1000000000.attn.qkv.weight", "blocks"),
+    (f"model.diffusion_model.blocks.{'9' * 5000}.x.weight", "tensors"),
+    ("text_encoders.transformer.layers.1000000000.mlp.up_proj.weight", "num_hidden_layers"),
+    ("vae.encoder.down_blocks.-7.0.x.weight", "stages"),
+]
+
+
+@pytest.mark.parametrize("key, said", COUNTS, ids=[key[:60] for key, _ in COUNTS])
+def test_counts_are_bounded_by_the_tensors_that_are_there(key, said, one_file, tmp_path):
+    """With the Gemma config, and without it, where the counts are read from the names."""
+    with safe_open(one_file, "pt") as file:
+        save_file({**load_file(one_file), key: torch.zeros(2, 2)}, tmp_path / "odd.safetensors", metadata=file.metadata())
+    message = refused(load_all, tmp_path / "odd.safetensors")
+    assert "odd.safetensors" in message and said in message and len(message) < 1000
+    from tim_core.cli import main
+
+    assert main(["inspect", str(tmp_path / "odd.safetensors")]) in (0, 1)
+
+
+def test_layers_of_a_gemma_without_config_are_counted_by_its_tensors(tmp_path):
+    wide = {"embed_tokens.weight": (300, 1152), "layers.0.self_attn.q_norm.weight": (256,),
+            "layers.0.self_attn.q_proj.weight": (1024, 1152), "layers.0.self_attn.k_proj.weight": (256, 1152),
+            "layers.0.mlp.gate_proj.weight": (8, 1152), "norm.weight": (1152,),
+            "layers.0.pre_feedforward_layernorm.weight": (1152,), "layers.1000000000.mlp.up_proj.weight": (8, 1152)}
+    save_file({name: torch.zeros(shape) for name, shape in wide.items()}, tmp_path / "a.safetensors")
+    (tmp_path / "tokenizer.json").write_bytes(small_world_tokenizer())
+    assert "num_hidden_layers" in refused(load_text_encoder, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(10**12, 0), (0, 10**12), (0,), (2**40, 0, 1, 1)], ids=str)
+@pytest.mark.parametrize("key", ["vae.encoder.conv_out.weight", "model.diffusion_model.x_embedder.proj.weight",
+                                 "model.diffusion_model.final_layer.linear.weight", "text_encoders.transformer.embed_tokens.weight"])
+def test_tensors_of_no_bytes_and_any_shape_are_refused(key, shape, one_file, tmp_path):
+    save_file({**load_file(one_file), key: torch.zeros(shape)}, tmp_path / "empty.safetensors")
+    assert "empty.safetensors" in refused(load_all, tmp_path / "empty.safetensors")
 
 
 @pytest.mark.parametrize("key", ["encoder.down_blocks.x.0.conv1.weight", "encoder.conv_out.weight"])

@@ -15,6 +15,7 @@ from tim_core.shapes.batches import render_samples
 from tim_core.weights import previews
 from tim_core.weights.load import load_autoencoder, load_transformer
 from tim_core.weights.parts import BUNDLED, read_parts
+from tim_core.weights.save import convert
 
 
 class Mean(torch.nn.Module):
@@ -46,12 +47,27 @@ def test_the_command_writes_into_the_file_and_nothing_else(tiny, tmp_path, capsy
     for i in range(3):
         Image.fromarray(rng.integers(0, 255, (40, 70, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     assert main(["previews", str(file), "--images", str(tmp_path)]) == 0
-    assert "explained" in capsys.readouterr().out
+    assert "% of the variance" in capsys.readouterr().out
     record = read_parts(file)["transformer"].record["preview"]
     assert len(record["factors"]) == 16 and all(len(row) == 3 for row in record["factors"])
     before, after = load_file(tiny), load_file(file)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before if not key.endswith("config_json"))
+
+
+def test_a_better_preview_is_kept_unless_forced(tiny, tmp_path, capsys):
+    file = tmp_path / "model.safetensors"
+    good = {"factors": [[0.25, 0.5, 0.75]] * 16, "bias": [0.0, 0.0, 0.0], "r2": 1.0}
+    convert(tiny, file, metadata={"preview": good})
+    before = file.read_bytes()
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "images" / "1.png")
+    command = ["previews", str(file), "--images", str(tmp_path / "images")]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "keeps its preview" in said and "100.0 %" in said and "--force" in said and file.read_bytes() == before
+    assert main([*command, "--force"]) == 0
+    assert read_parts(file)["transformer"].record["preview"]["r2"] < 1
 
 
 def test_a_lone_transformer_takes_another_files_vae(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """The text encoder and its tokenizers: padding, trimming, escaping, config spellings, training, odd input."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -114,6 +115,49 @@ def test_damaged_tokenizers_are_one_line():
         with pytest.raises(TimError) as error:
             Tokenizer.from_bytes(data, "some/file")
         assert "some/file" in str(error.value) and "\n" not in str(error.value)
+
+
+PRECOMPILED = ["", "AA==", "AAAAAA==", "!!!", None]  # what panics in tokenizers as it is read, or as it is used
+
+
+@pytest.mark.parametrize("name", ["Precompiled", "\\u0050recompiled"], ids=["plain", "escaped"])
+@pytest.mark.parametrize("charsmap", PRECOMPILED, ids=str)
+def test_a_damaged_normaliser_is_one_line(charsmap, name, capfd):
+    """PanicException of Rust is no Exception. Where the name is plain, the library does not get to print its pages."""
+    value = json.loads(small_world_tokenizer())
+    value["normalizer"] = {"type": "NAME", "precompiled_charsmap": charsmap}
+    with pytest.raises(TimError) as error:
+        Tokenizer.from_bytes(json.dumps(value).replace("NAME", name).encode(), "some/file")(["a caf\u00e9"])
+    assert "some/file" in str(error.value) and "\n" not in str(error.value)
+    assert name != "Precompiled" or not capfd.readouterr().err
+
+
+def test_interrupts_pass_through(tokenizer, monkeypatch):
+    def interrupted(texts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "_encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer(["a"])
+
+
+def with_vocabulary(change) -> Tokenizer:
+    value = json.loads(small_world_tokenizer())
+    change(value["model"]["vocab"])
+    for token in value["added_tokens"]:
+        token["id"] = value["model"]["vocab"].get(token["content"], token["id"])
+    return Tokenizer.from_bytes(json.dumps(value).encode(), "some/file")
+
+
+@pytest.mark.parametrize("token", ["\u2581circle", "<bos>", "<pad>"])
+def test_ids_beyond_the_vocabulary_name_the_tokenizer(token):
+    encoder = TextEncoder(OLD_CONFIG, with_vocabulary(lambda vocab: vocab.update({token: 10**6})))
+    for use in (encoder.encode, encoder.conditioning):
+        with pytest.raises(TimError, match="some/file") as error:
+            use(["a red circle"])
+        assert "1000000" in str(error.value) and str(VOCABULARY_SIZE) in str(error.value)
+    if token == "\u2581circle":
+        assert encoder.encode(["a red"]).rows.isfinite().all()
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_said(tokenizer, caplog):

@@ -24,7 +24,7 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit * 2 // 3]}...{text[-limit // 3 :]}"
 
 
-def one_line(error: Exception, limit: int | None = 160) -> str:
+def one_line(error: BaseException, limit: int | None = 160) -> str:
     """The message of another library's error as one line of at most `limit` characters."""
     return " ".join(str(error).split())[:limit]
 

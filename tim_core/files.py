@@ -1,10 +1,11 @@
-"""Writes files atomically, makes folders, hashes tensors."""
+"""Reads regular files of bounded size, writes files atomically, makes folders, hashes tensors."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -18,6 +19,60 @@ from .errors import TimError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MOST_TEXT = 2**24  # bytes of a text or JSON file; a parsed value takes up to 30 times as much memory
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file exists. TimError if it exists and is not regular: opening a FIFO waits for ever, and a device has no end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # no such file, or no legal name
+        return False
+    if stat.S_ISDIR(mode):
+        raise TimError(f"{path}: is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise TimError(f"{path}: not a regular file; copy its contents to a file")
+    return True
+
+
+def check_file(path: str | Path) -> None:
+    """TimError unless `path` is a regular file, or a link to one. Nothing is opened."""
+    if not is_file(path):
+        raise TimError(f"{path}: no such file")
+
+
+def read_bytes(path: str | Path, most: int = MOST_TEXT) -> bytes:
+    """The contents of a regular file. TimError if it cannot be read, or has more than `most` bytes."""
+    check_file(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise TimError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > most:
+        raise TimError(f"{path}: has more than {most / 2**20:g} MiB; is it the right file?")
+    return data
+
+
+def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
+    """The text of a regular file in UTF-8, without a byte order mark. TimError as in read_bytes, or if it is no such text."""
+    try:
+        return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError:
+        raise TimError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+
+
+def parse_json(data: str | bytes, name: str, most: int = MOST_TEXT):
+    """A JSON value. TimError naming the source for malformed, deeply nested or very long JSON."""
+    if len(data) > most:
+        raise TimError(f"{name}: has more than {most / 2**20:g} MiB of JSON")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise TimError(f"{name}: JSON nested too deeply") from None
+    except ValueError as error:
+        raise TimError(f"{name}: not valid JSON ({one_line(error)})") from None
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import TimError
+from .files import check_file
 
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow would start Ghostscript for PostScript under any name
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".pnm", ".pfm")
+MOST_PIXELS = 2**26
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # that make an image of this EXIF orientation upright
 MIN_WIDTH = 192  # pixels of a cell; smaller images are enlarged by a whole factor, so that pixels stay sharp and the label fits
 MARGIN = 8
 PAPER, INK = (24, 24, 28), (235, 235, 235)
@@ -22,15 +32,104 @@ def step_label(steps: int, nfe: int, seconds: float) -> str:
     return f"{steps} step{'s' if steps > 1 else ''} · {nfe} NFE · {seconds:.2f} s"
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read an image file as RGB, upright by its EXIF orientation, without alpha. TimError if Pillow cannot read it."""
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file as 8-bit RGB, upright by its EXIF orientation; transparent areas become white.
+
+    Values of more bits are scaled to 8. TimError naming a file that is no image of FORMATS, is damaged, or has more than MOST_PIXELS.
+    """
+    with _opened(path) as image:
+        return to_rgb(image)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of an image file, upright; reads its header alone. TimError as open_image."""
+    with _opened(path) as image:
+        return image.size[::-1] if _orientation(image) >= 5 else image.size
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file whose format and size are allowed. What Pillow raises on damaged files becomes a TimError."""
+    check_file(path)
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and odd metadata
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MOST_PIXELS:
+                    raise TimError(f"{path}: has {width}x{height} pixels; at most {MOST_PIXELS / 1e6:.0f} megapixels are read")
+                yield image
+    except (TimError, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise TimError(f"{path}: has too many pixels; at most {MOST_PIXELS / 1e6:.0f} megapixels are read") from None
     except UnidentifiedImageError:
-        raise TimError(f"{path}: not an image that Pillow can read; use a PNG, JPEG or WebP file") from None
-    except OSError as error:
-        raise TimError(f"{path}: cannot be read ({error.strerror or 'damaged image'})") from None
+        raise TimError(f"{path}: not an image that can be read; use a PNG, JPEG, WebP, TIFF, BMP, GIF or PNM file") from None
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise TimError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'damaged image'})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as upright 8-bit RGB; transparent areas become white."""
+    orientation = _orientation(image)
+    alpha = None
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        key = image.info.get("transparency")
+        alpha = Image.fromarray((values != key).astype(np.uint8) * 255) if isinstance(key, int) else None
+        image = Image.fromarray(_to_8_bits(values, image))
+    elif image.mode == "LAB":
+        image = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    image = image.convert("RGB")
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none, the EXIF data are damaged, or Pillow heeds it by itself, as in TIFF."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of many kinds; the image itself may be whole
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _to_8_bits(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Grey values of more than 8 bits, or floats -> uint8.
+
+    White is the largest number of the file's bit depth. A float or 32-bit file does not say what white is: it is the first of 1, 255, 65535
+    and the largest 32-bit integer that no value exceeds, and 1 for floats below 16 that are not whole (highlights). TimError if
+    values are not finite.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits, signed = _first(tags.get(258, 16)), _first(tags.get(339, 1)) == 2
+    if not np.isfinite(values).all():
+        raise TimError(f"{getattr(image, 'filename', 'image')}: has values that are not finite")
+    top = float(values.max(initial=0))
+    if values.dtype.kind == "f":
+        highlights = top < 16 and bool((values % 1 != 0).any())
+        white = 1.0 if top <= 1 or highlights else next((white for white in (255.0, 65535.0) if top <= white), top)
+    elif bits == 32:
+        if not signed:
+            values = values.astype(np.int32).view(np.uint32)
+            top = float(values.max(initial=0))
+        white = next((white for white in (255.0, 65535.0) if top <= white), 2.0**31 - 1 if signed else 2.0**32 - 1)
+    else:
+        white = 2.0 ** (bits - signed) - 1
+    grey = values.astype(np.float32) * np.float32(255 / white)
+    if tags.get(262) == 0:  # TIFF's WhiteIsZero, which Pillow heeds in 8 bits alone
+        grey = 255 - grey
+    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+
+
+def _first(value):
+    return value[0] if isinstance(value, tuple) else value
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -40,7 +139,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """A PIL image -> (1, H, W, 3) float32 in [0, 1]."""
-    return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 255.0)[None]
+    return torch.from_numpy(np.array(image.convert("RGB"), np.float32)).div_(255)[None]
 
 
 def contact_sheet(images: Sequence[Tensor] | Tensor, labels: Sequence[str], columns: int | None = None) -> Image.Image:

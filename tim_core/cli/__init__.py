@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import TimError
 from . import convert, download, evaluate, inspect, pack, previews, sample, sweep, train, upscale
-from .failures import is_out_of_memory, print_error
+from .failures import LogLine, is_out_of_memory, print_error
 
 COMMANDS = {
     "sample": sample, "sweep": sweep, "upscale": upscale, "evaluate": evaluate, "inspect": inspect, "convert": convert, "pack": pack,
@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a prompt
-    logging.basicConfig(format="tim: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogLine())
+    logging.basicConfig(handlers=[handler])
     args = build_parser().parse_args(argv)
     try:
         code = args.run(args) or 0

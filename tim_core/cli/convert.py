@@ -11,7 +11,8 @@ SUMMARY = "rewrite weights as safetensors"
 
 DESCRIPTION = """\
 Rewrite a TiM transformer, a Gemma 3 text model, a DC-AE, or a file with several of them as one safetensors file. The source is a .bin,
-.pt or .safetensors file, or a folder in Hugging Face layout. Nothing is dropped."""
+.pt or .safetensors file, or a folder in Hugging Face layout. Tensors that
+belong to none of them are left out and named."""
 
 EXAMPLES = """\
 example:
@@ -27,4 +28,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..weights.save import convert
 
+    options.warn_of_replacing(args.target)
     print(convert(args.source, args.target, options.storage_dtype(args.dtype)))

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import traceback
+
+from ..errors import printable
+
+
+class LogLine(logging.Formatter):
+    """`tim: MESSAGE` as one printable line: names in files and captions may hold control characters."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return f"tim: {printable(record.message)}"
 
 
 def print_error(message: str, args: argparse.Namespace) -> int:
     """Print `tim: error: MESSAGE` on stderr, after the traceback with -v -> exit code 1."""
     if getattr(args, "verbose", False):
         traceback.print_exc()
-    print(f"tim: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"tim: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1
 
 

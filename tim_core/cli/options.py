@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import time
 from pathlib import Path
@@ -90,6 +91,12 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 # Values
+
+
+def warn_of_replacing(path: Path) -> None:
+    """Say that a file which is there will be replaced."""
+    if path.expanduser().is_file():
+        logging.warning(f"{path}: exists; replacing it")
 
 
 def load_pipeline(args: argparse.Namespace, size: tuple[int, int] | None = None):

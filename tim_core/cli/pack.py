@@ -29,5 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..weights.save import pack
 
+    options.warn_of_replacing(args.target)
     sources = {"model": args.model, "text-encoder": args.text_encoder, "vae": args.vae}
     print(pack({name: source for name, source in sources.items() if source is not None}, args.target, options.storage_dtype(args.dtype)))

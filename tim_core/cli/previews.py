@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 SUMMARY = "add live-preview colours to a model file"
 
 DESCRIPTION = """\
-Add live-preview colours to a model file, for ComfyUI. The file is replaced whole or not at all.
+Add live-preview colours to a model file, for ComfyUI. The file is replaced whole or not at all, and only if the
+new colours explain more than those it has.
 
 The colours are fitted on the images of --images, which should look like what the model makes; without it on rendered shapes, which suit
 tim-shapes only."""
@@ -21,6 +23,7 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=".safetensors file with a TiM transformer")
     parser.add_argument("--vae", metavar="FILE", help="DC-AE (default: the one in FILE)")
+    parser.add_argument("--force", action="store_true", help="replace colours that explain more, too")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to fit on, at most 200 are read (default: rendered shapes)")
 
 
@@ -40,5 +43,10 @@ def run(args: argparse.Namespace) -> None:
     side = 8 * autoencoder.config.factor
     images = previews.photographs(args.images, side) if args.images else render_samples(200, side)
     preview = previews.fit(autoencoder, tqdm(images, unit="image", leave=False))
+    before = (parts[TRANSFORMER].record.get("preview") or {}).get("r2", -math.inf)
+    if before >= preview["r2"] and not args.force:
+        print(f"{args.file}: keeps its preview, which explains {100 * before:.1f} % of the variance of the colours; the new one "
+              f"explains {100 * preview['r2']:.1f} % (--force replaces it)")
+        return
     print(convert(parts, args.file, metadata={"preview": preview}))
     print(f"the preview explains {100 * preview['r2']:.1f} % of the variance of the colours")

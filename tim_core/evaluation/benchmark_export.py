@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import TimError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, make_folder, parse_json, read_text
 from ..images import to_pil
 from ..processes import ALONE, Processes
 
@@ -36,20 +36,15 @@ def read_prompts(path: str | Path, named: bool = False) -> list[PromptRecord]:
     An item_id has no dots: DPG-Bench's evaluator takes what is before the first one. TimError names a bad line.
     """
     path = Path(path).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise TimError(f"{path}: cannot be read ({reason}); give a .jsonl file of prompts") from None
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             metadata = json.loads(line)
             prompt = metadata["prompt"] if "prompt" in metadata else metadata["text"]
             name = str(metadata.get("item_id", metadata.get("id", "")) if named else len(records))
-        except (ValueError, TypeError, LookupError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             prompt = name = None
         if not isinstance(prompt, str) or not re.fullmatch(r"[\w-]+", name):
             wanted = ' and "item_id", a name without dots' if named else ""
@@ -142,9 +137,10 @@ def _keep_settings(path: Path, settings: dict, processes: Processes) -> None:
     """Write the settings beside the images; TimError if the file there has others."""
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = {}
+            found = parse_json(read_text(path), str(path))
+        except TimError:
+            found = None
+        found = found if isinstance(found, dict) else {}
         if name := next((name for name in settings if found.get(name) != settings[name]), None):
             raise TimError(f"{path}: its {name} is {found.get(name)}, this run's is {settings[name]}; write to another folder")
     processes.wait()

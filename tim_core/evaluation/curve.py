@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import TimError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, make_folder, parse_json, read_text
 from ..processes import ALONE, Processes
 from ..shapes.detector import is_correct
 from ..shapes.scenes import TASKS, Prompt, scoring_prompts
@@ -203,15 +203,15 @@ def read_points(path: Path, report: dict) -> list[dict]:
 def read_report(path: str | Path, protocol: dict | None = None) -> dict:
     """A report.json. TimError if it cannot be read, or is not of `protocol` where that is given."""
     try:
-        report = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        report = parse_json(read_text(Path(path).expanduser()), str(path))
         found = report["protocol"]
         for point in report["curve"]:
             unpack(point["correct"])
             if missing := {"steps", "cfg", "nfe", "overall", "stderr", "tasks"} - point.keys():
                 raise KeyError(missing)
-    except OSError as error:
-        raise TimError(f"{path}: cannot be read ({error.strerror}); give a report.json of tim evaluate") from None
-    except (ValueError, TypeError, LookupError):
+    except TimError as error:
+        raise TimError(f"{error}; give a report.json of tim evaluate") from None
+    except (ValueError, TypeError, LookupError, AttributeError):
         raise TimError(f"{path}: not a report.json of tim evaluate") from None
     if protocol is not None and found != protocol:
         name = next(name for name in protocol if found.get(name) != protocol[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Mapping
@@ -84,8 +83,8 @@ class TransformerConfig:
 
         def number(name: str, default: int) -> int:
             value = metadata.get(name, default)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TimError(f"TiM metadata: {name} is {value!r}; it must be a whole number")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise TimError(f"TiM metadata: {name} is {value!r}; it must be a whole number of at least 1")
             return value
 
         def shape(name: str, *expected: int | None) -> tuple[int, ...]:
@@ -112,7 +111,8 @@ class TransformerConfig:
             raise TimError(f"not a complete TiM transformer: it has {len(numbers)} of {depth} blocks (0 to {depth - 1})")
 
         is_class = "y_embedder.embedding_table.weight" in state_dict
-        null_class = bool(metadata.get("null_class", True))
+        if not isinstance(null_class := metadata.get("null_class", True), bool):
+            raise TimError(f"TiM metadata: null_class is {null_class!r}; it must be true or false")
         if is_class:
             rows, _ = shape("y_embedder.embedding_table.weight", None, hidden)
             text_dim, num_classes = None, rows - null_class
@@ -129,6 +129,7 @@ class TransformerConfig:
             num_heads = hidden // max(head_dim, 1)
             if head_dim < 1 or hidden % head_dim:
                 raise TimError(f"not a TiM transformer: heads of width {head_dim} do not divide the hidden size, {hidden}")
+            number("num_heads", num_heads)  # of no consequence, but no nonsense either
         else:
             num_heads = number("num_heads", 16)
             if "num_heads" not in metadata and hidden % (4 * num_heads):
@@ -157,6 +158,7 @@ class TransformerConfig:
         )
 
 
+MIN_SCALE = 1e-3  # of a DC-AE's latents; those of the released ones are 0.18 to 1.03
 ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "mish")
 
 
@@ -194,8 +196,14 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         scale = self.scaling_factor
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (math.isfinite(scale) and scale > 0):
-            raise TimError(f"DC-AE: scaling_factor is {scale!r}; it must be a number greater than 0")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not MIN_SCALE <= scale <= 1 / MIN_SCALE:
+            raise TimError(f"DC-AE: scaling_factor is {scale!r}; it must be a number from {MIN_SCALE:g} to {1 / MIN_SCALE:g}")
+        for name in ("out_shortcut", "in_shortcut", "force_upcast"):
+            if not isinstance(getattr(self, name), bool):
+                raise TimError(f"DC-AE: {name} is {getattr(self, name)!r}; it must be true or false")
+        for name in ("in_channels", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise TimError(f"DC-AE: {name} is {getattr(self, name)}; it must be at least 1")
         if isinstance(self.head_dim, bool) or not isinstance(self.head_dim, int) or self.head_dim < 1:
             raise TimError(f"DC-AE: head_dim is {self.head_dim!r}; it must be a whole number of at least 1")
         for activation in (self.out_activation, *self.encoder_activations, *self.decoder_activations):
@@ -249,7 +257,7 @@ class AutoencoderConfig:
             in_shortcut=config.get("decoder_in_shortcut", True),
             out_activation=config.get("decoder_conv_act_fn", "relu"),
             scaling_factor=config.get("scaling_factor", 1.0),
-            force_upcast=bool(config.get("force_upcast")),
+            force_upcast=config.get("force_upcast") or False,
         )
 
     @classmethod
@@ -266,7 +274,10 @@ class AutoencoderConfig:
                 raise TimError(f"not a DC-AE: tensor '{key}' is missing (there are {len(shapes)} tensors)")
 
         def stages(side: str) -> tuple[StageConfig, ...]:
-            found, n = [], 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith(side))
+            numbers = {int(key.split(".")[2]) for key in shapes if key.startswith(side)} | {0}  # the finest stage may have no tensors
+            found, n = [], 1 + max(numbers)
+            if len(numbers) != n:
+                raise TimError(f"not a complete DC-AE: {side} has {len(numbers)} of {n} stages (0 to {n - 1})")
             for i in range(n):
                 prefix = f"{side}.{i}."
                 depth = {int(key.split(".")[3]) for key in shapes if key.startswith(prefix)}
@@ -315,5 +326,5 @@ class AutoencoderConfig:
             in_shortcut=metadata.get("in_shortcut", True),
             out_activation=metadata.get("out_activation", "relu"),
             scaling_factor=metadata.get("scaling_factor", 0.41407 if channels == 32 else 1.0),
-            force_upcast=bool(metadata.get("force_upcast")),
+            force_upcast=metadata.get("force_upcast") or False,
         )

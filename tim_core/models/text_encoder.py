@@ -8,36 +8,48 @@ import copy
 import hashlib
 import json
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TimError, one_line, printable, state_dict_mismatch
-from ..files import digest
+from ..files import digest, is_file
 
 MAX_LENGTH = 256  # tokens of a prompt, <bos> included
 MIN_TRANSFORMERS = (4, 50)
+MOST_TOKENIZER = 2**28  # bytes; those of Gemma 3 have 33 MB
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference
+
+
+KINDS = ("sliding_attention", "full_attention")
+WHOLE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "num_key_value_heads",
+         "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "max_position_embeddings")  # values of a Gemma config
+RANGES = {"rms_norm_eps": (1e-12, 1e-2), "query_pre_attn_scalar": (1e-3, 1e6), "attn_logit_softcapping": (1e-3, 1e6)}
+MOST_LAYERS = 1000
 
 
 class Tokenizer:
     """Gemma's tokenizer without transformers: text -> <bos> and at most 255 ids, padded on the right to 256."""
 
-    def __init__(self, encode, data: bytes, pad_id: int = 0, bos_id: int = 2):
-        """encode: a list of texts -> lists of ids without special tokens. data: the bytes of the tokenizer's file."""
-        self._encode, self.data, self.pad_id, self.bos_id = encode, data, pad_id, bos_id
+    def __init__(self, encode, data: bytes, pad_id: int = 0, bos_id: int = 2, name: str = "tokenizer"):
+        """encode: a list of texts -> lists of ids without special tokens. data: the bytes of the tokenizer's file; name: of the file."""
+        self._encode, self.data, self.pad_id, self.bos_id, self.name = encode, data, pad_id, bos_id, name
 
     @classmethod
     def from_json(cls, data: bytes, name: str = "tokenizer.json") -> "Tokenizer":
         """From the bytes of a tokenizer.json. TimError naming the file if they are damaged."""
         import tokenizers
 
-        try:
+        if re.search(rb'"type"\s*:\s*"Precompiled"', data):  # where it is damaged, the library prints pages before it raises
+            raise TimError(f"{name}: has a Precompiled normaliser, which Gemma 3 has not; use the tokenizer.json of Gemma 3")
+        with _rust_errors(f"{name}: not a valid tokenizer.json"):
             model = tokenizers.Tokenizer.from_str(bytes(data).decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception for a malformed file
-            raise TimError(f"{name}: not a valid tokenizer.json ({one_line(error)})") from None
         model.no_padding()
         model.no_truncation()
         ids = {token: model.token_to_id(token) for token in ("<pad>", "<bos>")}
@@ -46,6 +58,7 @@ class Tokenizer:
             bytes(data),
             pad_id=0 if ids["<pad>"] is None else ids["<pad>"],
             bos_id=2 if ids["<bos>"] is None else ids["<bos>"],
+            name=name,
         )
 
     @classmethod
@@ -65,6 +78,7 @@ class Tokenizer:
             bytes(data),
             pad_id=model.pad_id() if model.pad_id() >= 0 else 0,
             bos_id=model.bos_id() if model.bos_id() >= 0 else 2,
+            name=name,
         )
 
     @classmethod
@@ -87,7 +101,9 @@ class Tokenizer:
         texts = [prompt.encode("utf-8", "replace").decode("utf-8") for prompt in prompts]  # lone surrogates become ?
         ids = torch.full((len(prompts), MAX_LENGTH), self.pad_id, dtype=torch.int64)
         mask = torch.zeros(len(prompts), MAX_LENGTH, dtype=torch.bool)
-        for row, tokens in enumerate(self._encode(texts)):
+        with _rust_errors(f"{self.name}: cannot encode text"):
+            encoded = self._encode(texts)
+        for row, tokens in enumerate(encoded):
             if len(tokens) >= MAX_LENGTH:
                 start = printable(texts[row][:40])
                 logging.warning(f"prompt: has {len(tokens)} tokens; only the first {MAX_LENGTH - 1} are used: {start}...")
@@ -97,14 +113,25 @@ class Tokenizer:
         return ids, mask
 
 
+@contextmanager
+def _rust_errors(message: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into a TimError: bare Exceptions, and PanicException, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TimError(f"{message} ({one_line(error)})") from None
+
+
 def is_json(data: bytes) -> bool:
     """Whether the bytes of a tokenizer are a tokenizer.json, not a SentencePiece model."""
     return bytes(data[:64]).lstrip()[:1] == b"{"
 
 
 def tokenizer_file(folder: str | Path) -> Path | None:
-    """The tokenizer of a folder in Hugging Face layout, None if there is none."""
-    return next((file for name in TOKENIZER_FILES if (file := Path(folder) / name).is_file()), None)
+    """The tokenizer of a folder in Hugging Face layout, None if there is none. TimError if it is not a regular file."""
+    return next((file for name in TOKENIZER_FILES if is_file(file := Path(folder) / name)), None)
 
 
 @dataclass(frozen=True)
@@ -177,10 +204,14 @@ class TextEncoder(nn.Module):
         return self
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """-> ids (B, 256), mask (B, 256) on the CPU; escapes prompts if `escape` is set."""
+        """-> ids (B, 256), mask (B, 256) on the CPU; escapes prompts if `escape` is set. TimError for ids that the model does not have."""
         if self.escape:
             prompts = [p.encode("unicode-escape").decode("utf-8") if isinstance(p, str) else p for p in prompts]
-        return self.tokenizer(prompts)
+        ids, mask = self.tokenizer(prompts)
+        size = self.gemma_config["vocab_size"]
+        if ids.numel() and (largest := int(ids.max())) >= size:
+            raise TimError(f"{self.tokenizer.name}: gives token {largest}, the text model has {size}; use the tokenizer of this model")
+        return ids, mask
 
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask (B, T), T <= 256, padded on the right -> last hidden states (B, T, D). Differentiable."""
@@ -235,11 +266,14 @@ def normalise_config(config: dict) -> dict:
     missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim") if k not in config]
     if missing:
         raise TimError(f"text encoder config: {', '.join(missing)} missing; use the config.json of a Gemma-3 text model")
+    _check_values(config)
 
     layers = config["num_hidden_layers"]
     pattern = config.pop("_sliding_window_pattern", None)
     pattern = config.pop("sliding_window_pattern", None) or pattern or 6
     kinds = config.get("layer_types") or ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != layers or not all(kind in KINDS for kind in kinds):
+        raise TimError(f"text encoder config: layer_types does not name one of {', '.join(KINDS)} for each of the {layers} layers")
     config["layer_types"] = list(kinds)
     config["sliding_window_pattern"] = kinds.index("full_attention") + 1 if "full_attention" in kinds else layers + 1
 
@@ -248,6 +282,8 @@ def normalise_config(config: dict) -> dict:
     full.update(rope.get("full_attention") or {})
     local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or 1e4}
     local.update(rope.get("sliding_attention") or {})
+    for name, value in [(name, rope[name]) for rope in (full, local) for name in ("rope_theta", "factor") if name in rope]:
+        _check_number(name, value, 1e-3, 1e9)
     config["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
     config["rope_theta"], config["rope_local_base_freq"] = full["rope_theta"], local["rope_theta"]
     scaling = {k: v for k, v in full.items() if k != "rope_theta"}
@@ -257,6 +293,28 @@ def normalise_config(config: dict) -> dict:
     config.setdefault("pad_token_id", 0)
     config.setdefault("bos_token_id", 2)
     return config
+
+
+def _check_values(config: dict) -> None:
+    """TimError naming the first value of a Gemma-3 text config from which no model can be built, or none that computes."""
+    for name in WHOLE:
+        value = config.get(name)
+        most = MOST_LAYERS if name == "num_hidden_layers" else 2**31
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+            raise TimError(f"text encoder config: {name} is {value!r}; it must be a whole number from 1 to {most}")
+    if config["num_attention_heads"] % (config.get("num_key_value_heads") or 1):
+        heads = f"{config['num_attention_heads']} attention heads and {config['num_key_value_heads']} key-value heads"
+        raise TimError(f"text encoder config: {heads}; the second must divide the first")
+    for name, (least, most) in RANGES.items():
+        if config.get(name) is not None:
+            _check_number(name, config[name], least, most)
+    if config.get("use_bidirectional_attention"):
+        raise TimError("text encoder config: use_bidirectional_attention is set; only causal text models are supported")
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise TimError(f"text encoder config: {name} is {value!r}; it must be a number from {least:g} to {most:g}")
 
 
 def _build(config: dict, device: torch.device) -> nn.Module:

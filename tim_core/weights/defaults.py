@@ -11,6 +11,7 @@ from ..errors import TimError
 
 RECORD = ("native_size", "steps", "cfg", "guidance_interval")  # keys of a transformer's record
 RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
+MOST_SIDE, MOST_STEPS, MOST_CFG = 16384, 1000, 100
 RELEASED_CLASSES = {32: (512, 3.0, (0.0, 0.7)), 4: (256, 2.5, (0.0, 0.6))}  # class-conditional: pixels per side, cfg, guidance interval
 OTHER_CELLS = 8  # latent cells per side where neither record nor channels tell; tim-shapes, of factor 8, was trained mostly at 64x64
 
@@ -41,15 +42,16 @@ def find_defaults(
         side, found["cfg"], found["guidance_interval"] = RELEASED_CLASSES[channels]
     if (size := record.get("native_size")) is None:
         size = (math.ceil(side / multiple) * multiple,) * 2
-    elif not (isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_whole(side) and side % multiple == 0 for side in size)):
-        raise TimError(f"native_size: {size!r} is not [width, height] in multiples of {multiple}; correct the record")
+    elif not (isinstance(size, (list, tuple)) and len(size) == 2
+              and all(_is_whole(side, MOST_SIDE) and side % multiple == 0 for side in size)):
+        raise TimError(f"native_size: {size!r} is not [width, height] in multiples of {multiple} up to {MOST_SIDE}; correct the record")
     if (steps := record.get("steps")) is not None:
-        if not _is_whole(steps):
-            raise TimError(f"steps: {steps!r} is not a whole number of at least 1; correct the record")
+        if not _is_whole(steps, MOST_STEPS):
+            raise TimError(f"steps: {steps!r} is not a whole number from 1 to {MOST_STEPS}; correct the record")
         found["steps"] = steps
     if (cfg := record.get("cfg")) is not None:
-        if not _is_number(cfg):
-            raise TimError(f"cfg: {cfg!r} is not a number of at least 0; correct the record")
+        if not _is_number(cfg) or cfg > MOST_CFG:
+            raise TimError(f"cfg: {cfg!r} is not a number from 0 to {MOST_CFG}; correct the record")
         found["cfg"] = float(cfg)
     if (interval := record.get("guidance_interval")) is not None:
         pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(_is_number, interval))
@@ -59,8 +61,8 @@ def find_defaults(
     return Defaults(int(size[0]), int(size[1]), **found)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def _is_number(value: Any) -> bool:

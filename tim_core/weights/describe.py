@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import TimError, printable
+from ..files import parse_json
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .load import load_autoencoder, load_text_encoder, load_transformer
 from .open import open_state_dict
@@ -40,6 +41,7 @@ class Description:
     tokenizer: bool
     metadata: dict
     previews: float | None = None  # share of the colour variance that live previews explain
+    rest: tuple[str, ...] = ()  # names of tensors that belong to no part
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.kind}"]
@@ -51,6 +53,8 @@ class Description:
             lines.append(f"    {_summary(part)}")
             if part.problem:
                 lines.append(f"    does not load: {part.problem}")
+        if self.rest:
+            lines.append(f"  other tensors: {len(self.rest)} ({', '.join(self.rest[:3])}{', ...' if self.rest[3:] else ''})")
         if self.latent_factor:
             lines.append(f"  latent factor: {self.latent_factor}")
         if any(part.part == TEXT_ENCODER for part in self.parts):
@@ -98,14 +102,15 @@ def describe(path: str | Path) -> Description:
         TEXT_ENCODER in parts and parts[TEXT_ENCODER].tokenizer is not None,
         parts.metadata,
         (parts[TRANSFORMER].record.get("preview") or {}).get("r2") if TRANSFORMER in parts else None,
+        tuple(parts.rest),
     )
 
 
 def _lora_record(metadata: Mapping[str, str]) -> dict:
     """The training record of a LoRA made by `tim train`."""
     try:
-        return {"training": json.loads(metadata["tim_lora"])}
-    except (LookupError, ValueError, TypeError):
+        return {"training": parse_json(metadata["tim_lora"], "tim_lora")}
+    except (LookupError, TimError):
         return {}
 
 

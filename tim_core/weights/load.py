@@ -10,7 +10,7 @@ from ..errors import TimError, one_line, state_dict_mismatch
 from ..models.text_encoder import TextEncoder, Tokenizer
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
-from .parts import Part, read_parts
+from .parts import Part, naming, read_parts
 
 
 def load_transformer(source, operations=torch.nn, attention=None, dtype=None, device="cpu", projector=False):
@@ -21,7 +21,9 @@ def load_transformer(source, operations=torch.nn, attention=None, dtype=None, de
     part = read_parts(source)[TRANSFORMER]
     part = part.with_projector() if projector else part
     dtype = dtype or _main_dtype(part.tensors)
-    return _fill(TransitionTransformer(part.config, operations, attention or sdpa, device="meta", dtype=dtype), part, dtype, device)
+    with naming(part.source, part.kind):
+        model = TransitionTransformer(part.config, operations, attention or sdpa, device="meta", dtype=dtype)
+    return _fill(model, part, dtype, device)
 
 
 def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
@@ -33,7 +35,9 @@ def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
         raise TimError("autoencoder: float16 overflows in its deep stages; use float32 or bfloat16")
     dtype = dtype or _main_dtype(part.tensors)
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    return _fill(Autoencoder(part.config, operations, device="meta", dtype=dtype), part, dtype, device)
+    with naming(part.source, part.kind):
+        model = Autoencoder(part.config, operations, device="meta", dtype=dtype)
+    return _fill(model, part, dtype, device)
 
 
 def load_text_encoder(source, dtype=None, device="cpu", escape=None):
@@ -52,6 +56,7 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
         raise
     except Exception as error:  # transformers raises many kinds
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
+    model.tokenize([""])  # the ids of <bos> and <pad>, too, must be the model's
     try:
         # .to() moves what is no weight: rotary tables and the embedding scale
         return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()
@@ -74,15 +79,31 @@ def _counters(names: Iterable[str]) -> set[str]:
 def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
     """Moves the part's tensors into a model built on the meta device. TimError unless every name and shape agrees."""
     check_tensors(part, model)
-    tensors = _placed(part.tensors, dtype, device)
+    try:
+        tensors = _placed(part.tensors, dtype, device)
+    except TimError as error:
+        raise TimError(f"{part.source}: {error}") from None
     tensors |= {name: torch.zeros((), dtype=torch.int64, device=device) for name in _counters(model.state_dict()) - tensors.keys()}
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
 def _placed(tensors: StateDict, dtype, device) -> StateDict:
-    """The tensors on a device, floating ones in dtype."""
-    return {key: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype) for key, tensor in tensors.items()}
+    """The tensors on a device, floating ones in dtype. TimError naming a tensor that dtype cannot hold."""
+    return {name: cast(name, tensor, dtype, device) for name, tensor in tensors.items()}
+
+
+def cast(name: str, tensor: Tensor, dtype, device) -> Tensor:
+    """A tensor on a device, in dtype if it is floating and dtype is not None. TimError naming it if a value overflows."""
+    if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor.to(device)
+    out = tensor.to(device=device, dtype=dtype)
+    if not out.is_meta and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and out.isinf().any():
+        tensor = tensor.to(device)
+        if (lost := tensor[out.isinf() & tensor.isfinite()]).numel():
+            wanted, wider = str(dtype).removeprefix("torch."), "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+            raise TimError(f"tensor {name}: {lost[0].item():g} does not fit in {wanted}; use {wider}")
+    return out
 
 
 def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

@@ -2,15 +2,18 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import TimError, one_line
+from ..files import check_file
+from .torch_file import check_torch_file, leaves
 
 StateDict = dict[str, Tensor]
+MOST_HEADER = 2**24  # bytes of a safetensors header; that of 1000 tensors has 100,000
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, activation checkpointing
 
 
@@ -21,20 +24,20 @@ def open_state_dict(path: str | Path) -> tuple[StateDict, dict[str, str]]:
     are read by the weights-only loader alone. TimError naming the file if it cannot be opened, or contains code.
     """
     path = Path(path)
-    if path.is_dir():
-        raise TimError(f"{path}: is a folder; give a weight file")
+    check_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(64)
-    except FileNotFoundError:
-        raise TimError(f"{path}: no such file") from None
     except OSError as error:
         raise TimError(f"{path}: cannot be read ({error.strerror})") from None
     if not start:
         raise TimError(f"{path}: the file is empty")
     if start[8:9] == b"{":
+        if MOST_HEADER < (size := int.from_bytes(start[:8], "little")) < path.stat().st_size:
+            raise TimError(f"{path}: its header has {size} bytes; those of models have at most {MOST_HEADER}")
         return _open_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
+        check_torch_file(path)
         return flatten(_open_torch(path), str(path)), {}
     other_formats = {
         b"GGUF": "a GGUF file",
@@ -51,7 +54,9 @@ def _open_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {_unwrapped(key): file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+            return _unique(((key, file.get_tensor(key)) for key in file.keys()), str(path)), dict(file.metadata() or {})
+    except TimError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise TimError(f"{path}: damaged or truncated safetensors file ({one_line(error)}); download or copy it again") from None
 
@@ -74,19 +79,19 @@ def _open_torch(path: Path):
 
 
 def flatten(value, name: str) -> StateDict:
-    """Flattens nested dicts to dotted keys; keeps tensors alone. TimError naming the source if `value` is no dict."""
+    """Flattens nested dicts to dotted keys; keeps tensors alone. TimError naming the source if it is no dict, or a key occurs twice."""
     if not isinstance(value, Mapping):
         raise TimError(f"{name}: holds a {type(value).__name__}, not a state dict")
-    tensors = {}
+    return _unique(leaves(value, Tensor, name), name)
 
-    def walk(mapping: Mapping, prefix: str) -> None:
-        for key, item in mapping.items():
-            if isinstance(item, Tensor):
-                tensors[_unwrapped(f"{prefix}{key}")] = item
-            elif isinstance(item, Mapping):
-                walk(item, f"{prefix}{key}.")
 
-    walk(value, "")
+def _unique(items: Iterable[tuple[str, Tensor]], name: str) -> StateDict:
+    """Tensors by their keys without wrappers. TimError naming a key that occurs twice."""
+    tensors: StateDict = {}
+    for key, tensor in items:
+        if (key := _unwrapped(key)) in tensors:
+            raise TimError(f"{name}: tensor '{key}' occurs twice, once under a wrapper's name; save the file anew")
+        tensors[key] = tensor
     return tensors
 
 

@@ -14,7 +14,7 @@ CheckpointSave writes it, loads the same.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from ..errors import TimError, one_line
+from ..files import is_file, parse_json, read_bytes
 from ..models.config import AutoencoderConfig, TransformerConfig
-from ..models.text_encoder import normalise_config, tokenizer_file
-from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
+from ..models.text_encoder import MOST_TOKENIZER, normalise_config, tokenizer_file
+from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
 
 FORMAT = 1
@@ -43,8 +44,11 @@ CONFIG_KEYS = {
 PART_FOLDERS = {"transformer": "model", "text_encoder": "text-encoder", "vae": "vae"}  # of a folder of parts
 PART_NAMES = {"model": TRANSFORMER, "text-encoder": TEXT_ENCODER, "clip": TEXT_ENCODER, "vae": AUTOENCODER} | {n: n for n in TITLES}
 
+DIMENSIONS = {"embed_tokens.weight": 2, "layers.0.self_attn.q_norm.weight": 1, "x_embedder.proj.weight": 4}
+
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 GEMMA_1B_WIDTH = 1152
+MOST_FACTOR = 256
 LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
 
 
@@ -72,13 +76,15 @@ class Part:
     @cached_property
     def config(self):
         """TransformerConfig, AutoencoderConfig, or the Gemma config as a dict; TimError naming the source if it cannot be read."""
-        with _naming(self.source, self.kind):
+        with naming(self.source, self.kind):
             if self.kind == TRANSFORMER:
                 return TransformerConfig.from_state_dict(self.tensors, self.record)
             if self.kind == AUTOENCODER:
                 return AutoencoderConfig.from_state_dict(self.tensors, self.record)
             gemma = {key: value for key, value in self.record.items() if key != "escape_prompts"}
-            return normalise_config(gemma or _gemma_config(self.tensors))
+            config = normalise_config(gemma or _gemma_config(self.tensors))
+            _check_gemma(config, self.tensors)
+            return config
 
 
 @dataclass
@@ -88,6 +94,7 @@ class Parts:
     source: str
     parts: dict[str, Part] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)  # the "tim" record of the file
+    rest: list[str] = field(default_factory=list)  # names of tensors that belong to no part
 
     def __contains__(self, kind: str) -> bool:
         return kind in self.parts
@@ -102,14 +109,21 @@ class Parts:
         for kind in kinds:
             self[kind]
 
-    def check_fit(self) -> None:
-        """TimError if the transformer cannot read the text model's features or the autoencoder cannot decode its latents."""
+    def check_fit(self, latent_factor: int | None = None) -> None:
+        """TimError if the transformer cannot read the text model's features or the autoencoder cannot decode its latents.
+
+        latent_factor: instead of the one in the transformer's record.
+        """
         if TRANSFORMER not in self:
             return
         config = self[TRANSFORMER].config
         if AUTOENCODER in self and (channels := self[AUTOENCODER].config.latent_channels) != config.in_channels:
             own = f"the transformer has {config.in_channels}; use the autoencoder it was trained with"
             raise TimError(f"{self.source}: the autoencoder has {channels} latent channels, {own}")
+        factor = self.latent_factor if latent_factor is None else latent_factor
+        if AUTOENCODER in self and (pixels := self[AUTOENCODER].config.factor) != factor:
+            advice = "use the autoencoder it was trained with, or correct the record"
+            raise TimError(f"{self.source}: the transformer's latent_factor is {factor}, the autoencoder has {pixels}; {advice}")
         if TEXT_ENCODER in self and (width := self[TEXT_ENCODER].tensors["embed_tokens.weight"].shape[1]) != config.text_dim:
             if config.text_dim is None:
                 raise TimError(f"{self.source}: the transformer is class-conditional; leave out the text model")
@@ -130,8 +144,8 @@ class Parts:
         """Pixels per latent cell: from the transformer's record, else the autoencoder, else the latent's channels."""
         factor = self.parts[TRANSFORMER].record.get("latent_factor") if TRANSFORMER in self else None
         if factor is not None:
-            if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-                raise TimError(f"{self.source}: latent_factor is {factor!r}; it must be a whole number of at least 1")
+            if isinstance(factor, bool) or not isinstance(factor, int) or not 1 <= factor <= MOST_FACTOR:
+                raise TimError(f"{self.source}: latent_factor is {factor!r}; it must be a whole number from 1 to {MOST_FACTOR}")
             return factor
         if AUTOENCODER in self:
             return self[AUTOENCODER].config.factor
@@ -143,13 +157,14 @@ def _list(parts: Parts) -> str:
 
 
 @contextmanager
-def _naming(source: str, kind: str) -> Iterator[None]:
+def naming(source: str, kind: str) -> Iterator[None]:
     """Turns errors inside into a TimError that names the source."""
     try:
         yield
     except TimError as error:
-        raise TimError(f"{source}: {error}") from None
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        message = str(error)
+        raise TimError(message if message.startswith(f"{source}: ") else f"{source}: {message}") from None
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise TimError(f"{source}: malformed metadata or tensors of the {TITLES[kind]} ({reason})") from None
 
@@ -203,15 +218,32 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
         record = _record_of(kind, metadata)
         if config is not None:
             record |= _json(_bytes(config), f"{source}: {prefix}config_json")
+        if kind == TRANSFORMER and "preview" in record and not _is_preview(record["preview"], own["x_embedder.proj.weight"]):
+            logging.warning(f"{source}: the record's preview is malformed and ignored; tim previews makes a new one")
+            del record["preview"]
+            metadata.pop("preview", None)
         parts.parts[kind] = _part(kind, source, own, record, prefix)
     tokenizers = [_bytes(tensor) for key, tensor in rest.items() if key.rpartition(".")[2] in ("tokenizer_json", "spiece_model")]
     if tokenizers and TEXT_ENCODER in parts:
         parts.parts[TEXT_ENCODER] = replace(parts[TEXT_ENCODER], tokenizer=tokenizers[-1])
+    parts.rest = [key for key in rest if key.rpartition(".")[2] not in BYTE_KEYS]
     return parts
 
 
+def _is_preview(value: Any, x_embedder: Tensor) -> bool:
+    """Whether a record's preview is as `previews.fit` makes it for the latent channels of this weight."""
+    try:
+        numbers = torch.tensor([*value["factors"], value["bias"]], dtype=torch.float64)
+        return numbers.shape == (x_embedder.shape[1] + 1, 3) and bool(numbers.isfinite().all()) and 0 <= value["r2"] <= 1
+    except (TypeError, ValueError, LookupError, RuntimeError, OverflowError):
+        return False
+
+
 def _part(kind: str, source: str, tensors: StateDict, record: dict, prefix: str = "", tokenizer: bytes | None = None) -> Part:
-    """A Part, with the transformer's projector kept apart. The only place that does so."""
+    """A Part, with the transformer's projector kept apart. TimError for a tensor whose shape nothing can be read from."""
+    for name, dimensions in DIMENSIONS.items():
+        if name in tensors and tensors[name].ndim != dimensions:
+            raise TimError(f"{source}: tensor '{prefix}{name}' has shape {list(tensors[name].shape)}; it must have {dimensions} dimensions")
     projector = {name: tensor for name, tensor in tensors.items() if kind == TRANSFORMER and name.startswith("projector.")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in projector}
     return Part(kind, source, tensors, record, prefix, projector, tokenizer)
@@ -256,14 +288,13 @@ def _from_module(module: torch.nn.Module, kind: str) -> Part:
 def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
     """The weights of a folder in Hugging Face layout: one file, or the shards that an index names."""
     for index in sorted(folder.glob("*.index.json")):
-        shards = sorted(set(_json(index.read_bytes(), str(index)).get("weight_map", {}).values()))
-        if shards:
-            tensors = {}
-            for shard in shards:
-                tensors.update(open_state_dict(folder / Path(shard).name)[0])
-            return tensors, {}, folder
+        weight_map = _json(read_bytes(index), str(index)).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TimError(f"{index}: weight_map must map names of tensors to file names; download the index again")
+        if weight_map:
+            return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()})), {}, folder
     files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
-    files = [file for file in files if file.is_file()] or sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if is_file(file)] or sorted(folder.glob("*.safetensors"))
     if len(files) > 1 and files[0].stem not in WEIGHT_FILES:
         raise TimError(f"{folder}: holds {len(files)} weight files; name one ({', '.join(f.name for f in files[:3])}, ...)")
     if not files:
@@ -271,21 +302,32 @@ def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
     return (*open_state_dict(files[0]), folder)
 
 
+def _open_shards(folder: Path, names: list[str]) -> StateDict:
+    """The tensors of several files. TimError naming a tensor that two of them hold."""
+    tensors: StateDict = {}
+    for name in names:
+        shard = open_state_dict(folder / name)[0]
+        if twice := next((key for key in shard if key in tensors), None):
+            raise TimError(f"{folder / name}: tensor '{twice}' is in another shard, too; download the folder again")
+        tensors |= shard
+    return tensors
+
+
 def _complete(part: Part, folder: Path) -> Part:
     """The part with what its file lacks: a record from config.json, and the tokenizer, of the same folder."""
     file, record, tokenizer = folder / "config.json", part.record, part.tokenizer
-    if part.kind == TEXT_ENCODER and record.keys() <= {"escape_prompts"} and file.is_file():
-        config = _json(file.read_bytes(), str(file))
+    if part.kind == TEXT_ENCODER and record.keys() <= {"escape_prompts"} and is_file(file):
+        config = _json(read_bytes(file), str(file))
         inner = config.get("text_config", config)
         if isinstance(inner, dict) and inner.get("model_type") == "gemma3_text":
             record = {**inner, **record}
-    if part.kind == AUTOENCODER and not record and file.is_file():
-        config = _json(file.read_bytes(), str(file))
+    if part.kind == AUTOENCODER and not record and is_file(file):
+        config = _json(read_bytes(file), str(file))
         if config.get("_class_name", "AutoencoderDC") == "AutoencoderDC" and "encoder_block_out_channels" in config:
-            with _naming(str(file), part.kind):
+            with naming(str(file), part.kind):
                 record = AutoencoderConfig.from_diffusers(config).record()
     if part.kind == TEXT_ENCODER and tokenizer is None and (found := tokenizer_file(folder)):
-        tokenizer = found.read_bytes()
+        tokenizer = read_bytes(found, MOST_TOKENIZER)
     return replace(part, record=record, tokenizer=tokenizer)
 
 
@@ -314,6 +356,22 @@ def _gemma_config(tensors: Mapping[str, Tensor]) -> dict:
     }
 
 
+def _check_gemma(config: dict, tensors: Mapping[str, Tensor]) -> None:
+    """TimError unless the counts and widths of a Gemma config are those of the tensors: no model is built that they could not fill."""
+    vocab, hidden = tensors["embed_tokens.weight"].shape
+    head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
+    layers = len({key.split(".")[1] for key in tensors if key.startswith("layers.")})
+    found = {"num_hidden_layers": layers, "vocab_size": vocab, "hidden_size": hidden, "head_dim": head_dim}
+    rows = {"num_attention_heads": ("self_attn.q_proj", head_dim), "num_key_value_heads": ("self_attn.k_proj", head_dim),
+            "intermediate_size": ("mlp.gate_proj", 1)}
+    for name, (module, width) in rows.items():
+        if (weight := tensors.get(f"layers.0.{module}.weight")) is not None:
+            found[name] = weight.shape[0] // max(width, 1)
+    for name, value in found.items():
+        if config.get(name) is not None and config[name] != value:
+            raise TimError(f"text encoder config: {name} is {config[name]}, the tensors have {value}; use the config.json of these weights")
+
+
 def _tim_record(metadata: Mapping[str, str], source: str) -> dict:
     record = _json(metadata["tim"].encode("utf-8"), f"{source}: metadata") if "tim" in metadata else {}
     form = record.get("format", FORMAT)
@@ -323,10 +381,7 @@ def _tim_record(metadata: Mapping[str, str], source: str) -> dict:
 
 
 def _json(data: bytes, name: str) -> dict:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise TimError(f"{name}: not valid JSON ({one_line(error)})") from None
+    value = parse_json(data, name)
     if not isinstance(value, dict):
         raise TimError(f"{name}: holds a JSON {type(value).__name__}; it must be an object")
     return value

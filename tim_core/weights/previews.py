@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..errors import TimError
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 @torch.no_grad()
 def fit(autoencoder, images: Iterable[Tensor]) -> dict:
@@ -38,16 +36,15 @@ def fit(autoencoder, images: Iterable[Tensor]) -> dict:
 
 
 def photographs(folder: str | Path, side: int, most: int = 200) -> Iterable[Tensor]:
-    """The first `most` images of a folder, scaled and cropped -> (3, side, side) in [-1, 1]. TimError if there is none."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """The first `most` images of a folder, scaled and cropped -> (3, side, side) in [-1, 1]. TimError if there is none,
+    or one cannot be read."""
+    from PIL import ImageOps
 
-    files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in ENDINGS)[:most]
+    from ..images import ENDINGS, open_image
+
+    files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in ENDINGS and not file.is_dir())[:most]
     if not files:
         raise TimError(f"{folder}: no images in this folder ({', '.join(ENDINGS)})")
     for file in files:
-        try:
-            with Image.open(file) as image:
-                image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
-        except (UnidentifiedImageError, OSError) as error:
-            raise TimError(f"{file}: damaged image ({error})") from None
+        image = ImageOps.fit(open_image(file), (side, side))
         yield torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1) / 127.5 - 1

@@ -1,16 +1,18 @@
 """Writes checkpoints: packs several parts into one file, converts a file to safetensors."""
 
 import json
+import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import TimError
+from ..errors import TimError, printable
 from ..files import atomic_write
 from ..models.text_encoder import is_json
 from .defaults import RECORD
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
+from .load import cast
 from .open import StateDict
 from .parts import CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
 
@@ -19,10 +21,10 @@ def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_
     """Writes whatever read_parts takes as a one-file checkpoint. dtype: of floating tensors, None keeps theirs.
 
     `metadata` adds to the record (latent_factor, training, ...). The file appears complete or not at all. TimError if the parts do not
-    fit together, or dst cannot be written.
+    fit together, dtype cannot hold a value, or dst cannot be written.
     """
     parts = read_parts(parts)
-    parts.check_fit()
+    parts.check_fit((metadata or {}).get("latent_factor"))
     tensors: StateDict = {}
     records = {}
     for kind in TITLES:
@@ -42,9 +44,13 @@ def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_
 def convert(src, dst: str | Path, dtype=None, metadata: dict | None = None) -> Path:
     """Writes a weight file as safetensors: several parts in the one-file layout, a single part under its official names.
 
-    The projector is kept. dtype, metadata and errors as in `pack`.
+    The projector is kept; tensors that belong to no part are left out with a warning. dtype, metadata and errors as in `pack`.
     """
     parts, extra = read_parts(src), metadata or {}
+    check_output_path(dst)
+    if parts.rest:
+        shown = ", ".join(parts.rest[:3]) + (", ..." if parts.rest[3:] else "")
+        logging.warning(printable(f"{parts.source}: {len(parts.rest)} tensors belong to no part and are left out: {shown}"))
     if len(parts.parts) > 1 or TEXT_ENCODER in parts:  # a text model keeps its tokenizer in the same file
         return pack(parts, dst, dtype, extra, keep_projector=True)
     (part,) = (part.with_projector() for part in parts.parts.values())
@@ -83,11 +89,10 @@ def _whole_record(parts: Parts, records: dict[str, dict], extra: dict) -> dict:
 
 
 def _cast(tensors: StateDict, dtype) -> StateDict:
-    """Floating tensors in dtype, each with its own storage, as the format needs."""
+    """Floating tensors in dtype, each with its own storage, as the format needs. TimError naming a tensor that dtype cannot hold."""
     seen, out = set(), {}
     for key, tensor in tensors.items():
-        tensor = tensor.detach().to(device="cpu", dtype=dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
-        tensor = tensor.contiguous()
+        tensor = cast(key, tensor.detach(), dtype, "cpu").contiguous()
         out[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     return out

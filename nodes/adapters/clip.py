@@ -13,7 +13,8 @@ from ...tim_core.weights.load import load_text_encoder
 from ...tim_core.weights.parts import Parts, read_parts
 from ...tim_core.weights.save import json_tensor
 from .compat import supported_kwargs
-from .model import PADDED, WholePatcher
+from .model import WholePatcher
+from .run import PADDED
 
 
 class TiMTokenizer:

@@ -15,7 +15,8 @@ from torch import Tensor
 from ...tim_core.errors import TimError
 from ...tim_core.sampler import MODES, fresh_noise, sample
 from .compat import supported_kwargs
-from .model import TARGET, size_multiple, tim_model, with_interval
+from .model import size_multiple, tim_model
+from .run import TARGET, with_interval
 
 
 def with_target(extra_args: dict, r: float) -> dict:

@@ -7,7 +7,6 @@ import comfy.model_patcher
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from torch import Tensor
 
 from ...tim_core.errors import TimError
 from ...tim_core.models.config import TransformerConfig
@@ -15,8 +14,8 @@ from ...tim_core.models.transformer import TransitionTransformer
 from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
-from .network import LABEL_BASE, TiMNetwork
-from .run import install, resolve_r
+from .network import TiMNetwork
+from .run import SAID, install, resolve_r, usable_patches
 
 WEIGHT_DTYPES = {
     "default": {},
@@ -35,9 +34,16 @@ class TiMModel(comfy.model_base.BaseModel):
         # ModelSamplingSD3 and similar nodes scale time to 1000; the network takes 0 to 1.
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
+    def extra_conds(self, **kwargs):
+        self.diffusion_model.check_condition(kwargs.get("cross_attn"))
+        return super().extra_conds(**kwargs)
+
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         # An option, not a conditioning: conditionings are rounded to the network's dtype.
-        options = {**transformer_options, "tim_r": resolve_r(t, transformer_options)}
+        config = self.diffusion_model.config
+        options = usable_patches(transformer_options, config.depth, has_text=config.text_dim is not None)
+        options = {**options, "tim_r": resolve_r(t, options)}
+        options.pop(SAID, None)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -143,11 +149,6 @@ def tim_model(model) -> TiMModel:
     if not isinstance(inner, TiMModel):
         raise TimError(f"model: {type(inner).__name__} is not a TiM model; load one with Load TiM Checkpoint or Load TiM Model")
     return inner
-
-
-def class_label(label: int) -> Tensor:
-    """A class as conditioning (1, 1, 2): two digits in base LABEL_BASE, exact in half precision. -1 is the null class."""
-    return torch.tensor([[[label // LABEL_BASE, label % LABEL_BASE]]], dtype=torch.float32)
 
 
 def size_multiple(model) -> int:

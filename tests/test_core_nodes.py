@@ -281,7 +281,6 @@ def compiled(model, clip=None, vae=None):
     import comfy.samplers
     import torch
     import torch._dynamo
-    from comfy.ldm.modules.attention import attention_pytorch
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from torch._dynamo.utils import counters
 
@@ -297,9 +296,6 @@ def compiled(model, clip=None, vae=None):
     rows = [torch.randn(1, 5, config.text_dim) for _ in "ab"] if config.text_dim else [network.class_label(7), network.class_label(-1)]
     conds = [[[row, {}]] for row in rows]
     noise = torch.randn(1, config.in_channels, 4, 4)
-    model = model.clone()
-    # what core takes on a CPU asks for free memory, which no compiler can follow
-    model.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *a, **k: attention_pytorch(*a, **k)
     fast = model.clone()
     set_torch_compile_wrapper(model=fast, backend=backend, options={
         "guard_filter_fn": lambda entries: [("transformer_options" not in entry.name) for entry in entries]})
@@ -380,6 +376,17 @@ def test_weights_change_nothing(comfyui):
     close(*run_latents(comfyui, graph, weighted, plain))
 
 
+@pytest.mark.parametrize("layer, said", [(-1, 0), (-2, 1)])
+def test_another_layer_of_the_text_model_has_no_effect(comfyui, layer, said):
+    plain = run_latents(comfyui, graph := Graph(), graph.tim())[0]
+    graph, found = Graph(), []
+    graph.clip = graph.add("CLIPSetLastLayer", clip=graph.clip, stop_at_clip_layer=layer)
+    result = graph.tim()
+    lines = lines_of(comfyui, lambda: found.extend(run_latents(comfyui, graph, result)))
+    close(found[0], plain)
+    assert bool(lines) == bool(said) and all("CLIP Set Last Layer" in line for line in lines)
+
+
 def wrong_latents(model, clip, vae):
     """What samplers and decoders say to latents of other models."""
     import sys
@@ -440,6 +447,15 @@ def test_sizes_far_from_the_model_s_say_so_once(comfyui):
         result = graph.tim(graph.empty(side, side), steps=1)
         lines = lines_of(comfyui, lambda: run_latents(comfyui, graph, result))
         assert len(lines) == said and all(f"{side}x{side}" in line and "64x64" in line for line in lines)
+
+
+def test_a_node_of_several_runs_says_a_line_once(comfyui):
+    graph = Graph(BUNDLED_NAME)
+    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""), latent_image=graph.empty(512, 512))
+    sweep = graph.add("TiMStepSweep", **links, seed=0, steps="1, 1", cfg=1.0, guidance_low=0.0, guidance_high=1.0)
+    graph.add("SaveImage", images=sweep, filename_prefix="sheet")
+    lines = lines_of(comfyui, lambda: comfyui.run(graph.prompt))
+    assert len(lines) == 1 and "512x512" in lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,8 @@ class TiMTokenizer:
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict[str, list]:
         if extra := sorted(name for name, value in kwargs.items() if value and name != "tokenizer_options"):
             raise TimError(f"CLIP: TiM's takes text alone, not {', '.join(extra)}; use CLIP Text Encode")
+        if kwargs.get("tokenizer_options"):
+            logging.warning("TiM: tokenizer options have no effect: prompts are as long as they are")
         ids, mask = self.encoder.tokenize([plain_text(text)])
         word = (0,) if return_word_ids else ()
         return Tokens(tim=[[(token, 1.0, *word) for token in ids[0, mask[0]].tolist()]])
@@ -73,7 +75,9 @@ class TiMTextModel(torch.nn.Module):
         self.dtypes = {encoder.dtype}
 
     def set_clip_options(self, options: dict) -> None:
-        """Does nothing: layer and projection do not apply, and the device is that of the weights."""
+        """Logs a line for a layer; projection does not apply, and the device is that of the weights."""
+        if options.get("layer") not in (None, -1):
+            logging.warning("TiM: CLIP Set Last Layer has no effect: the model was trained on the last layer")
 
     def reset_clip_options(self) -> None:
         pass

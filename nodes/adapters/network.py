@@ -2,7 +2,7 @@
 
 import comfy.ldm.common_dit
 import torch
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
@@ -58,7 +58,10 @@ class ComfyAttention:
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return optimized_attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True, transformer_options=self.call.options)
+        # What core selects for a CPU asks for the free memory, which breaks a compiled graph.
+        compiled_for_cpu = torch.compiler.is_compiling() and q.device.type == "cpu"
+        attention = attention_pytorch if compiled_for_cpu else optimized_attention
+        return attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True, transformer_options=self.call.options)
 
 
 class TiMNetwork(TransitionTransformer):

@@ -54,6 +54,13 @@ def say(options: dict, text: str) -> None:
         logging.warning(f"TiM: {text}")
 
 
+def log_once(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone whose runs, several in one node, log each line once between them."""
+    model = model.clone()
+    model.model_options["transformer_options"][SAID] = set()
+    return model
+
+
 def usable_patches(options: dict, depth: int, has_text: bool) -> dict:
     """The transformer options without the patches that a transformer of `depth` blocks has no place for; the log names their nodes."""
     lists, tables = options.get("patches", {}), options.get("patches_replace", {})
@@ -78,7 +85,8 @@ def usable_patches(options: dict, depth: int, has_text: bool) -> dict:
 
     replaced = {name: dict(table) for name, table in tables.items()}
     for name, table in tables.items():
-        known = {("double_block", i) for i in range(depth)} | ({("middle", 0), ("middle", 0, 0)} if name == "attn1" else set())
+        known = {("double_block", i) for i in range(depth if has_text or name != "attn2" else 0)}
+        known |= {("middle", 0), ("middle", 0, 0)} if name == "attn1" else set()
         if name in ("dit", *ATTENTIONS) and not known.isdisjoint(table):
             known |= {key for key in table if key[0] == "single_block"}  # nodes for any model name both kinds
         for key in table:
@@ -151,7 +159,7 @@ def _start_run(executor, noise, latent_image, *args, **kwargs):
     model = guider.model_patcher
     latent_format = model.get_model_object("latent_format")
     options = guider.model_options.setdefault("transformer_options", {})
-    options[SAID] = set()
+    options.setdefault(SAID, set())
     check_latent(noise, latent_format.latent_channels)
     sampling = model.get_model_object("model_sampling")
     if type(sampling).calculate_denoised is not comfy.model_sampling.CONST.calculate_denoised:

@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..tim_core.imagenet import class_number
+from ..tim_core.errors import TimError
+from ..tim_core.imagenet import class_number, names
 from .adapters.compat import Schema
-from .adapters.model import class_label
+from .adapters.network import class_label
 
 
 class TiMClassLabel(io.ComfyNode):
@@ -29,4 +30,7 @@ class TiMClassLabel(io.ComfyNode):
 
     @classmethod
     def execute(cls, label) -> io.NodeOutput:
-        return io.NodeOutput([[class_label(class_number(label)), {}]])
+        number = class_number(label)
+        if number >= len(names()):
+            raise TimError(f"label: {number} is not an ImageNet class; choose 0 to {len(names()) - 1}, or a name")
+        return io.NodeOutput([[class_label(number), {}]])

@@ -8,6 +8,7 @@ from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.images import contact_sheet, step_label, to_tensor
 from .adapters.compat import Schema
+from .adapters.run import log_once
 from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
 
@@ -53,7 +54,7 @@ class TiMStepSweep(io.ComfyNode):
         cls, model, vae, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high
     ) -> io.NodeOutput:
         counts = step_counts(steps)
-        model, rows = count_evaluations(model)
+        model, rows = count_evaluations(log_once(model))
         latent, interval = first_of_batch(latent_image), (guidance_low, guidance_high)
         progress = shared_progress(model, 1 + sum(counts))
 

@@ -8,6 +8,7 @@ from ..tim_core.errors import TimError
 from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size, upscale
 from .adapters.compat import Schema
 from .adapters.model import size_multiple
+from .adapters.run import log_once
 from .adapters.sampling import sample_latent, shared_progress
 from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, interval_inputs, seed_input, side_input, stochasticity_input
 
@@ -87,6 +88,7 @@ class TiMNativeUpscale(io.ComfyNode):
             found = "neither is" if image is None else "both are"
             raise TimError(f"image, latent: {found} connected; connect exactly one of them")
         multiple, counts = size_multiple(model), stage_steps(steps, stages)
+        model = log_once(model)
         images = (vae.decode(latent["samples"]) if image is None else image)[..., :3]
         images = images.expand(*images.shape[:3], 3)  # masks and depth maps have one channel
         places = {"batch_index": latent["batch_index"]} if latent and "batch_index" in latent else {}

@@ -340,7 +340,7 @@ def attend(model, clip, vae):
 
     with torch.no_grad():
         network(*inputs, transformer_options={"optimized_attention_override": override})
-    return [len(calls), network.config.depth, network.comfy_attention.options]
+    return [len(calls), network.config.depth, network.call.options]
 
 
 def test_attention_forgets_the_options_of_a_call(comfyui):

@@ -537,7 +537,7 @@ def labels_as_the_network_reads_them(model):
 
     import torch
 
-    adapter = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.model"))
+    adapter = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.network"))
     labels = torch.cat([adapter.class_label(label) for label in range(-1, 1000)])
     return {str(dtype): model.model.diffusion_model._condition(labels.to(dtype)).tolist()
             for dtype in (torch.float32, torch.bfloat16, torch.float16)}

@@ -1,31 +1,49 @@
 """The text encoder as a CLIP: transformers' Gemma 3, loaded and unloaded as a whole."""
 
+import logging
+import re
 from types import SimpleNamespace
 
 import comfy.model_management as mm
 import comfy.sd
 import torch
 from comfy.cli_args import args
+from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
+from ...tim_core.errors import TimError, printable
 from ...tim_core.models.text_encoder import MAX_LENGTH, TextEncoder
 from ...tim_core.weights.load import load_text_encoder
 from ...tim_core.weights.parts import Parts, read_parts
 from ...tim_core.weights.save import json_tensor
 from .compat import supported_kwargs
-from .model import PADDED, WholePatcher
+from .model import WholePatcher
+from .run import PADDED
+
+EMBEDDING = re.compile(r"embedding:\S+")
+
+
+class Tokens(dict):
+    """The tokens of a prompt, under the one name of our text encoder; nodes for other text encoders ask for other names."""
+
+    def __missing__(self, name):
+        raise TimError(f"CLIP: TiM's has no text encoder '{name}'; use CLIP Text Encode")
 
 
 class TiMTokenizer:
-    """Turns text into token ids that start with <bos>. Weights such as (red:1.3) are literal text, as for core's language models."""
+    """Turns text into token ids that start with <bos>. The syntax of prompt weights is taken off: the model has no use for them."""
 
     def __init__(self, encoder: TextEncoder):
         self.encoder = encoder
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict[str, list]:
-        ids, mask = self.encoder.tokenize([text])
+        if extra := sorted(name for name, value in kwargs.items() if value and name != "tokenizer_options"):
+            raise TimError(f"CLIP: TiM's takes text alone, not {', '.join(extra)}; use CLIP Text Encode")
+        if kwargs.get("tokenizer_options"):
+            logging.warning("TiM: tokenizer options have no effect: prompts are as long as they are")
+        ids, mask = self.encoder.tokenize([plain_text(text)])
         word = (0,) if return_word_ids else ()
-        return {"tim": [[(token, 1.0, *word) for token in ids[0, mask[0]].tolist()]]}
+        return Tokens(tim=[[(token, 1.0, *word) for token in ids[0, mask[0]].tolist()]])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tokenizer and config that CheckpointSave and CLIPSave write beside the weights, so that their files load again."""
@@ -33,6 +51,18 @@ class TiMTokenizer:
         name = "tokenizer_json" if tokenizer.is_json else "spiece_model"
         config = {**self.encoder.gemma_config, "escape_prompts": self.encoder.escape}
         return {name: torch.frombuffer(bytearray(tokenizer.data), dtype=torch.uint8), "config_json": json_tensor(config)}
+
+
+def plain_text(text: str) -> str:
+    r"""The text without core's syntax for prompt weights, as in (red:1.3), and embeddings; \( and \) become parentheses.
+
+    One log line shows what is left, if anything was taken off.
+    """
+    escaped = escape_important(text)
+    words = EMBEDDING.sub("", "".join(part for part, _ in token_weights(escaped, 1.0)))
+    if words != escaped:
+        logging.warning(f"TiM: prompt weights and embeddings have no effect: read as '{printable(unescape_important(words))}'")
+    return unescape_important(words)
 
 
 class TiMTextModel(torch.nn.Module):
@@ -45,13 +75,17 @@ class TiMTextModel(torch.nn.Module):
         self.dtypes = {encoder.dtype}
 
     def set_clip_options(self, options: dict) -> None:
-        """Does nothing: layer and projection do not apply, and the device is that of the weights."""
+        """Logs a line for a layer; projection does not apply, and the device is that of the weights."""
+        if options.get("layer") not in (None, -1):
+            logging.warning("TiM: CLIP Set Last Layer has no effect: the model was trained on the last layer")
 
     def reset_clip_options(self) -> None:
         pass
 
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None, dict[str, Tensor]]:
         """-> features of the prompt (1, M, D), no pooled output, and all 256 rows for _fit_conditionings."""
+        if other := sorted(tokens.keys() - {"tim"}):
+            raise TimError(f"CLIP: TiM's has no text encoder '{other[0]}'; use CLIP Text Encode")
         ids = [token[0] for token in tokens["tim"][0]]
         length = len(ids)
         ids = (ids + [self.encoder.tokenizer.pad_id])[:MAX_LENGTH]  # one pad row: all are equal

@@ -15,7 +15,8 @@ from torch import Tensor
 from ...tim_core.errors import TimError
 from ...tim_core.sampler import MODES, fresh_noise, sample
 from .compat import supported_kwargs
-from .model import TARGET, size_multiple, tim_model, with_interval
+from .model import size_multiple, tim_model
+from .run import OWN_SAMPLERS, TARGET, outside_times, with_interval
 
 
 def with_target(extra_args: dict, r: float) -> dict:
@@ -29,6 +30,9 @@ def with_target(extra_args: dict, r: float) -> dict:
 def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable=None, mode="transition", stochasticity=0.0):
     """tim_core's sampler with the signature of a k-diffusion sampler; `model` applies the guidance itself."""
     extra_args = extra_args or {}
+    tim_model(model.inner_model.model_patcher)
+    if (outside := outside_times(sigmas)) is not None:
+        raise TimError(f"sigmas: {outside:g} is outside 0 to 1, the times of a TiM model; use TiM Scheduler, or BasicScheduler with simple")
 
     def network(x, t, r, _):
         mm.throw_exception_if_processing_interrupted()
@@ -37,6 +41,9 @@ def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable
     fresh = fresh_noise(x.shape, extra_args.get("seed") or 0)
     options = dict(mode=mode, stochasticity=stochasticity, noise_sampler=fresh)
     return sample(network, x, sigmas, None, callback=callback, disable=bool(disable), **options)[0]
+
+
+OWN_SAMPLERS.add(sample_transitions)
 
 
 def transition_sampler(mode: str = "transition", stochasticity: float = 0.0) -> comfy.samplers.KSAMPLER:
@@ -63,11 +70,13 @@ def sample_latent(
 ) -> dict:
     """Samples a LATENT from times[0], to which noise is added, to times[-1]; unfinished latents are scaled as core scales them.
 
+    The times are shifted where a node such as ModelSamplingSD3 has set a shift, as KSampler's are.
     Runs through core's guider: masks, areas, hooks, LoRAs and previews work as in KSampler. With add_noise off the latent must come
     from another sampler that stopped at times[0]. `callback` replaces core's progress bar and previews.
     """
     tim_model(model)
     model = with_interval(model, *interval)
+    times = shifted_times(model, times)
     ratio = {"downscale_ratio_spacial": latent.get("downscale_ratio_spacial")}
     samples = latent["samples"]
     samples = comfy.sample.fix_empty_latent_channels(model, samples, **supported_kwargs(comfy.sample.fix_empty_latent_channels, **ratio))
@@ -87,6 +96,17 @@ def sample_latent(
     )
     rest = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
     return {**rest, "samples": samples}
+
+
+def shifted_times(model, times: Tensor) -> Tensor:
+    """The times as the MODEL's sampling shifts them, unchanged by default. TimError if the shift leaves no falling times."""
+    sampling = model.get_model_object("model_sampling")
+    if not hasattr(sampling, "shift"):
+        return times  # not a flow model's: refused when the run starts
+    shifted = sampling.sigma(sampling.timestep(times.double()))
+    if not bool((shifted[1:] < shifted[:-1]).all()):
+        raise TimError(f"shift: {sampling.shift:g} leaves no falling times; choose a shift such as 3 in the node that sets it")
+    return shifted
 
 
 def shared_progress(model, steps: int):

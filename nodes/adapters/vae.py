@@ -15,6 +15,7 @@ from ...tim_core.weights.load import load_autoencoder
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
 from .model import WholePatcher, is_dynamic, patcher_class
+from .run import check_latent
 
 TILE, OVERLAP = 1024, 128  # pixels; smaller tiles show, because attention in the deep stages spans the tile
 
@@ -73,6 +74,14 @@ class TiMVAE(comfy.sd.VAE):
     def get_sd(self):
         config = self.first_stage_model.config
         return {**super().get_sd(), "config_json": json_tensor({**config.record(), "force_upcast": self.needs_float32})}
+
+    def decode(self, samples_in, *args, **kwargs):
+        check_latent(samples_in, self.latent_channels)
+        return super().decode(samples_in, *args, **kwargs)
+
+    def decode_tiled(self, samples, *args, **kwargs):
+        check_latent(samples, self.latent_channels)
+        return super().decode_tiled(samples, *args, **kwargs)
 
     def decode_tiled_(self, samples, tile_x=None, tile_y=None, overlap=None):
         factor = self.upscale_ratio

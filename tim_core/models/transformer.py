@@ -252,7 +252,7 @@ class TransitionTransformer(nn.Module):
         x = self.x_embedder(x)
         projection = None
         for number, block in enumerate(self.blocks, start=1):
-            x = block(x, y, condition, interval, table)
+            x = self.run_block(number - 1, block, x, y, condition, interval, table)
             if return_projection and number == config.encoder_depth:
                 projection = self.projector(x)
         x = self.final_layer(x, condition)
@@ -260,6 +260,12 @@ class TransitionTransformer(nn.Module):
         x = x.unflatten(-1, (config.patch_size, config.patch_size, -1)).unflatten(1, (height, width))
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return (x, projection) if return_projection else x
+
+    def run_block(
+        self, index: int, block: Block, x: Tensor, y: Tensor, condition: Tensor, interval: Tensor, table: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Calls block number `index`, from 0; ComfyUI's network lets other packs replace it here."""
+        return block(x, y, condition, interval, table)
 
     def embed_times(self, t: Tensor, r: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Embeddings of the start time and of the interval, (B, 1, hidden) each (paper Eq. 14)."""

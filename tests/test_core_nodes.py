@@ -1,0 +1,495 @@
+"""Core's own nodes around our MODEL, CLIP and VAE: what acts is right, what cannot act says so in one line, what is wrong is refused."""
+
+import json
+
+import pytest
+import torch
+
+from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, inside, pictures_of, refusal, run_latents
+from tests.comfy_support import probe
+from tim_core import Pipeline, schedule
+from tim_core.shapes.detector import is_correct
+from tim_core.shapes.scenes import scoring_prompts
+
+pytestmark = pytest.mark.comfyui
+
+SD3 = dict(shift=3.0)
+FLUX = dict(max_shift=1.15, base_shift=0.5, width=1024, height=1024)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return Pipeline.load(tiny, device="cpu")
+
+
+def lines_of(comfyui, run) -> list[str]:
+    """What our pack logs while `run` is called."""
+    start = len(comfyui.log_text())
+    run()
+    return [line for line in comfyui.log_text()[start:].splitlines() if "TiM: " in line]
+
+
+def patched(graph: Graph, kind: str, **settings) -> Graph:
+    graph.model = graph.add(kind, model=graph.model, **settings)
+    return graph
+
+
+def count_correct(comfyui, sample, kind: str | None = None, **settings) -> tuple[int, list[torch.Tensor]]:
+    """How many of six prompts the bundled model draws right, with a node between loader and sampler, and the pictures."""
+    prompts = [prompt for task in ("single", "position", "attribution") for prompt in scoring_prompts(task, 2, 5)]
+    graph = Graph(BUNDLED_NAME)
+    if kind:
+        patched(graph, kind, **settings)
+    saves = [graph.picture(sample(graph, positive=graph.text(prompt.text), seed=seed)) for seed, prompt in enumerate(prompts)]
+    outputs = comfyui.run(graph.prompt)
+    pictures = [pictures_of(comfyui, outputs, save)[0] for save in saves]
+    return sum(is_correct(prompt, (picture / 255).numpy()) for prompt, picture in zip(prompts, pictures)), pictures
+
+
+def ksampler(steps: int, **settings):
+    return lambda graph, **links: graph.stock(steps=steps, **settings, **links)
+
+
+def tim_sampler(steps: int):
+    return lambda graph, **links: graph.tim(steps=steps, **links)
+
+
+# Samplers
+
+
+def test_stock_lcm_jumps_to_time_0_and_adds_noise_again(comfyui, pipe):
+    seed, cfg, times = 5, 2.5, schedule.uniform(4).float()
+    found = run_latents(comfyui, graph := Graph(), graph.stock(sampler_name="lcm", seed=seed, cfg=cfg))[0]
+    old = comfyui.stats["system"]["comfyui_version"].startswith("0.3.")
+    fresh = torch.Generator().manual_seed(seed if old else seed + 1)  # core's default_noise_sampler, on a CPU
+    cond, null = pipe.text_encoder.conditioning([PROMPT], [""])
+    x, zero = pipe.noise(1, 64, 64, seed), torch.zeros(1)
+    with torch.no_grad():
+        for t, r in zip(times[:-1, None], times[1:, None]):
+            slope = pipe.transformer(x, t, zero, cond)
+            if t < 1:
+                without = pipe.transformer(x, t, zero, null)
+                slope = without + cfg * (slope - without)
+            x = x - t * slope
+            if r > 0:
+                x = r * torch.randn(x.shape, generator=fresh) + (1 - r) * x
+    close(found, x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_stock_lcm_draws(comfyui, steps):
+    assert count_correct(comfyui, ksampler(steps, sampler_name="lcm"))[0] >= (3 if steps == 1 else 4)
+
+
+@pytest.mark.parametrize("name, steps, denoise, said", [
+    ("heun", 4, 1.0, True), ("dpmpp_2m", 29, 1.0, True), ("uni_pc", 2, 1.0, True), ("euler_ancestral", 4, 0.5, True),
+    ("heun", 30, 1.0, False), ("heun", 15, 0.5, False), ("euler", 1, 1.0, False), ("ddim", 2, 1.0, False), ("lcm", 1, 1.0, False),
+])
+def test_stock_samplers_with_few_steps_say_so_once(comfyui, name, steps, denoise, said):
+    graph = Graph()
+    result = graph.stock(sampler_name=name, steps=steps, denoise=denoise, seed=31)
+    lines = lines_of(comfyui, lambda: run_latents(comfyui, graph, result))
+    assert len(lines) == said
+    assert all(word in line for line in lines for word in (name.replace("uni_pc", "unipc"), "30 steps", f"not {steps};", "euler"))
+
+
+def with_sigmas(graph: Graph, sampler: list) -> list:
+    sigmas = graph.add("KarrasScheduler", steps=4, sigma_max=14.5, sigma_min=0.03, rho=7.0)
+    links = dict(model=graph.model, sampler=sampler, sigmas=sigmas, positive=graph.text(PROMPT), negative=graph.text(""))
+    return graph.add("SamplerCustom", **links, add_noise=True, noise_seed=0, cfg=2.5, latent_image=graph.empty())
+
+
+def test_sigmas_of_another_kind_of_model(comfyui):
+    graph = Graph()
+    message = refusal(comfyui, graph, with_sigmas(graph, graph.add("TiMSamplerSelect", mode="transition", stochasticity=0.0)))
+    assert message.startswith("sigmas: 14.5 ") and "TiM Scheduler" in message
+    graph = Graph()
+    stock = with_sigmas(graph, graph.add("KSamplerSelect", sampler_name="euler"))
+    lines = lines_of(comfyui, lambda: run_latents(comfyui, graph, stock))
+    assert len(lines) == 1 and "sigmas: 14.5 " in lines[0] and "BasicScheduler" in lines[0]
+
+
+@pytest.mark.parametrize("kind, settings", [("ModelSamplingSD3", SD3), ("ModelSamplingAuraFlow", SD3), ("ModelSamplingFlux", FLUX)])
+def test_shifts_act_in_tim_sampler_as_in_ksampler(comfyui, kind, settings):
+    plain = run_latents(comfyui, graph := Graph(), graph.tim())[0]
+    graph = patched(Graph(), kind, **settings)
+    first = graph.tim(seed=1)
+    ours, stock, again, stock_again = run_latents(
+        comfyui, graph, graph.tim(), graph.stock(), graph.tim(first, seed=2, start=0.5), graph.stock(first, seed=2, denoise=0.5))
+    close(ours, stock)
+    close(again, stock_again)
+    assert (ours - plain).abs().max() > 1e-3
+
+
+def test_shifted_samplers_share_a_trajectory(comfyui):
+    graph = patched(Graph(), "ModelSamplingSD3", **SD3)
+    draft = graph.tim(steps=2, end=0.5)
+    close(*run_latents(comfyui, graph, graph.tim(draft, steps=2, start=0.5, add_noise=False), graph.tim(steps=4)))
+
+
+def test_a_shift_without_falling_times_is_refused(comfyui):
+    graph = patched(Graph(), "ModelSamplingSD3", shift=0.0)
+    assert refusal(comfyui, graph, graph.tim()).startswith("shift: 0 ")
+
+
+@pytest.mark.parametrize("kind, settings, said", [
+    ("ModelSamplingDiscrete", dict(sampling="v_prediction", zsnr=False), "ModelSamplingDiscrete"),
+    ("ModelSamplingContinuousEDM", dict(sampling="edm", sigma_max=120.0, sigma_min=0.002), "ModelSamplingContinuousEDM"),
+])
+def test_sampling_of_another_kind_of_model_is_refused(comfyui, kind, settings, said):
+    for method in ("tim", "stock"):
+        graph = patched(Graph(), kind, **settings)
+        message = refusal(comfyui, graph, getattr(graph, method)())
+        assert message.startswith(f"model sampling: {said} ") and "remove" in message
+
+
+# Caches and patches
+
+
+@pytest.mark.parametrize("steps", [8, 20])
+def test_caches_keep_the_quality(comfyui, steps):
+    wanted, plain = count_correct(comfyui, ksampler(steps))
+    assert wanted >= 4
+    settings = dict(reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
+    for kind, sample in (("EasyCache", ksampler(steps)), ("EasyCache", tim_sampler(steps)), ("LazyCache", ksampler(steps))):
+        found, pictures = count_correct(comfyui, sample, kind, **settings)
+        assert found >= wanted - 1, kind
+        assert any((a - b).abs().max() > 2 for a, b in zip(pictures, plain)), "nothing was skipped"
+
+
+ACTING = {
+    "SkipLayerGuidanceDiT": dict(double_layers="3", single_layers="3", scale=3.0, start_percent=0.01, end_percent=0.5, rescaling_scale=0.0),
+    "SkipLayerGuidanceDiTSimple": dict(double_layers="3", single_layers="", start_percent=0.0, end_percent=1.0),
+    "PerturbedAttentionGuidance": dict(scale=3.0),
+    "NAGuidance": dict(nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5),
+    "SelfAttentionGuidance": dict(scale=0.5, blur_sigma=2.0),
+}
+
+
+@pytest.fixture(scope="module")
+def unpatched(comfyui):
+    return count_correct(comfyui, ksampler(4))
+
+
+@pytest.mark.parametrize("kind", ACTING)
+def test_guidance_by_patches_acts(comfyui, unpatched, kind):
+    if kind not in comfyui.object_info:
+        pytest.skip(f"this version of ComfyUI has no {kind}")
+    wanted, plain = unpatched
+    found = []
+    lines = lines_of(comfyui, lambda: found.extend(count_correct(comfyui, ksampler(4), kind, **ACTING[kind])))
+    assert found[0] >= wanted - 1 and wanted >= 4
+    assert all((a - b).abs().max() > 2 for a, b in zip(found[1], plain)) and not lines
+
+
+SHRINK = dict(block_number=3, downscale_factor=2.0, start_percent=0.0, end_percent=0.35, downscale_after_skip=True,
+              downscale_method="bicubic", upscale_method="bicubic")
+IDLE = {
+    "HyperTile": dict(tile_size=32, swap_size=2, max_depth=0, scale_depth=False),
+    "TomePatchModel": dict(ratio=0.3),
+    "PatchModelAddDownscale": SHRINK,
+    "SkipLayerGuidanceDiTSimple": dict(double_layers="7, 8, 9", single_layers="7, 8, 9", start_percent=0.0, end_percent=1.0),
+    "ScaleROPE": dict(scale_x=2.0, shift_x=0.0, scale_y=2.0, shift_y=0.0, scale_t=1.0, shift_t=0.0),
+}
+
+
+@pytest.mark.parametrize("kind", IDLE)
+def test_patches_without_a_place_say_so_once(comfyui, kind):
+    if kind not in comfyui.object_info:
+        pytest.skip(f"this version of ComfyUI has no {kind}")
+    plain = run_latents(comfyui, graph := Graph(), graph.stock(seed=7))[0]
+    graph, found = patched(Graph(), kind, **IDLE[kind]), []
+    result = graph.stock(seed=7)
+    lines = lines_of(comfyui, lambda: found.extend(run_latents(comfyui, graph, result)))
+    close(found[0], plain)
+    assert len(lines) == 1 and f"{kind} has no effect" in lines[0] and "blocks 0 to 1" in lines[0]
+
+
+def test_an_idle_patch_leaves_the_others_alone(comfyui):
+    one = patched(Graph(), "PerturbedAttentionGuidance", scale=1.0)
+    two = patched(patched(Graph(), "TomePatchModel", ratio=0.3), "PerturbedAttentionGuidance", scale=1.0)
+    close(*(run_latents(comfyui, graph, graph.stock())[0] for graph in (one, two)))
+
+
+def blocks_seen(model, clip, vae):
+    """What patches of a pack are given: block numbers, shapes, and whether handing a block on to the original changes anything."""
+    import torch
+
+    network = model.model.diffusion_model
+    x, t, y = torch.randn(1, 16, 4, 6), torch.ones(1), torch.randn(1, 3, network.config.text_dim)
+    seen = {"dit": [], "attn1": [], "attn2": [], "after": []}
+
+    def block(args, extra):
+        seen["dit"].append([args["transformer_options"]["block_index"], list(args["img"].shape), list(args["txt"].shape)])
+        return extra["original_block"](args)
+
+    def queries(name):
+        def patch(q, k, v, pe=None, attn_mask=None, extra_options={}):
+            seen[name].append([extra_options["block_index"], extra_options["n_heads"], list(q.shape), list(k.shape)])
+            return {"v": v}
+
+        return patch
+
+    def after(args):
+        seen["after"].append(args["block_index"])
+        return {"img": args["img"]}
+
+    options = {
+        "patches_replace": {"dit": {("double_block", i): block for i in range(network.config.depth)}},
+        "patches": {"attn1_patch": [queries("attn1")], "attn2_patch": [queries("attn2")], "double_block": [after]},
+    }
+    with torch.no_grad():
+        plain = model.model.apply_model(x, t, c_crossattn=y, transformer_options={})
+        patched = model.model.apply_model(x, t, c_crossattn=y, transformer_options=options)
+    return {**seen, "same": torch.equal(plain, patched)}
+
+
+def test_block_seams(comfyui):
+    found = inside(comfyui, blocks_seen)
+    assert found["dit"] == [[i, [1, 24, 32], [1, 3, 32]] for i in (0, 1)] and found["after"] == [0, 1]
+    assert found["attn1"] == [[i, 2, [1, 2, 24, 16], [1, 2, 24, 16]] for i in (0, 1)]
+    assert found["attn2"] == [[i, 2, [1, 2, 24, 16], [1, 2, 3, 16]] for i in (0, 1)]
+    assert found["same"]
+
+
+def conditioned(model, clip, vae):
+    """Latents with conditionings that carry what the model has no input for, and without."""
+    import comfy.controlnet
+    import torch
+
+    from nodes import KSampler
+
+    text = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle"))
+    extra = {"control": comfy.controlnet.ControlBase(), "control_apply_to_uncond": True, "guidance": 3.5, "reference_latents": [1]}
+    more = [[text[0][0], {**text[0][1], **extra}]]
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    made = [KSampler().sample(model, 0, 2, 2.5, "euler", "simple", positive, text, latent)[0]["samples"] for positive in (text, more)]
+    return [torch.equal(*made), "control" in more[0][1]]
+
+
+def test_conditionings_without_effect_say_so_once(comfyui):
+    found = []
+    lines = lines_of(comfyui, lambda: found.extend(inside(comfyui, conditioned)))
+    assert found == [True, True]
+    assert len(lines) == 3 and all(sum(name in line for line in lines) == 1 for name in ("ControlNet", "FluxGuidance", "ReferenceLatent"))
+
+
+def compiled(model, clip=None, vae=None):
+    """Graphs and breaks of runs through core's compile wrapper: four steps unguided, four guided, and both once more."""
+    import sys
+
+    import comfy.samplers
+    import torch
+    import torch._dynamo
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from torch._dynamo.utils import counters
+
+    graphs = []
+
+    def backend(graph, inputs, **options):
+        graphs.append(1)
+        return graph.forward
+
+    config = model.model.diffusion_model.config
+    torch.manual_seed(0)
+    network = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.network"))
+    rows = [torch.randn(1, 5, config.text_dim) for _ in "ab"] if config.text_dim else [network.class_label(7), network.class_label(-1)]
+    conds = [[[row, {}]] for row in rows]
+    noise = torch.randn(1, config.in_channels, 4, 4)
+    fast = model.clone()
+    set_torch_compile_wrapper(model=fast, backend=backend, options={
+        "guard_filter_fn": lambda entries: [("transformer_options" not in entry.name) for entry in entries]})
+
+    def run(patcher, cfg):
+        sampler, sigmas = comfy.samplers.ksampler("euler"), torch.tensor([1.0, 0.7, 0.45, 0.2, 0.0])
+        return comfy.samplers.sample(
+            patcher, noise, *conds, cfg, torch.device("cpu"), sampler, sigmas, latent_image=torch.zeros_like(noise), seed=0)
+
+    torch._dynamo.reset()
+    counters.clear()
+    found = []
+    for cfg in (1.0, 2.5, 1.0, 2.5):
+        error = float((run(fast, cfg) - run(model, cfg)).abs().max())
+        found.append([len(graphs), error])
+    return {"graphs": [count for count, _ in found], "error": max(error for _, error in found), "breaks": dict(counters["graph_break"])}
+
+
+@pytest.mark.parametrize("kind", ["text", "classes"])
+def test_torch_compile_makes_one_graph_for_each_batch_size(comfyui, class_files, kind):
+    """With guidance the first step, which is not guided, has half the batch of the others."""
+    if kind == "text":
+        found = inside(comfyui, compiled)
+    else:
+        graph = Graph()
+        model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
+        node = graph.add("TiMTestProbe", **probe(compiled), model=model)[0]
+        found = json.loads(comfyui.run(graph.prompt)[node]["text"][0])
+    assert found["graphs"] == [1, 2, 2, 2] and not found["breaks"] and found["error"] < 1e-4
+
+
+# What is wired in wrongly
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("CLIPTextEncodeSDXL", dict(width=64, height=64, crop_w=0, crop_h=0, target_width=64, target_height=64, text_g="a", text_l="a")),
+    ("CLIPTextEncodeFlux", dict(clip_l="a", t5xxl="a", guidance=3.5)),
+    ("CLIPTextEncodeSD3", dict(clip_l="a", clip_g="a", t5xxl="a", empty_padding="none")),
+    ("CLIPTextEncodeSD3", dict(clip_l="", clip_g="", t5xxl="", empty_padding="none")),
+    ("CLIPTextEncodeHiDream", dict(clip_l="a", clip_g="a", t5xxl="a", llama="a")),
+])
+def test_text_nodes_of_other_models_are_refused(comfyui, kind, settings):
+    graph = Graph()
+    message = refusal(comfyui, graph, graph.tim(positive=graph.add(kind, clip=graph.clip, **settings)))
+    assert message.startswith("CLIP: ") and message.endswith("use CLIP Text Encode")
+
+
+def texts_read(model, clip, vae):
+    """What the tokenizer is given for each prompt."""
+    given, real = [], clip.tokenizer.encoder.tokenize
+    clip.tokenizer.encoder.tokenize = lambda prompts: given.extend(prompts) or real(prompts)
+    try:
+        for text in ("a (red:1.3) circle", "a ((red)) circle", "((a:1.2) red:0.5) circle", "a \\(red\\) circle", "a (red circle",
+                     "a red :)", "a red, embedding:bad:1.2 circle", "a [red] circle"):
+            clip.tokenize(text)
+        try:
+            clip.tokenize("a red circle", images=[1])
+        except ValueError as error:
+            given.append(str(error))
+    finally:
+        del clip.tokenizer.encoder.tokenize
+    return given
+
+
+def test_prompt_weights_are_taken_off(comfyui):
+    found = []
+    lines = lines_of(comfyui, lambda: found.extend(inside(comfyui, texts_read)))
+    assert found[:3] == ["a red circle"] * 3
+    assert found[3:6] == ["a (red) circle", "a (red circle", "a red :)"]
+    assert found[6:8] == ["a red,  circle", "a [red] circle"]
+    assert "images" in found[8] and "CLIP Text Encode" in found[8]
+    assert len(lines) == 4 and all("prompt weights" in line for line in lines) and "'a red circle'" in lines[0]
+
+
+def test_weights_change_nothing(comfyui):
+    graph = Graph()
+    weighted, plain = (graph.tim(positive=graph.text(text)) for text in ("a (red:1.3) circle", "a red circle"))
+    close(*run_latents(comfyui, graph, weighted, plain))
+
+
+@pytest.mark.parametrize("layer, said", [(-1, 0), (-2, 1)])
+def test_another_layer_of_the_text_model_has_no_effect(comfyui, layer, said):
+    plain = run_latents(comfyui, graph := Graph(), graph.tim())[0]
+    graph, found = Graph(), []
+    graph.clip = graph.add("CLIPSetLastLayer", clip=graph.clip, stop_at_clip_layer=layer)
+    result = graph.tim()
+    lines = lines_of(comfyui, lambda: found.extend(run_latents(comfyui, graph, result)))
+    close(found[0], plain)
+    assert bool(lines) == bool(said) and all("CLIP Set Last Layer" in line for line in lines)
+
+
+def wrong_latents(model, clip, vae):
+    """What samplers and decoders say to latents of other models."""
+    import sys
+    from types import SimpleNamespace
+
+    import torch
+
+    from nodes import KSampler, VAEDecode, VAEDecodeTiled
+
+    def node(name):
+        return next(module for key, module in sys.modules.items() if key.endswith(f"ComfyUI-TiM.nodes.{name}"))
+
+    text = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle"))
+    times = dict(stochasticity=0.0, start=1.0, end=0.0, add_noise=True, return_with_leftover_noise=True)
+    ways = {
+        "TiM Sampler": lambda latent: node("sampling").TiMSampler.execute(model, text, text, latent, 0, 2, 2.5, 0.0, 1.0, **times),
+        "KSampler": lambda latent: KSampler().sample(model, 0, 2, 2.5, "heun", "simple", text, text, latent),
+        "VAE Decode": lambda latent: VAEDecode().decode(vae, latent),
+        "VAE Decode (Tiled)": lambda latent: VAEDecodeTiled().decode(vae, latent, 512),
+    }
+    found = {}
+    for shape in ((1, 3, 8, 8), (1, 4, 8, 8), (1, 16, 2, 8, 8), (1, 16, 64)):
+        for name, way in ways.items():
+            try:
+                way({"samples": torch.ones(shape)})
+            except Exception as error:
+                found[f"{name} {'x'.join(map(str, shape))}"] = [type(error).__name__, str(error)]
+    other = SimpleNamespace(inner_model=SimpleNamespace(model_patcher=SimpleNamespace(model=torch.nn.Linear(1, 1))))
+    try:
+        node("adapters.sampling").sample_transitions(other, torch.zeros(1), torch.tensor([1.0, 0.0]))
+    except Exception as error:
+        found["sampler"] = [type(error).__name__, str(error)]
+    return found
+
+
+def test_latents_of_other_models_are_refused(comfyui):
+    found = inside(comfyui, wrong_latents)
+    kind, message = found.pop("sampler")
+    assert kind == "TimError" and "Linear is not a TiM model" in message
+    assert len(found) == 16
+    for case, (kind, message) in found.items():
+        shape = case.split()[-1]
+        assert kind == "TimError" and message.startswith(f"latent: {shape} ") and "16 of them channels" in message, case
+        assert "Empty TiM Latent" in message and "VAE Encode" in message
+
+
+def test_a_video_latent_is_refused(comfyui):
+    for method in ("tim", "stock"):
+        graph = Graph()
+        latent = graph.add("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1)
+        message = refusal(comfyui, graph, getattr(graph, method)(latent))
+        assert message.startswith("latent: 1x16x2x8x8 ")
+
+
+def test_sizes_far_from_the_model_s_say_so_once(comfyui):
+    for side, said in ((64, 0), (128, 0), (512, 1)):
+        graph = Graph(BUNDLED_NAME)
+        result = graph.tim(graph.empty(side, side), steps=1)
+        lines = lines_of(comfyui, lambda: run_latents(comfyui, graph, result))
+        assert len(lines) == said and all(f"{side}x{side}" in line and "64x64" in line for line in lines)
+
+
+def test_a_node_of_several_runs_says_a_line_once(comfyui):
+    graph = Graph(BUNDLED_NAME)
+    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""), latent_image=graph.empty(512, 512))
+    sweep = graph.add("TiMStepSweep", **links, seed=0, steps="1, 1", cfg=1.0, guidance_low=0.0, guidance_high=1.0)
+    graph.add("SaveImage", images=sweep, filename_prefix="sheet")
+    lines = lines_of(comfyui, lambda: comfyui.run(graph.prompt))
+    assert len(lines) == 1 and "512x512" in lines[0]
+
+
+@pytest.fixture(scope="module")
+def classes(comfyui, class_files):
+    def graph() -> Graph:
+        graph = Graph()
+        graph.model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
+        return graph
+
+    return graph
+
+
+def test_a_class_out_of_range_fails_in_its_node(comfyui, classes):
+    graph = classes()
+    graph.save(graph.tim(graph.empty(64, 64), graph.add("TiMClassLabel", label="5000"), graph.add("TiMClassLabel", label="")))
+    messages = comfyui.wait(comfyui.queue(graph.prompt))["status"]["messages"]
+    (error,) = (message for kind, message in messages if kind == "execution_error")
+    assert error["node_type"] == "TiMClassLabel" and "5000" in error["exception_message"] and "0 to 999" in error["exception_message"]
+
+
+def test_classes_changed_by_core_s_nodes(comfyui, classes):
+    """Zeroed out a class is the null class; what would be another class is refused."""
+    graph = classes()
+    a, b, null = (graph.add("TiMClassLabel", label=label) for label in ("207", "412", ""))
+    zeroed = graph.add("ConditioningZeroOut", conditioning=a)
+    empty = graph.empty(64, 64)
+    close(*run_latents(comfyui, graph, graph.tim(empty, a, zeroed), graph.tim(empty, a, null)))
+    mixed = {
+        "ConditioningAverage": dict(conditioning_to=a, conditioning_from=b, conditioning_to_strength=0.3),
+        "ConditioningConcat": dict(conditioning_to=a, conditioning_from=b),
+    }
+    for kind, links in mixed.items():
+        graph = classes()
+        a, b = (graph.add("TiMClassLabel", label=label) for label in ("207", "412"))
+        links = {**links, "conditioning_to": a, "conditioning_from": b}
+        message = refusal(comfyui, graph, graph.tim(graph.empty(64, 64), graph.add(kind, **links), graph.add("TiMClassLabel", label="")))
+        assert message.startswith("class label: ") and "Combine" in message

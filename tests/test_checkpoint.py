@@ -239,7 +239,7 @@ def test_hostile_metadata_is_one_line(text, weights, tmp_path):
     save_file(weights, tmp_path / "a.safetensors", metadata={"tim": text})
     for function in (load_transformer, describe):
         message = refused(function, tmp_path / "a.safetensors")
-        assert "a.safetensors: metadata" in message and len(message) < 500
+        assert len(message) < 500 and ("a.safetensors: metadata" in message or len(text) > 2**24 and "a.safetensors: its header" in message)
 
 
 @pytest.mark.parametrize("weight_map", [[1], None, 3, "x", {"a": 1}, {"a": None}, {"a": ["b"]}], ids=str)

@@ -84,7 +84,7 @@ def check_torch_file(path: Path) -> None:
 def leaves(value: Mapping, kind: type, name: str) -> Iterator[tuple[str, Any]]:
     """The objects of a kind in nested dicts, with their dotted keys. TimError naming the source if there is no end of them."""
     names = characters = 0
-    stack = [("", iter(value.items()))]
+    stack: list[tuple[str, Iterator]] = [("", iter(value.items()))]
     while stack:
         prefix, items = stack[-1]
         for key, item in items:
@@ -94,7 +94,7 @@ def leaves(value: Mapping, kind: type, name: str) -> Iterator[tuple[str, Any]]:
             names, characters = names + 1, characters + len(key)
             if names > MOST_NAMES or characters > MOST_NAME_CHARACTERS or len(stack) > MOST_DEPTH:
                 raise TimError(f"{name}: its dicts are nested without end; this is no state dict")
-            if isinstance(item, kind):
+            if not isinstance(item, Mapping):
                 yield key, item
             else:
                 stack.append((f"{key}.", iter(item.items())))
@@ -201,6 +201,10 @@ class _Limited:
 
 class _Reader(pickle._Unpickler):  # in Python: the one in C allocates whatever index a memo opcode names
     """Runs a pickle with stand-ins. After `load`: `storages` by key, and all `tensors`."""
+
+    dispatch: dict[int, Any]
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file, old: bool):
         super().__init__(file, encoding="utf-8")

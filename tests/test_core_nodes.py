@@ -83,7 +83,8 @@ def test_stock_lcm_draws(comfyui, steps):
 
 @pytest.mark.parametrize("name, steps, denoise, said", [
     ("heun", 4, 1.0, True), ("dpmpp_2m", 29, 1.0, True), ("uni_pc", 2, 1.0, True), ("euler_ancestral", 4, 0.5, True),
-    ("heun", 30, 1.0, False), ("heun", 15, 0.5, False), ("euler", 1, 1.0, False), ("ddim", 2, 1.0, False), ("lcm", 1, 1.0, False),
+    ("heun", 30, 1.0, False), ("dpm_adaptive", 4, 1.0, False),
+    ("heun", 15, 0.5, False), ("euler", 1, 1.0, False), ("ddim", 2, 1.0, False), ("lcm", 1, 1.0, False),
 ])
 def test_stock_samplers_with_few_steps_say_so_once(comfyui, name, steps, denoise, said):
     graph = Graph()

@@ -46,6 +46,13 @@ def resolve_r(t: Tensor, options: dict) -> Tensor:
     return torch.where(distance <= 1e-5, sigmas[1:][index], t)
 
 
+class Said(set):
+    """The lines that runs have logged; shared by all clones of a patcher, which version 0.3.64 makes with deepcopy."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 def say(options: dict, text: str) -> None:
     """Logs a line, once in the run that the transformer options belong to."""
     said = options.get(SAID, set())
@@ -57,7 +64,7 @@ def say(options: dict, text: str) -> None:
 def log_once(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
     """A clone whose runs, several in one node, log each line once between them."""
     model = model.clone()
-    model.model_options["transformer_options"][SAID] = set()
+    model.model_options["transformer_options"][SAID] = Said()
     return model
 
 
@@ -143,7 +150,7 @@ def _check_stock_run(sampler, function, sigmas: Tensor, options: dict) -> None:
         options[TRANSITION] = True
     elif function is comfy.k_diffusion.sampling.sample_lcm:
         options[TARGET] = 0.0
-    elif steps < round(FLOW_STEPS * min(span, 1.0)):
+    elif name != "dpm_adaptive" and steps < round(FLOW_STEPS * min(span, 1.0)):  # that one chooses its number of steps itself
         say(options, f"sampler: {name} takes TiM as ordinary flow matching and needs {FLOW_STEPS} steps or more from time 1 to 0, "
                      f"not {steps}; for few steps use TiM Sampler, euler with simple, or lcm")
 
@@ -159,7 +166,7 @@ def _start_run(executor, noise, latent_image, *args, **kwargs):
     model = guider.model_patcher
     latent_format = model.get_model_object("latent_format")
     options = guider.model_options.setdefault("transformer_options", {})
-    options.setdefault(SAID, set())
+    options.setdefault(SAID, Said())
     check_latent(noise, latent_format.latent_channels)
     sampling = model.get_model_object("model_sampling")
     if type(sampling).calculate_denoised is not comfy.model_sampling.CONST.calculate_denoised:

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from ..errors import TimError
 
@@ -202,7 +202,7 @@ class _Limited:
 class _Reader(pickle._Unpickler):  # in Python: the one in C allocates whatever index a memo opcode names
     """Runs a pickle with stand-ins. After `load`: `storages` by key, and all `tensors`."""
 
-    dispatch: dict[int, Any]
+    dispatch: ClassVar[dict[int, Any]]
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
 

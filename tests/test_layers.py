@@ -13,7 +13,7 @@ FLOOR = {"errors", "files"}
 INFERENCE = FLOOR | {"models", "weights", "sampler", "schedule", "transport", "upscale", "pipeline", "images", "imagenet", "processes"}
 MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "imagenet": FLOOR, "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
-    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"models"},
+    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"images", "models"},
     "pipeline": INFERENCE - {"images", "processes"},
     "settings": {"errors"}, "shapes": FLOOR | {"processes", "settings"},
     "evaluation": FLOOR | {"images", "processes", "shapes"},

@@ -6,8 +6,8 @@ from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.sampler import MODES
 from .adapters.compat import Schema
+from .adapters.guidance import with_interval
 from .adapters.model import tim_model
-from .adapters.run import with_interval
 from .adapters.sampling import sample_latent, transition_sampler
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input, steps_input, stochasticity_input, time_inputs
 

@@ -8,7 +8,7 @@ from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.images import contact_sheet, step_label, to_tensor
 from .adapters.compat import Schema
-from .adapters.run import log_once
+from .adapters.log import log_once
 from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress
 from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
 

@@ -14,8 +14,10 @@ from ...tim_core.models.transformer import TransitionTransformer
 from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
+from .log import SAID
 from .network import TiMNetwork
-from .run import SAID, install, resolve_r, usable_patches
+from .patches import usable_patches
+from .run import install, resolve_r
 
 WEIGHT_DTYPES = {
     "default": {},

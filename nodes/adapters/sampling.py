@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ...tim_core.errors import TimError
 from ...tim_core.sampler import MODES, fresh_noise, sample
+from .checks import outside_times
 from .compat import supported_kwargs
+from .guidance import with_interval
 from .model import size_multiple, tim_model
-from .run import OWN_SAMPLERS, TARGET, outside_times, with_interval
+from .run import OWN_SAMPLERS, TARGET
 
 
 def with_target(extra_args: dict, r: float) -> dict:

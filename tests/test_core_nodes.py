@@ -469,6 +469,16 @@ def classes(comfyui, class_files):
     return graph
 
 
+def test_class_models_are_made_for_one_size(comfyui, classes):
+    """512x512 for 32 channels; the reach of the released text-to-image model, 256 to 4096 pixels a side, is not theirs."""
+    for side, said in ((512, 0), (256, 0), (1024, 0), (192, 1), (1280, 1)):
+        graph = classes()
+        label = graph.add("TiMClassLabel", label="207")
+        result = graph.tim(graph.empty(side, side), label, label, steps=1, cfg=1.0)
+        lines = lines_of(comfyui, lambda: run_latents(comfyui, graph, result))
+        assert len(lines) == said and all(f"{side}x{side}" in line and "512x512" in line for line in lines), side
+
+
 def test_a_class_out_of_range_fails_in_its_node(comfyui, classes):
     graph = classes()
     graph.save(graph.tim(graph.empty(64, 64), graph.add("TiMClassLabel", label="5000"), graph.add("TiMClassLabel", label="")))

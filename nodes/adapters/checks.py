@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ...tim_core.errors import TimError
-from ...tim_core.weights.defaults import RELEASED_SIDES, find_defaults
+from ...tim_core.weights.defaults import RELEASED_SIDES
 from .log import say
 
 
@@ -20,13 +20,13 @@ def outside_times(sigmas: Tensor) -> float | None:
     return next((sigma for sigma in sigmas.tolist() if not -1e-6 <= sigma <= 1 + 1e-6), None)
 
 
-def check_size(model, noise: Tensor, options: dict) -> None:
-    config, record = model.diffusion_model.config, model.model_config.record
-    factor = model.latent_format.spacial_downscale_ratio
-    made_for = find_defaults(record, config.in_channels, factor, config.patch_size)
+def check_size(model_config, noise: Tensor, options: dict) -> None:
+    """Logs a line if the image is much larger or smaller than what the checkpoint is made for."""
+    config, made_for = model_config.unet_config["config"], model_config.defaults
+    factor = model_config.latent_format.spacial_downscale_ratio
     width, height = noise.shape[3] * factor, noise.shape[2] * factor
-    released = config.in_channels in RELEASED_SIDES and "native_size" not in record
-    reach = 16 if released else 4  # the released model was trained from 256 to 4096 pixels a side
+    released = config.text_dim is not None and config.in_channels in RELEASED_SIDES and "native_size" not in model_config.record
+    reach = 16 if released else 4  # the released text-to-image model was trained from 256 to 4096 pixels a side, a class model at one size
     ratio = width * height / (made_for.width * made_for.height)
     if not 1 / reach <= ratio <= reach:
         say(options, f"size: {width}x{height} is far from {made_for.width}x{made_for.height}, which this model is made for; "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...tim_core.errors import TimError
 from .checks import check_latent, check_size, outside_times
-from .guidance import PUBLISHED_INTERVAL, with_interval
+from .guidance import with_interval
 from .log import SAID, Said, say
 
 PADDED = "tim_padded"  # conditioning key: the 256 rows of a prompt, padding included
@@ -80,7 +80,7 @@ def _start_run(executor, noise, latent_image, *args, **kwargs):
     if type(sampling).calculate_denoised is not comfy.model_sampling.CONST.calculate_denoised:
         kind = next(base.__name__ for base in type(sampling).__mro__ if base.__module__ == comfy.model_sampling.__name__)
         raise TimError(f"model sampling: {kind} is not for flow models such as TiM; remove the node that sets it, or use ModelSamplingSD3")
-    check_size(model.model, noise, options)
+    check_size(model.model.model_config, noise, options)
     conds = [cond for conds in guider.conds.values() for cond in conds]
     for cond in conds:
         for key in WITHOUT_EFFECT.keys() & cond.keys():
@@ -111,7 +111,7 @@ def _fit_conditionings(conds: list[dict], factor: int) -> None:
 
 
 def install(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """Adds the wrappers to a new patcher -> a clone with the published guidance interval."""
+    """Adds the wrappers to a new patcher -> a clone with the guidance interval that the checkpoint is made for."""
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "tim", _start_sampler)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "tim", _start_run)
-    return with_interval(patcher, *PUBLISHED_INTERVAL)
+    return with_interval(patcher, *patcher.model.model_config.defaults.guidance_interval)

@@ -179,6 +179,37 @@ def test_odd_prompts_give_pictures(pipe):
     assert pipe(prompts, width=16, height=16, steps=1).isfinite().all()
 
 
+WEIGHTS = {
+    "text encoder": ("text_encoder", "transformer.layers.0.mlp.down_proj.weight"),
+    "transformer, step 1 (t = 1, r = 0.5)": ("transformer", "blocks.1.attn.qkv.weight"),
+    "VAE decoder": ("autoencoder", "decoder.conv_in.weight"),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stage", WEIGHTS)
+def test_a_damaged_weight_is_named_with_its_stage(stage, value):
+    pipe = Pipeline.load("tim-shapes", "cpu")
+    network, name = WEIGHTS[stage]
+    getattr(pipe, network).get_parameter(name).data.flatten()[3] = value
+    message = refused(pipe, PROMPT, steps=2)
+    assert message.startswith(stage) and f"'{name}'" in message and "NaN" in message
+
+
+def test_a_damaged_encoder_is_named(tiny):
+    pipe = Pipeline.load(tiny, "cpu")
+    pipe.autoencoder.get_parameter("encoder.conv_out.weight").data.flatten()[0] = float("nan")
+    assert refused(pipe.upscale, torch.zeros(1, 16, 16, 3), PROMPT, steps=1).startswith("VAE encoder")
+
+
+@pytest.mark.parametrize("cfg, advice", [(1.0, "try dtype float32"), (2.5, "try a cfg below 2.5 or dtype float32")])
+def test_an_overflow_names_its_step_and_what_helps(cfg, advice):
+    pipe = Pipeline.load("tim-shapes", "cpu", "float16")
+    pipe.transformer.final_layer.linear.weight.data.fill_(6e4)
+    message = refused(pipe, PROMPT, steps=4, cfg=cfg)
+    assert message.startswith("transformer, step 1 (t = 1, r = 0.75) in float16") and message.endswith(advice)
+
+
 def test_decoding_falls_back_to_tiles(pipe, monkeypatch):
     latent = torch.randn(1, 16, 4, 4)
     whole = pipe.decode(latent)

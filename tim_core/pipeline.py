@@ -16,6 +16,7 @@ from torch import Tensor
 from . import schedule
 from .errors import TimError
 from .files import digest
+from .finite import StepRecorder, check_finite
 from .imagenet import NULL_CLASS, class_number
 from .models.attention import get_attention
 from .sampler import Model, check_seed, fresh_noise, sample
@@ -226,7 +227,12 @@ class Pipeline:
         if condition.null is None and options["cfg"] > 1:
             raise TimError(f"cfg: {options['cfg']:g} needs a null class, which this model lacks; use cfg 1, or a class as the negative")
         fresh = fresh_noise(latent.shape, seed)
-        return sample(condition.model, latent.to(self.device), grid, condition.prompts, condition.null, noise_sampler=fresh, **options)
+        network = StepRecorder(condition.model)
+        latent, evaluations = sample(
+            network, latent.to(self.device), grid, condition.prompts, condition.null, noise_sampler=fresh, **options)
+        advice = [f"a cfg below {options['cfg']:g}"] if options["cfg"] > 1 else []
+        check_finite(latent, network.first_bad, self.transformer, advice)
+        return latent, evaluations
 
     def noise(self, batch: int, width: int, height: int, seed: int) -> Tensor:
         """The noise that ComfyUI draws: (B, C, H / factor, W / factor) float32 on the CPU, the whole batch at once."""
@@ -235,16 +241,19 @@ class Pipeline:
     def encode(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) in [0, 1] -> latents (B, C, H / factor, W / factor) float32, on the CPU; in blended tiles if memory runs out."""
         pixels = images.movedim(-1, 1) * 2 - 1
-        return self._batched(pixels, images.shape[1] * images.shape[2], self.autoencoder.encode, self.autoencoder.tiled_encode)
+        area = images.shape[1] * images.shape[2]
+        return self._batched("VAE encoder", pixels, area, self.autoencoder.encode, self.autoencoder.tiled_encode)
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, H, W, 3) float32 in [0, 1], on the CPU; in blended tiles if memory runs out."""
         area = latent.shape[-1] * latent.shape[-2] * self.factor**2
-        pixels = self._batched(latent, area, self.autoencoder.decode, self.autoencoder.tiled_decode)
+        pixels = self._batched("VAE decoder", latent, area, self.autoencoder.decode, self.autoencoder.tiled_decode)
         return pixels.add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
 
     @torch.no_grad()
-    def _batched(self, batch: Tensor, area: int, untiled: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]) -> Tensor:
+    def _batched(
+        self, stage: str, batch: Tensor, area: int, untiled: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]
+    ) -> Tensor:
         """Run the autoencoder over a batch, about a megapixel at a time; `area`: pixels per item."""
         batch = batch.to(self.device, next(self.autoencoder.parameters()).dtype)
         parts = []
@@ -257,6 +266,7 @@ class Pipeline:
             if out_of_memory:
                 torch.cuda.empty_cache()
                 done = torch.cat([tiled(one, *self._tiles()) for one in some.split(1)])
+            check_finite(done, stage, self.autoencoder)
             parts.append(done.float().cpu())
         return torch.cat(parts)
 
@@ -325,6 +335,7 @@ class Pipeline:
                 raise TimError(f"prompt: {text!r} is not text")
             texts.append(text)
         features = self.text_encoder.encode(texts)
+        check_finite(features.rows, "text encoder", self.text_encoder)
         lengths = [max(pair) for pair in zip(features.lengths[: len(prompts)], features.lengths[len(prompts) :])]
         rows_of = [rows[:length] for rows, length in zip(features.rows, lengths * 2)]
 

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"images", "models"},
     "pipeline": INFERENCE - {"images", "processes"},
     "settings": {"errors"}, "shapes": FLOOR | {"processes", "settings"},
-    "evaluation": FLOOR | {"images", "processes", "shapes"},
+    "evaluation": FLOOR | {"images", "processes", "sampler", "shapes"},
     "training": INFERENCE - {"pipeline"} | {"settings", "shapes"},
     "__init__": {"errors", "pipeline"}, "__main__": {"cli"}, "cli": INFERENCE | {"__init__", "training", "evaluation", "shapes"},
 }

@@ -82,6 +82,16 @@ def test_stochastic_pictures_repeat_with_their_seed(pipe):
     assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
 
 
+def test_a_seed_per_prompt_makes_an_image_alone(pipe):
+    """Whatever the batch, with fresh noise too."""
+    options = dict(steps=4, stochasticity=0.5, width=16, height=16)
+    both = pipe([PROMPT, "a circle"], seed=[3, 4], **options)
+    torch.testing.assert_close(both[:1], pipe(PROMPT, seed=3, **options))
+    torch.testing.assert_close(both[1:], pipe("a circle", seed=[4], **options))
+    assert not torch.allclose(both[:1], pipe(PROMPT, seed=4, **options))
+    assert "2 seeds for 1" in refused(pipe, PROMPT, seed=[3, 4], **options)
+
+
 def test_custom_times(pipe):
     base = pipe(PROMPT, steps=4, width=16, height=16)
     assert torch.equal(base, pipe(PROMPT, times="1, 0.75, 0.5, 0.25, 0", width=16, height=16))
@@ -336,6 +346,7 @@ BAD = {
     "cfg": ({"cfg": float("nan")}, "cfg: nan "), "seed": ({"seed": -1}, "seed: -1 "), "mode": ({"mode": "leap"}, "mode: 'leap' "),
     "interval": ({"guidance_interval": (-1, 1)}, "guidance interval: -1 "),
     "inverted": ({"guidance_interval": (0.9, 0.1)}, "guidance interval: 0.9 to 0.1 "),
+    "little cfg": ({"cfg": 0.5}, "cfg: 0.5 "), "much cfg": ({"cfg": 1e20}, "cfg: 1e+20 "),
     "stochasticity": ({"stochasticity": -0.1}, "stochasticity: -0.1 "), "too much of it": ({"stochasticity": 1.5}, "stochasticity: 1.5 "),
     "times": ({"times": "1, 2"}, "times: 2 "), "times without an end": ({"times": [1, 0.5]}, "times: [1.0, 0.5] "),
     "no shift": ({"shift": 0}, "shift: 0 "), "shift and times": ({"shift": 2, "times": "1, 0"}, "shift: 2 "),

@@ -622,6 +622,33 @@ def test_a_damaged_transformer_is_named(comfyui, damaged, make, step):
     says_damage(refusal(comfyui, graph, make(graph)), "model", "transformer", step, "file")
 
 
+def test_weights_that_a_lora_or_a_dtype_damages(comfyui, tiny, tmp_path):
+    key, weights = "blocks.1.attn.qkv.weight", load_file(tiny)
+    prefix = "model.diffusion_model."
+    model = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    rows, columns = model[key].shape
+    lora = {"diffusion_model.blocks.1.attn.qkv.lora_A.weight": torch.full((1, columns), torch.inf),
+            "diffusion_model.blocks.1.attn.qkv.lora_B.weight": torch.ones(rows, 1)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    comfyui.add("loras", tmp_path / "lora.safetensors", "infinite.safetensors")
+    graph = patched(Graph(), "LoraLoaderModelOnly", lora_name="infinite.safetensors", strength_model=1.0)
+    message = refusal(comfyui, graph, graph.tim())
+    assert "step 1 of 4" in message and key in message and "LoRA" in message
+
+    large = model[key].clone()
+    large[0, 0] = 1e4  # beyond float8_e4m3fn
+    save_file(model | {key: large}, tmp_path / "large.safetensors")
+    comfyui.add("diffusion_models", tmp_path / "large.safetensors", "large.safetensors")
+    for weight_dtype in ("default", "fp8_e4m3fn"):
+        graph = Graph()
+        graph.model = graph.add("TiMModelLoader", model_name="large.safetensors", weight_dtype=weight_dtype)
+        if weight_dtype == "default":
+            assert run_latents(comfyui, graph, graph.tim())[0].isfinite().all()
+        else:
+            message = refusal(comfyui, graph, graph.tim())
+            assert "step 1 of 4" in message and key in message and "weight_dtype" in message
+
+
 @pytest.mark.parametrize("sampler_name, r", [("euler", 0.75), ("heun", 1), ("lcm", 0)])
 def test_a_stock_sampler_says_that_the_transformer_is_damaged(comfyui, damaged, sampler_name, r):
     graph = damaged("model")

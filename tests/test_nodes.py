@@ -539,6 +539,25 @@ def test_limits_beyond_the_model_s_own_are_refused(comfyui, classes):
     assert all(word in message for word in ("guidance_low", "0.8", "0.7", "cfg to 1", "model"))
 
 
+def test_the_interval_of_a_record(comfyui, tiny, tmp_path):
+    """An upper end above 1 guides the first step, too."""
+    from safetensors import safe_open
+
+    with safe_open(tiny, "pt") as file:
+        record = json.loads(file.metadata()["tim"])
+    save_file(load_file(tiny), tmp_path / "whole.safetensors", {"tim": json.dumps(record | {"guidance_interval": [0.3, 1.1]})})
+    comfyui.add("checkpoints", tmp_path / "whole.safetensors", "whole.safetensors")
+    graph = Graph("whole.safetensors")
+    nodes = [graph.picture(graph.tim(steps=4, cfg=4.0)), graph.picture(graph.stock(steps=4, cfg=4.0))]
+    outputs = comfyui.run(graph.prompt)
+    pipe = Pipeline.load(tmp_path / "whole.safetensors", device="cpu")
+    expected = pipe(PROMPT, steps=4, cfg=4.0)
+    assert pipe.nfe == 7  # at the times 1, 0.75 and 0.5
+    for node in nodes:
+        same_picture(pictures_of(comfyui, outputs, node), expected)
+    assert (255 * (expected - pipe(PROMPT, steps=4, cfg=4.0, guidance_interval=(0.0, 1.0)))).abs().max() > 2
+
+
 def test_a_record_that_cannot_be_used_is_refused_when_loaded(comfyui, tiny, tmp_path):
     from safetensors import safe_open
 

@@ -56,11 +56,15 @@ class Trace:
 def check_result(latent: Tensor, trace: Trace, patcher: comfy.model_patcher.ModelPatcher, options: dict) -> None:
     """TimError if the sampled latent has NaN or infinite values; one log line if a stock sampler made it."""
     model = patcher.model
-    dtype = model.manual_cast_dtype or model.get_dtype()
-    repair = "download or convert its file again" + (", or leave out the LoRA" if patcher.patches else "")
-    words = dict(float32="ComfyUI's option --force-fp32", repair=repair)
+    stored = model.get_dtype()
+    repair = ["download or convert its file again"]
+    if patcher.patches:
+        repair.append("leave out the LoRA")
+    if stored.itemsize == 1:
+        repair.append("choose another weight_dtype")
+    words = dict(dtype=model.manual_cast_dtype or stored, float32="ComfyUI's option --force-fp32", repair=", or ".join(repair))
     try:
-        check_finite(latent, trace.first_bad, model.diffusion_model, ["a lower cfg"], dtype=dtype, **words)
+        check_finite(latent, trace.first_bad, model.diffusion_model, ["a lower cfg"], **words)
     except TimError as error:
         if trace.own:
             raise

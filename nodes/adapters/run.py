@@ -100,7 +100,10 @@ def _start_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         if cond.get("cross_attn") is not None:
             check_finite(cond["cross_attn"], "conditioning", advice=["CLIP Text Encode with the CLIP of this checkpoint"])
     options[TRACE] = trace = Trace(sigmas)
-    latent = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    try:
+        latent = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        options.pop(TRACE, None)  # ComfyUI keeps a GUIDER, with its options, after the run
     check_result(latent, trace, model, options)
     return latent
 

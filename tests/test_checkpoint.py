@@ -1104,6 +1104,14 @@ def test_half_a_projector_is_dropped(weights, modules, tmp_path):
     assert "does not load" not in str(describe(tmp_path / "half.safetensors"))
 
 
+def test_a_released_bin_file_is_found_in_its_folder(weights, modules, tmp_path):
+    """`tim download t2i --to FOLDER` saves FOLDER/transformer/t2i_model.bin. A safetensors file beside it is preferred."""
+    torch.save(weights, tmp_path / "t2i_model.bin")
+    assert same(load_transformer(tmp_path), modules["transformer"])
+    save_file({key: torch.zeros_like(value) for key, value in weights.items()}, tmp_path / "t2i_model.safetensors")
+    assert not load_transformer(tmp_path).x_embedder.proj.weight.any()
+
+
 def test_several_files_in_a_folder_are_not_guessed_among(weights, tmp_path):
     for name in ("b", "a"):
         save_file(weights, tmp_path / f"{name}.safetensors")

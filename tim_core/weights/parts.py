@@ -294,7 +294,7 @@ def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
         if weight_map:
             return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()})), {}, folder
     files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
-    files = [file for file in files if is_file(file)] or sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if is_file(file)] or sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if len(files) > 1 and files[0].stem not in WEIGHT_FILES:
         raise TimError(f"{folder}: holds {len(files)} weight files; name one ({', '.join(f.name for f in files[:3])}, ...)")
     if not files:

@@ -35,7 +35,8 @@ def step_label(steps: int, nfe: int, seconds: float) -> str:
 def open_image(path: str | Path) -> Image.Image:
     """Read an image file as 8-bit RGB, upright by its EXIF orientation; transparent areas become white.
 
-    Values of more bits are scaled to 8. TimError naming a file that is no image of FORMATS, is damaged, or has more than MOST_PIXELS.
+    Values of more bits are scaled to 8. TimError naming a file that is not an image of FORMATS, is damaged, or has more than
+    MOST_PIXELS.
     """
     with _opened(path) as image:
         return to_rgb(image)

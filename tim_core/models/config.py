@@ -77,7 +77,7 @@ class TransformerConfig:
         """Reads the architecture from key names and shapes.
 
         metadata: what they cannot tell: num_heads (without qk-norm), new_condition, null_class, encoder_depth. TimError naming the tensor
-        or key if this is no TiM transformer.
+        or key if this is not a TiM transformer.
         """
         metadata = {name: value for name, value in (metadata or {}).items() if value is not None}
 
@@ -265,7 +265,7 @@ class AutoencoderConfig:
         """Reads the architecture from key names and shapes.
 
         metadata: what `record` writes. Without it, both shortcuts are on, batch-norm stages use relu, as in every released DC-AE, and the
-        scaling factor is 0.41407 for 32 channels (dc-ae-f32c32-sana), else 1. TimError if this is no DC-AE.
+        scaling factor is 0.41407 for 32 channels (dc-ae-f32c32-sana), else 1. TimError if this is not a DC-AE.
         """
         metadata = metadata or {}
         shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}

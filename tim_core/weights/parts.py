@@ -122,7 +122,7 @@ class Parts:
             raise TimError(f"{self.source}: the autoencoder has {channels} latent channels, {own}")
         factor = self.latent_factor if latent_factor is None else latent_factor
         if AUTOENCODER in self and (pixels := self[AUTOENCODER].config.factor) != factor:
-            advice = "use the autoencoder it was trained with, or correct the record"
+            advice = "use the autoencoder it was trained with, or correct the file's metadata"
             raise TimError(f"{self.source}: the transformer's latent_factor is {factor}, the autoencoder has {pixels}; {advice}")
         if TEXT_ENCODER in self and (width := self[TEXT_ENCODER].tensors["embed_tokens.weight"].shape[1]) != config.text_dim:
             if config.text_dim is None:
@@ -219,7 +219,7 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
         if config is not None:
             record |= _json(_bytes(config), f"{source}: {prefix}config_json")
         if kind == TRANSFORMER and "preview" in record and not _is_preview(record["preview"], own["x_embedder.proj.weight"]):
-            logging.warning(f"{source}: the record's preview is malformed and ignored; tim previews makes a new one")
+            logging.warning(f"{source}: the preview in the metadata is malformed and ignored; tim previews makes a new one")
             del record["preview"]
             metadata.pop("preview", None)
         parts.parts[kind] = _part(kind, source, own, record, prefix)
@@ -277,7 +277,7 @@ def _from_module(module: torch.nn.Module, kind: str) -> Part:
     source = type(module).__name__
     found = find_part(flatten(module.state_dict(), source), kind)  # a compiled or distributed module wraps its names
     if found is None:
-        raise TimError(f"{source}: this module is no {TITLES[kind]}")
+        raise TimError(f"{source}: this module is not a {TITLES[kind]}")
     inner: Any = getattr(module, "module", module)
     if kind == TEXT_ENCODER:
         record = {**inner.gemma_config, "escape_prompts": inner.escape}

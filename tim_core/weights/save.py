@@ -106,7 +106,7 @@ def check_output_path(dst: str | Path) -> Path:
     if dst.suffix != ".safetensors":
         raise TimError(f"{dst}: the name must end in .safetensors")
     if not dst.parent.is_dir():
-        raise TimError(f"{dst}: folder {dst.parent} does not exist")
+        raise TimError(f"{dst}: folder {dst.parent} does not exist; create it first")
     return dst
 
 

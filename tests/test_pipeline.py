@@ -82,6 +82,16 @@ def test_stochastic_pictures_repeat_with_their_seed(pipe):
     assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
 
 
+def test_a_seed_per_prompt_makes_an_image_alone(pipe):
+    """Whatever the batch, with fresh noise too."""
+    options = dict(steps=4, stochasticity=0.5, width=16, height=16)
+    both = pipe([PROMPT, "a circle"], seed=[3, 4], **options)
+    torch.testing.assert_close(both[:1], pipe(PROMPT, seed=3, **options))
+    torch.testing.assert_close(both[1:], pipe("a circle", seed=[4], **options))
+    assert not torch.allclose(both[:1], pipe(PROMPT, seed=4, **options))
+    assert "2 seeds for 1" in refused(pipe, PROMPT, seed=[3, 4], **options)
+
+
 def test_custom_times(pipe):
     base = pipe(PROMPT, steps=4, width=16, height=16)
     assert torch.equal(base, pipe(PROMPT, times="1, 0.75, 0.5, 0.25, 0", width=16, height=16))
@@ -177,6 +187,37 @@ def test_a_picture_does_not_depend_on_its_batch(pipe):
 def test_odd_prompts_give_pictures(pipe):
     prompts = ["", " ", "a cat", "\u4e00\u53ea\u732b \U0001f408", "word " * 400]
     assert pipe(prompts, width=16, height=16, steps=1).isfinite().all()
+
+
+WEIGHTS = {
+    "text encoder": ("text_encoder", "transformer.layers.0.mlp.down_proj.weight"),
+    "transformer, step 1 (t = 1, r = 0.5)": ("transformer", "blocks.1.attn.qkv.weight"),
+    "VAE decoder": ("autoencoder", "decoder.conv_in.weight"),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stage", WEIGHTS)
+def test_a_damaged_weight_is_named_with_its_stage(stage, value):
+    pipe = Pipeline.load("tim-shapes", "cpu")
+    network, name = WEIGHTS[stage]
+    getattr(pipe, network).get_parameter(name).data.flatten()[3] = value
+    message = refused(pipe, PROMPT, steps=2)
+    assert message.startswith(stage) and f"'{name}'" in message and "NaN" in message
+
+
+def test_a_damaged_encoder_is_named(tiny):
+    pipe = Pipeline.load(tiny, "cpu")
+    pipe.autoencoder.get_parameter("encoder.conv_out.weight").data.flatten()[0] = float("nan")
+    assert refused(pipe.upscale, torch.zeros(1, 16, 16, 3), PROMPT, steps=1).startswith("VAE encoder")
+
+
+@pytest.mark.parametrize("cfg, advice", [(1.0, "try dtype float32"), (2.5, "try a cfg below 2.5 or dtype float32")])
+def test_an_overflow_names_its_step_and_what_helps(cfg, advice):
+    pipe = Pipeline.load("tim-shapes", "cpu", "float16")
+    pipe.transformer.final_layer.linear.weight.data.fill_(6e4)
+    message = refused(pipe, PROMPT, steps=4, cfg=cfg)
+    assert message.startswith("transformer, step 1 (t = 1, r = 0.75) in float16") and message.endswith(advice)
 
 
 def test_decoding_falls_back_to_tiles(pipe, monkeypatch):
@@ -305,6 +346,7 @@ BAD = {
     "cfg": ({"cfg": float("nan")}, "cfg: nan "), "seed": ({"seed": -1}, "seed: -1 "), "mode": ({"mode": "leap"}, "mode: 'leap' "),
     "interval": ({"guidance_interval": (-1, 1)}, "guidance interval: -1 "),
     "inverted": ({"guidance_interval": (0.9, 0.1)}, "guidance interval: 0.9 to 0.1 "),
+    "little cfg": ({"cfg": 0.5}, "cfg: 0.5 "), "much cfg": ({"cfg": 1e20}, "cfg: 1e+20 "),
     "stochasticity": ({"stochasticity": -0.1}, "stochasticity: -0.1 "), "too much of it": ({"stochasticity": 1.5}, "stochasticity: 1.5 "),
     "times": ({"times": "1, 2"}, "times: 2 "), "times without an end": ({"times": [1, 0.5]}, "times: [1.0, 0.5] "),
     "no shift": ({"shift": 0}, "shift: 0 "), "shift and times": ({"shift": 2, "times": "1, 0"}, "shift: 2 "),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import TimError
@@ -80,6 +80,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         alpha = Image.fromarray((values != key).astype(np.uint8) * 255) if isinstance(key, int) else None
         image = Image.fromarray(_to_8_bits(values, image))
     elif image.mode == "LAB":
+        from PIL import ImageCms  # littleCMS, which ComfyUI does not load at start
+
         image = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
     elif image.has_transparency_data:
         image = image.convert("RGBA")

@@ -16,9 +16,10 @@ from torch import Tensor
 from . import schedule
 from .errors import TimError
 from .files import digest
+from .finite import StepRecorder, check_finite
 from .imagenet import NULL_CLASS, class_number
 from .models.attention import get_attention
-from .sampler import Model, check_seed, fresh_noise, sample
+from .sampler import Model, check_guidance, check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
 from .weights.defaults import Defaults, find_defaults
 from .weights.load import load_autoencoder, load_text_encoder, load_transformer
@@ -134,7 +135,7 @@ class Pipeline:
         cfg: float | None = None,
         width: int | None = None,
         height: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         *,
         shift: float = 1.0,
         times: Tensor | Sequence[float] | str | None = None,
@@ -149,7 +150,8 @@ class Pipeline:
         steps, cfg, width, height, guidance_interval: None takes the value of `defaults`; sizes are in pixels.
         prompts: texts; for a class-conditional model, numbers or ImageNet names of classes, "" being the null class.
         negative: negative prompts, one for all or one per prompt. cfg: guidance scale; 1 is no guidance.
-        guidance_interval: guidance acts while low < t < high. shift: above 1 for denser steps at high noise, see `schedule.shifted`.
+        seed: one for the batch, as in ComfyUI, or one per prompt. guidance_interval: guidance acts while low < t < high.
+        shift: above 1 for denser steps at high noise, see `schedule.shifted`.
         times: falling times from 1 to 0, or their text ("1, 0.7, 0.3, 0"), instead of `steps` and `shift`.
         stochasticity: share of fresh noise per step, 0 to 1. mode: "transition", or "diffusion" (r = t, ordinary flow matching).
         noise: standard normal (B, C, H / factor, W / factor), instead of the noise of `seed`.
@@ -159,7 +161,7 @@ class Pipeline:
         width, height = self.defaults.width if width is None else width, self.defaults.height if height is None else height
         grid = self._grid(self.defaults.steps if steps is None else steps, shift, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
-        options = dict(mode=mode, cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
+        options = self._options(cfg, guidance_interval, stochasticity, mode=mode, callback=callback)
         condition = self._condition(prompts, _as_list(negative))
         latent, self.nfe = self._sample(noise, grid, condition, seed, **options)
         return self.decode(latent)
@@ -196,7 +198,7 @@ class Pipeline:
             raise TimError(f"prompts: {len(prompts)} for {len(images)} images; give one, or one per image")
         size = images.shape[2], images.shape[1]
         sizes = stage_sizes(size, target_size(*size, width, height, factor), stages, self.size_multiple)
-        options = dict(cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
+        options = self._options(cfg, guidance_interval, stochasticity, callback=callback)
         condition = self._condition(prompts, _as_list(negative))
         counts = stage_steps(steps, stages)
         self.nfe = 0
@@ -210,41 +212,56 @@ class Pipeline:
 
         return upscale(images, sizes, counts, strength, encode=self.encode, sample=resample, decode=self.decode)[0]
 
-    def _sample(self, latent: Tensor, grid: Tensor, condition: Condition, seed: int, **options) -> tuple[Tensor, int]:
+    def _options(self, cfg: float | None, guidance_interval: tuple[float, float] | None, stochasticity: float, **others) -> dict[str, Any]:
+        """The sampler's options, with the checkpoint's values for None. TimError for values that cannot be used."""
+        cfg = self.defaults.cfg if cfg is None else cfg
+        interval = self.defaults.guidance_interval if guidance_interval is None else guidance_interval
+        check_guidance(cfg, interval, stochasticity)
+        return {"cfg": cfg, "guidance_interval": interval, "stochasticity": stochasticity, **others}
+
+    def _sample(self, latent: Tensor, grid: Tensor, condition: Condition, seed: int | Sequence[int], **options) -> tuple[Tensor, int]:
         """Sample latents from grid[0] to grid[-1] -> latents, network evaluations."""
-        for name in ("cfg", "guidance_interval"):
-            options[name] = getattr(self.defaults, name) if options[name] is None else options[name]
-        low, high = options["guidance_interval"]
-        for name, value in (("cfg", options["cfg"]), ("guidance interval", low), ("guidance interval", high),
-                            ("stochasticity", options["stochasticity"])):
-            if not math.isfinite(value) or value < 0:
-                raise TimError(f"{name}: {value} is not a number of at least 0")
-        if options["stochasticity"] > 1:
-            raise TimError(f"stochasticity: {options['stochasticity']} is above 1; use 0 to 1")
-        if low >= high:
-            raise TimError(f"guidance interval: {low:g} to {high:g} is empty; the first must be smaller (for no guidance use cfg 1)")
         if condition.null is None and options["cfg"] > 1:
             raise TimError(f"cfg: {options['cfg']:g} needs a null class, which this model lacks; use cfg 1, or a class as the negative")
+        if not isinstance(seed, Integral):
+            self._check_seeds(seed, len(latent))
         fresh = fresh_noise(latent.shape, seed)
-        return sample(condition.model, latent.to(self.device), grid, condition.prompts, condition.null, noise_sampler=fresh, **options)
+        network = StepRecorder(condition.model)
+        latent, evaluations = sample(
+            network, latent.to(self.device), grid, condition.prompts, condition.null, noise_sampler=fresh, **options)
+        advice = [f"a cfg below {options['cfg']:g}"] if options["cfg"] > 1 else []
+        check_finite(latent, network.first_bad, self.transformer, advice)
+        return latent, evaluations
 
-    def noise(self, batch: int, width: int, height: int, seed: int) -> Tensor:
-        """The noise that ComfyUI draws: (B, C, H / factor, W / factor) float32 on the CPU, the whole batch at once."""
-        return torch.randn(self._shape(batch, width, height), generator=torch.Generator().manual_seed(check_seed(seed)))
+    def noise(self, batch: int, width: int, height: int, seed: int | Sequence[int]) -> Tensor:
+        """The noise that ComfyUI draws: (B, C, H / factor, W / factor) float32 on the CPU, the whole batch at once, or one seed each."""
+        shape = self._shape(batch, width, height)
+        if not isinstance(seed, (int, Integral)):
+            return torch.cat([self.noise(1, width, height, one) for one in self._check_seeds(seed, batch)])
+        return torch.randn(shape, generator=torch.Generator().manual_seed(check_seed(seed)))
+
+    @staticmethod
+    def _check_seeds(seeds: Sequence[int], batch: int) -> Sequence[int]:
+        if len(seeds) != batch:
+            raise TimError(f"seed: {len(seeds)} seeds for {batch} images; give one, or one per image")
+        return seeds
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) in [0, 1] -> latents (B, C, H / factor, W / factor) float32, on the CPU; in blended tiles if memory runs out."""
         pixels = images.movedim(-1, 1) * 2 - 1
-        return self._batched(pixels, images.shape[1] * images.shape[2], self.autoencoder.encode, self.autoencoder.tiled_encode)
+        area = images.shape[1] * images.shape[2]
+        return self._batched("VAE encoder", pixels, area, self.autoencoder.encode, self.autoencoder.tiled_encode)
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, H, W, 3) float32 in [0, 1], on the CPU; in blended tiles if memory runs out."""
         area = latent.shape[-1] * latent.shape[-2] * self.factor**2
-        pixels = self._batched(latent, area, self.autoencoder.decode, self.autoencoder.tiled_decode)
+        pixels = self._batched("VAE decoder", latent, area, self.autoencoder.decode, self.autoencoder.tiled_decode)
         return pixels.add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
 
     @torch.no_grad()
-    def _batched(self, batch: Tensor, area: int, untiled: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]) -> Tensor:
+    def _batched(
+        self, stage: str, batch: Tensor, area: int, untiled: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]
+    ) -> Tensor:
         """Run the autoencoder over a batch, about a megapixel at a time; `area`: pixels per item."""
         batch = batch.to(self.device, next(self.autoencoder.parameters()).dtype)
         parts = []
@@ -257,6 +274,7 @@ class Pipeline:
             if out_of_memory:
                 torch.cuda.empty_cache()
                 done = torch.cat([tiled(one, *self._tiles()) for one in some.split(1)])
+            check_finite(done, stage, self.autoencoder)
             parts.append(done.float().cpu())
         return torch.cat(parts)
 
@@ -325,6 +343,7 @@ class Pipeline:
                 raise TimError(f"prompt: {text!r} is not text")
             texts.append(text)
         features = self.text_encoder.encode(texts)
+        check_finite(features.rows, "text encoder", self.text_encoder)
         lengths = [max(pair) for pair in zip(features.lengths[: len(prompts)], features.lengths[len(prompts) :])]
         rows_of = [rows[:length] for rows, length in zip(features.rows, lengths * 2)]
 

@@ -352,6 +352,23 @@ def test_whatever_happens_is_one_line(fails, monkeypatch, raised, code, said):
     assert said in fails(code, "sample", "a circle")
 
 
+@pytest.mark.parametrize("words, advice", [
+    (("train", "a.yaml"), "loop.checkpointing: true"), (("convert", "a.bin", "b.safetensors"), "more memory"),
+    (("upscale", "a.png", "a circle"), "--factor"), (("sweep", "a circle"), "--size"),
+], ids=lambda value: value[0] if isinstance(value, tuple) else "")
+def test_out_of_memory_advises_what_the_command_has(fails, monkeypatch, words, advice):
+    def no_memory(args):
+        raise MemoryError
+
+    monkeypatch.setattr(cli.COMMANDS[words[0]], "run", no_memory)
+    line = fails(1, *words)
+    assert mentions(line, "out of memory") and advice in line
+    options = set(re.findall(r"--[a-z]+", line))
+    monkeypatch.undo()
+    command = cli.build_parser().parse_args(words)
+    assert all(hasattr(command, option.strip("-")) for option in options)
+
+
 def test_a_full_disk_leaves_nothing(fails, tiny, monkeypatch):
     def save(*arguments, **keywords):
         raise OSError(28, "No space left on device")

@@ -20,6 +20,13 @@ COMMANDS = {
     "previews": previews, "download": download, "train": train,
 }
 
+MEMORY_ADVICE = {
+    "sample": "try a smaller --size or --batch",
+    "sweep": "try a smaller --size",
+    "upscale": "try a smaller --size or --factor",
+    "evaluate": "try a smaller --batch or --size",
+    "train": "reduce loop.batch, raise loop.accumulate, or set loop.checkpointing: true",
+}
 MAX_WIDTH = 78  # columns of wrapped help, on wider terminals too
 
 EXAMPLES = """\
@@ -66,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=module.SUMMARY, description=module.DESCRIPTION, epilog=module.EXAMPLES, parents=[common],
                                       formatter_class=HelpFormatter)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=name)
     return parser
 
 
@@ -92,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return print_error(str(error), args)
     except Exception as error:
         if is_out_of_memory(error):
-            return print_error("out of memory: try a smaller --size or --batch", args)
+            advice = MEMORY_ADVICE.get(args.command, "close other programs, or use a computer with more memory")
+            return print_error(f"out of memory: {advice}", args)
         if isinstance(error, OSError) and error.strerror:
             return print_error(": ".join(filter(None, [error.filename and str(error.filename), error.strerror])), args)
         return print_error(f"{type(error).__name__}: {error} (-v shows where)", args)

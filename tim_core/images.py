@@ -29,6 +29,7 @@ PAPER, INK = (24, 24, 28), (235, 235, 235)
 
 
 def step_label(steps: int, nfe: int, seconds: float) -> str:
+    """The label of an image on a sheet: steps, network evaluations and seconds."""
     return f"{steps} step{'s' if steps > 1 else ''} · {nfe} NFE · {seconds:.2f} s"
 
 

@@ -101,6 +101,7 @@ def pack(correct: np.ndarray) -> str:
 
 
 def unpack(text: str) -> np.ndarray:
+    """The inverse of `pack` -> (N,) bool."""
     return np.array([letter == "1" for letter in text])
 
 

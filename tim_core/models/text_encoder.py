@@ -88,6 +88,7 @@ class Tokenizer:
 
     @property
     def is_json(self) -> bool:
+        """Whether it was read from a tokenizer.json, not from a SentencePiece model."""
         return is_json(self.data)
 
     def __deepcopy__(self, memo) -> "Tokenizer":

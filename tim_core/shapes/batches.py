@@ -1,4 +1,4 @@
-"""Batches of the small world, drawn anew for every step."""
+"""Batches of coloured shapes, drawn again for every step."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ShapesBatches(torch.utils.data.Dataset):
 
 
 def render_samples(count: int, side: int, seed: int = 0) -> Iterable[Tensor]:
-    """Images of the small world, (3, side, side) in [-1, 1], for `count` random training prompts."""
+    """Images of coloured shapes, (3, side, side) in [-1, 1], for `count` random training prompts."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         prompt = scenes.sample_training_prompt(rng)

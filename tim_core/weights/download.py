@@ -164,6 +164,7 @@ def fetch(downloads: list[Download], report: Callable[[str], None] = lambda line
 
 
 def sha256_of(file: Path) -> str:
+    """The sha256 of a file, in hexadecimal; reads it in chunks."""
     found = hashlib.sha256()
     with open(file, "rb") as opened:
         while chunk := opened.read(CHUNK):

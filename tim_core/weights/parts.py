@@ -7,9 +7,9 @@ The one-file layout (safetensors):
     text_encoders.tokenizer_json                 uint8, the tokenizer.json (or spiece_model, a SentencePiece tokenizer.model)
     vae.<diffusers AutoencoderDC name>
 
-Each part also has a `config_json` (uint8), a record of what shapes cannot tell; that of the text encoder is its Gemma config. The
-safetensors metadata "tim" repeats these records and adds how the model was trained. A file without metadata, as ComfyUI's
-CheckpointSave writes it, loads the same.
+Each part also has a `config_json` (uint8), a record of the settings that tensor shapes do not determine; that of the text encoder is its
+Gemma config. The safetensors metadata "tim" repeats these records and adds how the model was trained. A file without metadata, as
+ComfyUI's CheckpointSave writes it, loads the same.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Part:
     """One model of a checkpoint.
 
     tensors: under their official names, as the file stores them; the REPA projector of a transformer is kept apart.
-    record: what shapes cannot tell. A key comes from the part's own `config_json`, else from the file's metadata; where neither has any,
-    the record is read from a config.json in the same folder.
+    record: the settings that tensor shapes do not determine. A key comes from the part's own `config_json`, else from the file's
+    metadata; where neither has any, the record is read from a config.json in the same folder.
     """
 
     kind: str

@@ -64,7 +64,7 @@ def json_tensor(record: dict) -> Tensor:
 
 
 def _record_of(part: Part, parts: Parts, extra: dict) -> dict:
-    """The record to write with a part: what its shapes cannot tell. `extra` overrides what its file says."""
+    """The record to write with a part: the settings that its shapes do not determine. `extra` overrides what its file says."""
     config = part.config
     if part.kind == TEXT_ENCODER:
         return {**config, "escape_prompts": bool(extra.get("escape_prompts", parts.escape))}

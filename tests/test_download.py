@@ -279,6 +279,12 @@ def test_the_command_lists_terms_and_then_sums(hub, tmp_path, capsys):
         assert hashlib.sha256(Path(file).read_bytes()).hexdigest() == sha256
 
 
+def test_without_a_destination_the_folder_has_the_releases_name(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["download", "c2i-256", "--dry-run"]) == 0
+    assert all(line.startswith("tim-c2i-256/") for line in capsys.readouterr().out.splitlines()) and not list(tmp_path.glob("tim-*"))
+
+
 def test_a_refused_command_is_one_line(hub, tmp_path, capsys):
     hub.status["/google/gemma-3-1b-it/resolve/main/config.json"] = 401, "GatedRepo"
     assert main(["download", "t2i", "--to", str(tmp_path / "tim")]) == 1

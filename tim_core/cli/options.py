@@ -129,10 +129,20 @@ def timed(pipe, prompts: list[str], steps: int | None, times: str | None = None,
 
     steps = pipe.defaults.steps if steps is None else steps
     total = steps if times is None else len(schedule.parse(times)) - 1
-    with tqdm(total=max(0, total), unit="step", desc=f"{total} step{'s' if total != 1 else ''}", leave=False) as bar:
-        started = time.perf_counter()
-        images = pipe(prompts, steps=steps, times=times, callback=lambda state: bar.update(), **options)
-        return images, time.perf_counter() - started
+    bars = []  # one, made by the first step: errors come before it
+
+    def show(state: dict) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, unit="step", desc=f"{total} step{'s' if total != 1 else ''}", leave=False))
+        bars[0].update()
+
+    started = time.perf_counter()
+    try:
+        images = pipe(prompts, steps=steps, times=times, callback=show, **options)
+    finally:
+        for bar in bars:
+            bar.close()
+    return images, time.perf_counter() - started
 
 
 def storage_dtype(name: str | None):

@@ -135,7 +135,7 @@ def plan(release: str, to: str | Path | None = None, comfyui: str | Path | None 
     found = []
     for asset in assets:
         repository = _repository(asset.source, mirror)
-        with _explained(repository, asset):
+        with _explained(repository, asset, "cannot reach the server"):
             url = hf_hub_url(repository, asset.name, endpoint=_endpoint())
             answer = get_hf_file_metadata(url)
         announced = answer.etag if answer.etag and re.fullmatch(r"[0-9a-f]{64}", answer.etag) else None
@@ -257,8 +257,8 @@ def _resume(download: Download, partial: Path) -> None:
 class _explained:
     """Turns the errors of huggingface_hub, the network and the disk into one line that says what to do."""
 
-    def __init__(self, repository: str, asset: Asset):
-        self.name, self.source = f"{repository}/{asset.name}", asset.source
+    def __init__(self, repository: str, asset: Asset, interrupted: str = "the download was interrupted"):
+        self.name, self.source, self.interrupted = f"{repository}/{asset.name}", asset.source, interrupted
 
     def __enter__(self):
         return self
@@ -288,7 +288,7 @@ class _explained:
             return f"{one_line(error)}; check the disk, then repeat the command to resume"
         if status is not None:
             return f"the server answered {status}; repeat the command to resume"
-        return f"the download broke off ({one_line(error)}); repeat the command to resume"
+        return f"{self.interrupted} ({one_line(error)}); check the network, then repeat the command to resume"
 
 
 def _gigabytes(size: int) -> str:

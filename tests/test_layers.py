@@ -90,7 +90,7 @@ def test_training_without_pydantic_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.usefixtures("fresh_modules")
-def test_fine_tuning_loads_nothing_of_the_small_world(tmp_path):
+def test_fine_tuning_loads_no_coloured_shapes(tmp_path):
     config = importlib.import_module("tim_core.training.config")
     importlib.import_module("tim_core.training.finetune")
     path = tmp_path / "lora.yaml"

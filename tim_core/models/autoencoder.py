@@ -118,6 +118,8 @@ class GatedConv(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
+    """Multi-scale linear attention, then a gated convolution; x (B, C, H, W) keeps its shape."""
+
     def __init__(self, channels: int, head_dim: int, kernels: tuple[int, ...], norm: str, operations, device=None, dtype=None):
         super().__init__()
         self.attn = LinearAttention(channels, head_dim, kernels, norm, operations, device, dtype)

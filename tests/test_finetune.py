@@ -16,22 +16,23 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.comfy_graph import BUNDLED_NAME, Graph, run_pictures
-from tests.support import load_all
+from tests.support import load_all, mentions
 from tim_core.errors import TimError
 from tim_core.images import to_pil
-from tim_core.models.config import TransformerConfig
+from tim_core.models.autoencoder import Autoencoder
+from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.processes import ALONE, Processes, Shard
 from tim_core.shapes import detector, scenes
 from tim_core.training import finetune, loop, run
 from tim_core.training import folder as image_folder
-from tim_core.training.config import FolderConfig, LoraConfig, read
-from tim_core.training.finetune import padded
+from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
+from tim_core.training.finetune import padded, read_sources
 from tim_core.training.folder import Item, native_size, scan
 from tim_core.training.lora import add_lora
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_transformer
-from tim_core.weights.parts import read_parts
+from tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, read_parts
 from tim_core.weights.save import pack
 
 
@@ -67,6 +68,60 @@ def yaml(tmp_path, model, data, name="tuned", more="", loop=""):
         f"kind: finetune\noutput: {tmp_path / name}\nmodel: {model}\ndata: {{path: {data}, base_pixels: 4096}}\nshift_base: 64\n{more}"
         f"loop: {{steps: 4, batch: 4, save_every: 2, log_every: 1, workers: 0, warmup: 1, autocast: false{loop}}}\n")
     return path
+
+
+def sources(**settings) -> FineTuning:
+    return FineTuning(output="x", data=FolderConfig("images"), **{name: str(value) for name, value in settings.items()})
+
+
+def coder(channels=16, stages=4) -> Autoencoder:
+    layers = (*[StageConfig(8, 1)] * (stages - 2), StageConfig(16, 1), StageConfig(16, 1, "EfficientViTBlock", (5,)))
+    return Autoencoder(AutoencoderConfig(layers, layers, latent_channels=channels, head_dim=8))
+
+
+@pytest.fixture
+def parts_folder(tmp_path, tiny):
+    """A folder of parts: transformer, text_encoder, vae."""
+    for folder, kind in (("transformer", TRANSFORMER), ("text_encoder", TEXT_ENCODER), ("vae", AUTOENCODER)):
+        (tmp_path / "parts" / folder).mkdir(parents=True)
+        parts = read_parts(tiny)
+        parts.parts = {kind: parts[kind]}
+        pack(parts, tmp_path / "parts" / folder / "model.safetensors")
+    return tmp_path / "parts"
+
+
+@pytest.mark.parametrize("given", [{"text_encoder"}, {"autoencoder"}, {"text_encoder", "autoencoder"}, set()])
+def test_other_parts_take_the_place_of_those_in_model(tiny, parts_folder, given):
+    """The rest is the model's own, from one file and from a folder of parts."""
+    other = {"text_encoder": tiny, "autoencoder": parts_folder / "vae"}
+    for model in (tiny, parts_folder):
+        parts = read_sources(sources(model=model, **{name: other[name] for name in given}))
+        assert set(parts.parts) == {TRANSFORMER, TEXT_ENCODER, AUTOENCODER} and parts.latent_factor == 8 and parts.escape is False
+        for kind, key in ((TEXT_ENCODER, "text_encoder"), (AUTOENCODER, "autoencoder")):
+            assert parts[kind].source.startswith(str(other[key] if key in given else model))
+
+
+def test_a_folder_of_parts_is_trained(tmp_path, parts_folder, data):
+    (made,) = run([yaml(tmp_path, parts_folder, data)])
+    assert read_parts(made).latent_factor == 8 and read_parts(made)[TRANSFORMER].config.in_channels == 16
+
+
+@pytest.mark.parametrize("other, named", [
+    (coder(channels=8), ("8", "latent channels", "16")), (coder(stages=3), ("latent_factor", "8", "4")),
+], ids=["channels", "factor"])
+def test_parts_that_do_not_fit_are_an_error(tmp_path, tiny, data, other, named):
+    vae = pack({"vae": other}, tmp_path / "other.safetensors")
+    with pytest.raises(TimError) as error:
+        run([yaml(tmp_path, tiny, data, more=f"autoencoder: {vae}\n")])
+    assert mentions(str(error.value), "autoencoder") and all(mentions(str(error.value), word) for word in named)
+    assert not (tmp_path / "images.cache").exists()
+
+
+def test_a_missing_part_is_named_with_its_key(parts_folder, tiny):
+    for given, key in (({"autoencoder": tiny}, "text_encoder"), ({"text_encoder": tiny}, "autoencoder")):
+        with pytest.raises(TimError) as error:
+            read_sources(sources(model=parts_folder / "transformer", **given))
+        assert mentions(str(error.value), "model", "has no", f"set {key}")
 
 
 def test_native_sizes():

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import TimError, one_line
-from ..files import atomic_write
+from ..files import make_folder
 from ..processes import Processes, Shard
 from .config import FolderConfig
+from .writing import write_tensors
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VERSION = "3"  # of cached files; files of another version are encoded again
@@ -255,7 +256,7 @@ class Encoder:
         conditions = self.encode_conditions([item.caption_or_label for item in images])
         for k, (item, condition) in enumerate(zip(images, conditions, strict=True)):
             tensors = {**{name: value[k].clone() for name, value in encoded.items()}, "condition": condition.cpu().contiguous()}
-            atomic_write(self.cache_path(item), functools.partial(save_file, tensors))
+            write_tensors(self.cache_path(item), tensors)
 
 
 def same_size(items: list[Item], max_pixels: int) -> list[list[Item]]:
@@ -294,7 +295,7 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
             continue
         fitted.append(Item(item.file, item.caption_or_label, *size))
     fitted = similar_sizes(fitted, config.min_bucket_size)
-    encode.cache.mkdir(parents=True, exist_ok=True)
+    make_folder(encode.cache)
     mine = processes.shard(list({encode.cache_path(item): item for item in fitted}.values()))  # duplicates share a cached file
     missing = [item for item in mine if not readable(encode.cache_path(item))]
     with tqdm(total=len(missing), desc="encode", unit="image", disable=not processes.is_main) as bar:

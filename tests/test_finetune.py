@@ -29,7 +29,7 @@ from tim_core.training import folder as image_folder
 from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
 from tim_core.training.finetune import padded, read_sources
 from tim_core.training.folder import Item, native_size, scan
-from tim_core.training.lora import add_lora
+from tim_core.training.lora import LoraLinear, add_lora
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_transformer
 from tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, read_parts
@@ -370,6 +370,21 @@ def test_a_lora_is_zero_at_first_and_learns(tmp_path, tiny, data):
     assert "the state of a training run" in str(describe(tmp_path / "lora" / "step-00000004.pt"))
     layer = "diffusion_model.blocks.0.attn.qkv"
     assert tensors[f"{layer}.lora_B.weight"].abs().max() > 0 and tensors[f"{layer}.alpha"] == 4
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_an_adapter_computes_in_the_dtype_of_autocast(autocast):
+    """Without autocast in its own. Its output has the dtype of the layer, for every input."""
+    seen = []
+    layer = LoraLinear(torch.nn.Linear(4, 3, dtype=torch.bfloat16), 2, 2.0)
+    torch.nn.init.ones_(layer.lora_B.weight)
+    layer.lora_A.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    x = torch.randn(5, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layer(x)
+    assert seen == [(torch.bfloat16,) * 2 if autocast else (torch.float32,) * 2] and out.dtype == torch.bfloat16
+    exact = layer.base(x).float() + (x.float() @ layer.lora_A.weight.T @ layer.lora_B.weight.T)
+    assert torch.allclose(out.float(), exact, atol=0.03)
 
 
 def test_a_lora_keeps_its_frozen_base_in_bfloat16(tmp_path, tiny, data, monkeypatch):

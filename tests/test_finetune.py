@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import types
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests import hostile
 from tests.comfy_graph import BUNDLED_NAME, Graph, run_pictures
 from tests.support import load_all, mentions
 from tim_core.errors import TimError
@@ -181,9 +183,62 @@ def test_16_bit_and_transparent_images(tmp_path):
     clear = np.zeros((64, 64, 4), np.uint8)
     clear[..., 1], clear[:32, :, 3] = 200, 255  # green, its lower half invisible
     Image.fromarray(clear).save(tmp_path / "clear.png")
-    deep, half = (image_folder.open_image(Item(tmp_path / f"{name}.png", "", 64, 64)) for name in ("deep", "clear"))
+    deep, half = (image_folder.load_image(Item(tmp_path / f"{name}.png", "", 64, 64)) for name in ("deep", "clear"))
     assert deep[:, 0, 0].tolist() == [-1] * 3 and deep[:, 0, -1].tolist() == [1] * 3 and abs(deep.mean()) < 0.02
     assert half[:, -1, 0].tolist() == [1] * 3 and half[:, 0, 0].tolist() == pytest.approx([-1, 200 / 127.5 - 1, -1])
+
+
+def test_the_decoder_is_that_of_every_other_image(tmp_path):
+    """12-bit and float grey as their 8-bit twins, files of every listed ending, upright by their EXIF orientation."""
+    grey = np.add.outer(np.arange(32), 3 * np.arange(64)).astype(np.uint8)
+    (tmp_path / "deep.pgm").write_bytes(b"P5\n64 32\n4095\n" + np.rint(grey / 255 * 4095).astype(">u2").tobytes())
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "float.tif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "turned.png", exif=exif)
+    for name in ("deep", "float", "turned"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    encode = image_folder.Encoder(
+        tmp_path / "cache", "", lambda images: {"latent": images}, lambda captions: [torch.zeros(2, 1)] * len(captions))
+    items = image_folder.prepare(FolderConfig(str(tmp_path)), encode, 8, False, ALONE)
+    assert [(item.file.name, item.width, item.height) for item in items] == [
+        ("deep.pgm", 64, 32), ("float.tif", 64, 32), ("turned.png", 64, 32)]
+    for item in items:
+        latent = load_file(encode.cache_path(item))["latent"]
+        assert (latent - (torch.from_numpy(grey).float() / 127.5 - 1)).abs().max() <= 1.01 / 127.5, item.file.name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs files that are not regular")
+def test_harmful_files_in_a_folder_are_skipped(tmp_path, caplog):
+    """They neither block nor grow, and nothing runs Ghostscript; each is named once."""
+    place, marker = tmp_path / "images", tmp_path / "ran"
+    draw(place / "good.png", 64, 64)
+    (place / "bomb.png").write_bytes(hostile.png_bomb())
+    (place / "script.png").write_bytes(hostile.postscript(marker))
+    held = [hostile.special_file(kind, place / f"{kind}.png") for kind in ("FIFO", "device")]
+    for name in ("bomb", "script", "FIFO", "device"):
+        (place / f"{name}.txt").write_text(name)
+    draw(place / "long.png", 64, 64, caption="x" * 100_000)
+    for kind in ("FIFO", "device"):
+        draw(place / f"caption-{kind}.png", 64, 64, caption=None)
+        held.append(hostile.special_file(kind, place / f"caption-{kind}.txt"))
+    encode = image_folder.Encoder(
+        tmp_path / "cache", "", lambda images: {"latent": images[:, :1]}, lambda captions: [torch.zeros(2, 1)] * len(captions))
+    items = image_folder.prepare(FolderConfig(str(place)), encode, 8, False, ALONE)
+    assert [item.file.name for item in items] == ["good.png"] and not marker.exists()
+    for name in ("bomb.png", "script.png", "FIFO.png", "device.png", "long.txt", "caption-FIFO.txt", "caption-device.txt"):
+        assert sum(f"/{name}" in record.getMessage() for record in caplog.records) == 1, name
+
+
+def test_a_list_that_harms_is_one_line(tmp_path):
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(hostile.deep_json())
+    with pytest.raises(TimError, match="list.jsonl: line 1"):
+        scan(FolderConfig(str(listed)), False)
+    if os.name != "nt":
+        hostile.special_file("FIFO", tmp_path / "pipe.jsonl")
+        with pytest.raises(TimError, match="pipe.jsonl: not a regular file"):
+            scan(FolderConfig(str(tmp_path / "pipe.jsonl")), False)
 
 
 def test_rare_sizes_join_similar_ones(tmp_path):
@@ -207,7 +262,7 @@ def test_training_on_a_folder_names_each_unreadable_image_once(tmp_path, tiny, d
     config = yaml(tmp_path, tiny, data)
     with caplog.at_level(logging.WARNING):
         (made,) = run([config])
-    for name in ("broken.png", "cut.jpg", "tiny.png", "words.png"):
+    for name in ("broken.png", "cut.jpg", "tiny.png", "words.txt"):
         assert sum(name in record.getMessage() for record in caplog.records) == 1
     assert "4 of 9 images were skipped" in caplog.text
     before, after = load_transformer(tiny, dtype=torch.float32), load_transformer(made, dtype=torch.float32)
@@ -281,7 +336,7 @@ def test_images_of_one_size_are_encoded_together(tmp_path, data, monkeypatch, ca
     for item in items:
         kept = load_file(encode.cache_path(item))
         assert kept["condition"].item() == len(item.caption_or_label)
-        assert torch.equal(kept["latent"], image_folder.open_image(item)[:1, ::8, ::8])
+        assert torch.equal(kept["latent"], image_folder.load_image(item)[:1, ::8, ::8])
 
 
 def test_a_damaged_cached_file_is_encoded_again(tmp_path, tiny, data):
@@ -298,12 +353,12 @@ def test_a_damaged_cached_file_is_encoded_again(tmp_path, tiny, data):
 
 def test_the_cache_is_encoded_once(tmp_path, tiny, data, monkeypatch):
     opened, real = [], image_folder.open_image
-    monkeypatch.setattr(image_folder, "open_image", lambda item: opened.append(item.file.name) or real(item))
+    monkeypatch.setattr(image_folder, "open_image", lambda file: opened.append(file.name) or real(file))
     run([yaml(tmp_path, tiny, data, "first", loop=", lr: 0.0001")])
     first, opened[:] = list(opened), []
     draw(data / "1.png", 64, 64, (0, 200, 0), "another caption")
     run([yaml(tmp_path, tiny, data, "second", loop=", lr: 0.0001")])
-    assert len(first) >= 5 and sorted(set(opened)) == ["1.png", "cut.jpg"]
+    assert len(first) >= 5 and sorted(set(opened)) == ["1.png", "broken.png", "cut.jpg"]
     sizes = {tuple(load_file(file)["latent"].shape) for file in (tmp_path / "images.cache").glob("*.safetensors")}
     assert sizes == {(16, 8, 8), (16, 8, 12), (16, 12, 8)}
 

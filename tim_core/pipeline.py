@@ -23,7 +23,7 @@ from .models.attention import get_attention
 from .models.autoencoder import TILE
 from .sampler import Model, check_guidance, check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
-from .weights.defaults import Defaults, find_defaults
+from .weights.defaults import Defaults, find_defaults, read_defaults
 from .weights.load import load_autoencoder, load_text_encoder, load_transformer
 from .weights.lora import Lora, merge_lora, read_lora
 from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts, read_parts
@@ -388,16 +388,6 @@ def _strengths(lora: str | Path | Mapping[str | Path, float] | None) -> Mapping[
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [prompts] if isinstance(prompts, (str, int)) else list(prompts)
-
-
-def read_defaults(parts: Parts) -> Defaults:
-    """The settings that a checkpoint is made for; TimError naming the source if its record cannot be used."""
-    transformer = parts[TRANSFORMER]
-    config = transformer.config
-    try:
-        return find_defaults(transformer.record, config.in_channels, parts.latent_factor, config.patch_size, config.text_dim is None)
-    except TimError as error:
-        raise TimError(f"{transformer.source}: {error}") from None
 
 
 def size_multiple(parts: Parts) -> int:

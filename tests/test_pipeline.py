@@ -263,6 +263,18 @@ def test_bfloat16(tiny, pipe):
     assert images.dtype == torch.float32 and (images - pipe(PROMPT, width=32, height=32)).abs().mean() < 0.01
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm GPU")
+def test_a_gpu_makes_the_images_of_a_cpu(tiny, pipe):
+    options = dict(steps=2, width=32, height=32)
+    exact = Pipeline.load(tiny, "cuda", "float32")
+    torch.testing.assert_close(exact(PROMPT, **options), pipe(PROMPT, **options), rtol=0, atol=5e-3)
+    auto = Pipeline.load(tiny)
+    assert auto.device.type == "cuda" and auto.dtype in (torch.bfloat16, torch.float32)
+    assert (auto(PROMPT, **options) - pipe(PROMPT, **options)).abs().mean() < 0.02
+    assert available_bytes(torch.device("cuda")) > 0
+
+
 def test_auto_is_float32_on_a_cpu(tiny):
     loaded = Pipeline.load(str(tiny), device="cpu")
     assert loaded.dtype == torch.float32 and loaded.device.type == "cpu" and loaded.factor == 8

@@ -264,7 +264,6 @@ def test_bfloat16(tiny, pipe):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm GPU")
 def test_a_gpu_makes_the_images_of_a_cpu(tiny, pipe):
     options = dict(steps=2, width=32, height=32)
     exact = Pipeline.load(tiny, "cuda", "float32")

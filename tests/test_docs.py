@@ -66,6 +66,14 @@ def test_links_lead_somewhere(file):
         assert not anchor or anchor in anchors(place), target
 
 
+@pytest.mark.parametrize("file", [*PAGES, *HELP, *NOTEBOOK.glob("*.md")], ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_lines_of_prose_have_at_most_100_columns(file):
+    """Outside code and tables; pages in ja, ko and zh have one line per paragraph."""
+    prose = re.sub(r"^```.*?^```", "", text_of(file), flags=re.S | re.M)
+    lines = [line for line in prose.splitlines() if not line.lstrip().startswith("|")]
+    assert file.stem in ("ja", "ko", "zh") or max(map(len, lines)) <= 100
+
+
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
 def test_commands_are_understood(file):
     for arguments in commands(text_of(file)):

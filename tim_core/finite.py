@@ -34,23 +34,31 @@ class StepRecorder:
 
 
 def check_finite(
-    values: Tensor | Sequence[Tensor], stage: str | Callable[[], str], network: nn.Module | None = None, advice: Sequence[str] = ()
+    values: Tensor | Sequence[Tensor],
+    stage: str | Callable[[], str],
+    network: nn.Module | None = None,
+    advice: Sequence[str] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    float32: str = "dtype float32",
+    repair: str = "download or convert its file again",
 ) -> None:
     """TimError naming the stage, the network's dtype and what helps if a value is NaN or infinite.
 
     values: one tensor, or several of one device. stage: its name, or a function that finds it, called only for the error.
     network: whose weights are searched for the damage, only for the error. advice: what may help, besides another dtype.
+    dtype: what the network computes in, by default what its weights are in. float32: how to compute in it. repair: for a damaged weight.
     """
     flags = [value.isfinite().all() for value in ([values] if isinstance(values, Tensor) else values)]
     if bool(flags[0] if len(flags) == 1 else torch.stack(flags).all()):
         return
     name = stage if isinstance(stage, str) else stage()
     if network is not None:
-        if damaged := _damaged_tensor(network):
-            raise TimError(f"{name}: NaN or infinite values, which the weight '{damaged}' has too; download or convert its file again")
-        dtype = next(network.parameters()).dtype
+        dtype = dtype or next(network.parameters()).dtype
         name = f"{name} in {str(dtype).removeprefix('torch.')}"
-        advice = [*advice, *(["dtype float32"] if dtype.itemsize < 4 else [])]
+        if damaged := _damaged_tensor(network):
+            raise TimError(f"{name}: NaN or infinite values, which the weight '{damaged}' has too; {repair}")
+        advice = [*advice, *([float32] if dtype.itemsize < 4 else [])]
     help_ = f"try {' or '.join(advice)}" if advice else "the checkpoint's weights or settings are wrong"
     raise TimError(f"{name}: NaN or infinite values; {help_}")
 

@@ -19,6 +19,7 @@ from .log import SAID
 from .network import TiMNetwork
 from .patches import usable_patches
 from .run import install, resolve_r
+from .trace import TRACE
 
 WEIGHT_DTYPES = {
     "default": {},
@@ -47,7 +48,11 @@ class TiMModel(comfy.model_base.BaseModel):
         options = usable_patches(transformer_options, config.depth, has_text=config.text_dim is not None)
         options = {**options, "tim_r": resolve_r(t, options)}
         options.pop(SAID, None)
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        trace = options.pop(TRACE, None)
+        denoised = super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if trace is not None:
+            trace.add(t, options["tim_r"], x, denoised)
+        return denoised
 
 
 class TiMLatent(comfy.latent_formats.LatentFormat):

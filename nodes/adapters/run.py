@@ -11,9 +11,11 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...tim_core.errors import TimError
+from ...tim_core.finite import check_finite
 from .checks import check_latent, check_size, outside_times
 from .guidance import with_interval
 from .log import SAID, Said, say
+from .trace import TRACE, Trace, check_result
 
 PADDED = "tim_padded"  # conditioning key: the 256 rows of a prompt, padding included
 TARGET = "tim_target"  # transformer option: end time of the current step
@@ -49,7 +51,10 @@ def _start_sampler(executor, guider, sigmas, extra_args, *args, **kwargs):
     sampler = executor.class_obj
     function = getattr(sampler, "sampler_function", None)
     options = extra_args["model_options"].setdefault("transformer_options", {})
-    if function not in OWN_SAMPLERS:
+    if function in OWN_SAMPLERS:
+        if TRACE in options:
+            options[TRACE].own = True
+    else:
         _check_stock_run(sampler, function, sigmas, options)
     return executor(guider, sigmas, extra_args, *args, **kwargs)
 
@@ -68,8 +73,11 @@ def _check_stock_run(sampler, function, sigmas: Tensor, options: dict) -> None:
                      f"not {steps}; for few steps use TiM Sampler, euler with simple, or lcm")
 
 
-def _start_run(executor, noise, latent_image, *args, **kwargs):
-    """OUTER_SAMPLE wrapper: checks what the run was given, and fits its conditionings. TimError for what cannot be right."""
+def _start_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    """OUTER_SAMPLE wrapper: checks what the run was given and what it gives, and fits its conditionings.
+
+    TimError for what cannot be right.
+    """
     guider = executor.class_obj
     model = guider.model_patcher
     latent_format = model.get_model_object("latent_format")
@@ -87,7 +95,14 @@ def _start_run(executor, noise, latent_image, *args, **kwargs):
             del cond[key]  # the run's own copy
             say(options, f"{WITHOUT_EFFECT[key]} has no effect: this model has no input for it")
     _fit_conditionings(conds, latent_format.spacial_downscale_ratio)
-    return executor(noise, latent_image, *args, **kwargs)
+    check_finite(latent_image, "latent before sampling", advice=["a lower cfg or float32 in the node that made it"])
+    for cond in conds:
+        if cond.get("cross_attn") is not None:
+            check_finite(cond["cross_attn"], "conditioning", advice=["CLIP Text Encode with the CLIP of this checkpoint"])
+    options[TRACE] = trace = Trace(sigmas)
+    latent = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    check_result(latent, trace, model, options)
+    return latent
 
 
 def _fit_conditionings(conds: list[dict], factor: int) -> None:

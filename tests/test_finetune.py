@@ -1,12 +1,14 @@
 """Fine-tuning: folders of images, their cache, and LoRAs."""
 
 import csv
+import gc
 import itertools
 import json
 import logging
 import math
 import os
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,8 @@ from tim_core.processes import ALONE, Processes, Shard
 from tim_core.shapes import detector, scenes
 from tim_core.training import finetune, loop, run
 from tim_core.training import folder as image_folder
-from tim_core.training.config import FineTuning, FolderConfig, LoraConfig, read
+from tim_core.training.config import FineTuning, FolderConfig, LoraConfig
+from tim_core.training.config import read as read_config
 from tim_core.training.finetune import padded, read_sources
 from tim_core.training.folder import Item, native_size, scan
 from tim_core.training.lora import LoraLinear, add_lora
@@ -305,6 +308,107 @@ def test_a_class_conditional_model_learns_from_folders(tmp_path, tiny, more):
     assert after.config == before.config and moved[2] < 1e-4 < min(moved[0], moved[1])  # no image has class 2
 
 
+@pytest.fixture
+def without_null(tmp_path):
+    """A class-conditional checkpoint without null class, and a folder of images for it."""
+    torch.manual_seed(0)
+    network = TransitionTransformer(
+        TransformerConfig(in_channels=16, hidden_size=32, depth=1, num_heads=2, num_classes=2, null_class=False, lora_hidden_size=8))
+    network.initialize_weights()
+    for name in ("cat", "dog"):
+        draw(tmp_path / "classes" / name / "a.png", 64, 64, caption=None)
+    return pack({"transformer": network}, tmp_path / "classes.safetensors", metadata={"latent_factor": 8}), tmp_path / "classes"
+
+
+@pytest.mark.parametrize("setting, advice", [
+    ("dropout: 0.5", "dropout is 0.5"), ("dropout: 0\nobjective: {enhance_target: true}", "objective.enhance_target is true"),
+])
+def test_what_needs_a_null_class_is_an_error_without_one(tmp_path, tiny, without_null, setting, advice):
+    model, images = without_null
+    with pytest.raises(TimError) as error:
+        run([yaml(tmp_path, model, images, more=f"autoencoder: {tiny}\n{setting}\n")])
+    assert mentions(str(error.value), advice, "no null class", "use") and not (tmp_path / "classes.cache").exists()
+
+
+def test_a_model_without_null_class_is_trained_without_dropout(tmp_path, tiny, without_null):
+    """Its samples are not guided."""
+    model, images = without_null
+    (made,) = run([yaml(tmp_path, model, images, more=f"autoencoder: {tiny}\ndropout: 0\n", loop=", lr: 0.01")])
+    table = "y_embedder.embedding_table.weight"
+    before, after = (load_transformer(file, dtype=torch.float32).state_dict()[table] for file in (model, made))
+    assert before.shape == after.shape == (2, 32) and (after - before).abs().amax(1).min() > 1e-4
+    assert (tmp_path / "tuned" / "sample-00000004.png").is_file()
+
+
+def test_the_text_encoder_is_freed_before_the_first_step(tmp_path, tiny, data, monkeypatch):
+    """Its weights, too, and those of the file."""
+    held, encoders, real_load, real_read = [], [], finetune.load_text_encoder, finetune.read_sources
+
+    def load(*args, **more):
+        encoder = real_load(*args, **more)
+        held.extend(weakref.ref(p) for p in encoder.parameters())
+        encoders.append(weakref.ref(encoder))
+        return encoder
+
+    def read(config):
+        parts = real_read(config)
+        held.extend(weakref.ref(value) for value in parts[TEXT_ENCODER].tensors.values())
+        return parts
+
+    monkeypatch.setattr(finetune, "load_text_encoder", load)
+    monkeypatch.setattr(finetune, "read_sources", read)
+    task = finetune.FineTuningTask(read_config(yaml(tmp_path, tiny, data)), None)
+    gc.collect()
+    assert len(encoders) == 1 and len(held) > 20 and not any(ref() is not None for ref in (*encoders, *held))
+    assert task.batches[0][0].total > 0 and task.conditions.null_like(torch.zeros(2, 5, 1)).shape == (2, 5, 32)
+
+
+def test_a_finished_run_on_other_data_is_an_error(tmp_path, tiny, data, capsys):
+    """Other pixels or another caption under the same names. The same data in another folder are the same."""
+    config = yaml(tmp_path, tiny, data, more="lora: {rank: 2}\n")
+    (made,) = run([config])
+    before = load_file(made)
+    data.rename(tmp_path / "moved")
+    config.write_text(config.read_text().replace(f"path: {data}", f"path: {tmp_path / 'moved'}"))
+    assert run([config]) == [made] and all(torch.equal(value, before[name]) for name, value in load_file(made).items())
+    image, caption = tmp_path / "moved" / "0.png", tmp_path / "moved" / "0.txt"
+    for file, change in ((image, lambda: draw(image, 64, 64, (0, 0, 200), None)), (caption, lambda: caption.write_text("another"))):
+        content = file.read_bytes()
+        change()
+        with pytest.raises(TimError) as error:
+            run([config])
+        assert mentions(str(error.value), "finished", "other images or captions", "another output")
+        file.write_bytes(content)
+    caption.write_text("another")
+    capsys.readouterr()
+    config.write_text(config.read_text().replace("steps: 4", "steps: 6"))
+    run([config])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed images")]
+    assert mentions(line, "images and captions")
+    assert "images and captions" in str(describe(made))
+
+
+@pytest.mark.parametrize("which", ["autoencoder", "text_encoder"])
+def test_other_encoders_are_noticed_at_a_resume(tmp_path, tiny, data, which):
+    parts = load_all(tiny)
+    network = parts.autoencoder if which == "autoencoder" else parts.text_encoder
+    files = []
+    for k in range(2):
+        files.append(pack({"vae" if which == "autoencoder" else "text-encoder": network}, tmp_path / f"{k}.safetensors"))
+        with torch.no_grad():
+            next(network.parameters()).add_(0.1)
+    config = yaml(tmp_path, tiny, data, more=f"{which}: {tmp_path / 'used.safetensors'}\n")
+    (tmp_path / "used.safetensors").write_bytes(files[0].read_bytes())
+    run([config])
+    config.write_text(config.read_text().replace("steps: 4", "steps: 6"))
+    (tmp_path / "used.safetensors").write_bytes(files[1].read_bytes())
+    with pytest.raises(TimError) as error:
+        run([config])
+    assert mentions(str(error.value), "step-00000004.pt", "frozen weights differ")
+    config.write_text(config.read_text().replace("used", "0"))  # the same weights in another file
+    run([config])
+
+
 def test_another_text_model_does_not_share_the_cache(tmp_path, tiny, data):
     for escape in (False, True):
         parts = load_all(tiny)
@@ -509,4 +613,4 @@ def test_impossible_values_name_the_key(tmp_path, text, named):
     path = tmp_path / "bad.yaml"
     path.write_text(f"kind: finetune\noutput: x\nmodel: y\ndata: {{path: z}}\n{text}\n")
     with pytest.raises(TimError, match=named):
-        read(path)
+        read_config(path)

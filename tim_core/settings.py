@@ -37,6 +37,11 @@ ADVICE = {
 }
 
 
+def shown(value: Any) -> str:
+    """A value as it is written in YAML."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def require(ok: Any, key: str, value: Any, use: str) -> None:
     """The error of a rule that a type cannot state, for validators. key: below the settings that are checked, dotted."""
     if not ok:

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import TimError, one_line
+from ..files import digest
 from ..models.autoencoder import Autoencoder
 from ..models.config import AutoencoderConfig, StageConfig
 from ..processes import Shard, find_processes
@@ -59,6 +60,7 @@ class AutoencoderTask(Task[Autoencoder]):
         if config.start:
             start = load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32)
             init_from(self.model, start.state_dict(), config.start)
+            self.fixed = digest(start.state_dict().items())
         self.model.encoder.requires_grad_(not config.freeze_encoder)
         self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
         self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))

@@ -7,10 +7,10 @@ from comfy_api.latest import io
 from ..tim_core.errors import TimError
 from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size, upscale
 from .adapters.compat import Schema
+from .adapters.log import log_once
 from .adapters.model import size_multiple
-from .adapters.run import log_once
 from .adapters.sampling import sample_latent, shared_progress
-from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, interval_inputs, seed_input, side_input, stochasticity_input
+from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, limit_inputs, seed_input, side_input, stochasticity_input
 
 
 class TiMNativeUpscale(io.ComfyNode):
@@ -70,7 +70,7 @@ class TiMNativeUpscale(io.ComfyNode):
                     "either way.",
                 ),
                 cfg_input(),
-                *interval_inputs(),
+                *limit_inputs(),
                 stochasticity_input(),
             ],
             outputs=[

@@ -212,6 +212,61 @@ def test_an_idle_patch_leaves_the_others_alone(comfyui):
     close(*(run_latents(comfyui, graph, graph.stock())[0] for graph in (one, two)))
 
 
+def sorted_out(model, clip, vae):
+    """Which patches of packs whose classes have one name are kept, what is said of the others, and whether a second step looks again."""
+    import functools
+    import inspect
+    import sys
+
+    patches = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.patches"))
+
+    def pack(name):
+        """A class Patcher in a module of that name, and three closures of its methods."""
+
+        def fits(q, k, v, pe=None, attn_mask=None, extra_options={}):
+            return {}
+
+        def does_not(n, context_attn1, value_attn1, extra_options):
+            return {}
+
+        def output(out, extra_options):
+            return out
+
+        closures = (fits, does_not, output)
+        for closure in closures:
+            closure.__module__, closure.__qualname__ = name, f"Patcher.patch.<locals>.{closure.__name__}"
+
+        def call(self, q, k, v, pe=None, attn_mask=None, extra_options={}):
+            return {}
+
+        call.__module__, call.__qualname__ = name, "Patcher.__call__"
+        return type("Patcher", (), {"__module__": name, "__call__": call})(), *closures
+
+    instance, fits, _, _ = pack("/custom_nodes/pack_a")
+    _, _, does_not, output = pack("/custom_nodes/pack_b")
+    method = instance.__call__
+    given = [fits, functools.partial(fits), method, instance, does_not, functools.partial(does_not)]
+    options = {patches.say.__globals__["SAID"]: (said := set()), "patches": {"attn1_patch": given, "attn1_output_patch": [output]}}
+    looked, real = [], inspect.signature
+    inspect.signature = lambda *args, **kwargs: looked.append(args) or real(*args, **kwargs)
+    try:
+        kept = [patches.usable_patches(options, 2, has_text=True)["patches"] for _ in range(3)]
+        first = len(looked)
+        patches.usable_patches(options, 2, has_text=True)
+    finally:
+        inspect.signature = real
+    names = [[given.index(patch) for patch in each["attn1_patch"]] + [len(each["attn1_output_patch"])] for each in kept]
+    return {"kept": names, "said": sorted(said), "looked": [0 < first <= 7, len(looked) - first]}
+
+
+def test_patches_are_told_apart_by_their_pack(comfyui):
+    """A node's patches work together, so all of them go or stay; another pack's, of a class of the same name, are not touched."""
+    found = inside(comfyui, sorted_out)
+    assert found["kept"] == [[0, 1, 2, 3, 0]] * 3
+    assert len(found["said"]) == 1 and found["said"][0].startswith("Patcher has no effect on attn1_patch")
+    assert found["looked"] == [True, 0]
+
+
 def blocks_seen(model, clip, vae):
     """What patches of a pack are given: block numbers, shapes, and whether handing a block on to the original changes anything."""
     import torch
@@ -467,6 +522,16 @@ def classes(comfyui, class_files):
         return graph
 
     return graph
+
+
+def test_class_models_are_made_for_one_size(comfyui, classes):
+    """512x512 for 32 channels; the reach of the released text-to-image model, 256 to 4096 pixels a side, is not theirs."""
+    for side, said in ((512, 0), (256, 0), (1024, 0), (192, 1), (1280, 1)):
+        graph = classes()
+        label = graph.add("TiMClassLabel", label="207")
+        result = graph.tim(graph.empty(side, side), label, label, steps=1, cfg=1.0)
+        lines = lines_of(comfyui, lambda: run_latents(comfyui, graph, result))
+        assert len(lines) == said and all(f"{side}x{side}" in line and "512x512" in line for line in lines), side
 
 
 def test_a_class_out_of_range_fails_in_its_node(comfyui, classes):

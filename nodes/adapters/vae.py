@@ -14,8 +14,8 @@ from ...tim_core.models.autoencoder import Autoencoder
 from ...tim_core.weights.load import load_autoencoder
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
+from .checks import check_latent
 from .model import WholePatcher, is_dynamic, patcher_class
-from .run import check_latent
 
 TILE, OVERLAP = 1024, 128  # pixels; smaller tiles show, because attention in the deep stages spans the tile
 

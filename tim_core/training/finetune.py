@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from ..models.attention import get_attention
 from ..models.text_encoder import TextEncoder
 from ..processes import Shard, find_processes
 from ..transport import OTFM
+from ..weights.detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
-from ..weights.parts import TRANSFORMER, Parts, read_parts
+from ..weights.parts import Parts, read_parts
 from ..weights.save import check_output_path, pack
 from .config import FineTuning, export_path, recorded, time_shift
 from .folder import VERSION, Encoder, FolderBatches, FolderPart, class_folders, prepare
@@ -97,10 +99,21 @@ def padded(conditions: list[Tensor], null: Tensor, dropped: list[bool], length: 
 
 
 def read_sources(config: FineTuning) -> Parts:
-    """The parts of `model`, and those of `text_encoder` and `autoencoder` where they are set."""
-    sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
-    given = {name: path for name, path in sources.items() if path}
-    return read_parts(given if config.text_encoder or config.autoencoder else config.model)
+    """The parts of `model`, with `text_encoder` and `autoencoder` in place of its own where they are set.
+
+    TimError if a part is missing, or if the parts do not fit together.
+    """
+    parts = read_parts(config.model)
+    parts.require(TRANSFORMER)
+    paths = {TEXT_ENCODER: ("text_encoder", config.text_encoder), AUTOENCODER: ("autoencoder", config.autoencoder)}
+    given = {kind: path for kind, (_, path) in paths.items() if path}
+    others = {kind: read_parts(path)[kind] for kind, path in given.items()}
+    parts = replace(parts, source=" + ".join([config.model, *given.values()]), parts={**parts.parts, **others})
+    for kind, (key, _) in paths.items():
+        if kind not in parts and (kind == AUTOENCODER or parts[TRANSFORMER].config.text_dim is not None):
+            raise TimError(f"model: {config.model} has no {TITLES[kind]}; set {key} to a file or folder that has one")
+    parts.check_fit()
+    return parts
 
 
 class FineTuningTask(Task[Conditional]):

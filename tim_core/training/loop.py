@@ -21,13 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..errors import TimError
-from ..files import digest
+from ..files import digest, make_folder
 from ..models.transformer import Block
 from ..processes import Processes, Shard, find_processes
 from . import metrics
 from .config import LoopConfig
 from .parallel import distribute, full_tensor, local_shard, synchronise
 from .resume import resume, save
+from .writing import write_image
 
 
 def learning_rate(config: LoopConfig, step: int, start_step: int = 0) -> float:
@@ -163,7 +164,7 @@ def train(config: LoopConfig, task: Task) -> Path:
     model, folder, settings = task.model, task.folder, task.settings
     processes = find_processes()
     keep_memory()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     model.to(processes.device)
     average = make_ema(model, share_fixed=processes.count == 1 or config.parallel == "ddp", without=task.not_averaged)
     units = [unit for one in (model, average) for unit in (*blocks_of(one), *task.networks(one))]
@@ -234,7 +235,7 @@ def train(config: LoopConfig, task: Task) -> Path:
                 save(folder, config, done, progress, model, optims, weights, processes)
                 image = task.sample(average, done)  # in every process: each holds a shard of the weights
                 if processes.is_main:
-                    image.save(folder / f"sample-{done:08d}.png")
+                    write_image(folder / f"sample-{done:08d}.png", image)
                 made = _export(task, weights, record(done), processes)
             if late and done < config.steps:
                 raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; repeat the command to resume")

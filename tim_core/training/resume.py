@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from ..errors import TimError, one_line, state_dict_mismatch
-from ..files import atomic_write
 from ..processes import Processes
 from . import metrics
 from .config import LoopConfig
+from .writing import write_state
 
 AVERAGED = "ema"
 # Keys of the configuration that a resumed run may change silently, because they do not change what is computed,
@@ -83,7 +83,7 @@ def save(folder: Path, config: LoopConfig, step: int, progress: dict, model, opt
              AVERAGED: {name: value for name, value in weights.items() if name not in names},
              "optimizers": get_optimizer_state_dict(model, optims, options=options)}
     if processes.is_main:
-        atomic_write(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
+        write_state(folder / f"step-{step:08d}.pt", state)
         for old in checkpoints(folder)[:-config.keep]:
             old.unlink()
     processes.wait()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TimError
+from .parts import TRANSFORMER, Parts
 
 RECORD = ("native_size", "steps", "cfg", "guidance_interval")  # keys of a transformer's record
 RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
@@ -60,6 +61,16 @@ def find_defaults(
             raise TimError(f"guidance_interval: {interval!r} is not [low, high] with 0 <= low < high; correct the file's metadata")
         found["guidance_interval"] = (float(interval[0]), float(interval[1]))
     return Defaults(int(size[0]), int(size[1]), **found)
+
+
+def read_defaults(parts: Parts) -> Defaults:
+    """The settings that a checkpoint is made for; TimError naming the source if its record cannot be used."""
+    transformer = parts[TRANSFORMER]
+    config = transformer.config
+    try:
+        return find_defaults(transformer.record, config.in_channels, parts.latent_factor, config.patch_size, config.text_dim is None)
+    except TimError as error:
+        raise TimError(f"{transformer.source}: {error}") from None
 
 
 def _is_whole(value: Any, most: int) -> bool:

@@ -51,7 +51,7 @@ class Lora:
     source: str
     layers: dict[str, dict[str, Adapter]]
     metadata: dict[str, str]
-    core_names: bool
+    core_names: bool = True
 
     @property
     def title(self) -> str:

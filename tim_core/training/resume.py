@@ -157,8 +157,8 @@ def newest(folder: Path, processes: Processes) -> tuple[Path, SavedState] | None
             damaged.append(error)
             continue
         if processes.is_main:
-            for error in damaged:
-                tqdm.write(f"{error}; resuming from {file.name}", file=sys.stderr)
+            for found in damaged:
+                tqdm.write(f"{found}; resuming from {file.name}", file=sys.stderr)
         return file, state
     if damaged:
         raise TimError(f"{damaged[0]}, and none before it is whole; restore one, or choose another output")

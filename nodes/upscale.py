@@ -37,7 +37,7 @@ class TiMNativeUpscale(io.ComfyNode):
                     max=16.0,
                     step=0.25,
                     round=0.001,
-                    tooltip="Enlargement of width and height, used when both inputs are 0.",
+                    tooltip="Enlargement of width and height, used when width and height are both 0.",
                 ),
                 side_input(
                     "width", 0, 0, "Target width in pixels, rounded to a multiple of 32 (16 for class models at 256x256, 8 for the demo "

@@ -141,9 +141,10 @@ def test_a_real_pipeline(tiny):
 
 def test_bad_values_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for change, told in (({"steps": []}, "steps: none"), ({"steps": [0]}, "steps: 0"), ({"tasks": ["drawing"]}, "tasks: drawing"),
-                         ({"tasks": []}, "tasks: none"), ({"images": 0}, "images: 0"), ({"prompts_per_task": 0}, "prompts per task: 0"),
-                         ({"batch": 0}, "batch: 0"), ({"seed": -1}, "seed: -1"), ({"cfg": math.nan}, "cfg: nan"), ({"cfg": 0.0}, "cfg: 0 "),
+    for change, told in (({"steps": []}, "steps: none"), ({"steps": [0]}, "steps: 0"),
+                         ({"tasks": ["drawing"]}, "tasks: 'drawing' is unknown; .*single"), ({"tasks": []}, "tasks: none"),
+                         ({"images": 0}, "images: 0"), ({"prompts_per_task": 0}, "prompts per task: 0"), ({"batch": 0}, "batch: 0"),
+                         ({"seed": -1}, "seed: -1"), ({"cfg": math.nan}, "cfg: nan"), ({"cfg": 0.0}, "cfg: 0 "),
                          ({"output": tmp_path / "file" / "folder"}, "file")):
         with pytest.raises(TimError, match=told):
             evaluate(Painter(), **{"steps": [1], "progress": False, **change})

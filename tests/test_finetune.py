@@ -1,11 +1,14 @@
 """Fine-tuning: folders of images, their cache, and LoRAs."""
 
 import csv
+import gc
 import itertools
 import json
 import logging
 import math
+import os
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +18,26 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests import hostile
 from tests.comfy_graph import BUNDLED_NAME, Graph, run_pictures
-from tests.support import load_all
+from tests.support import load_all, mentions
 from tim_core.errors import TimError
 from tim_core.images import to_pil
-from tim_core.models.config import TransformerConfig
+from tim_core.models.autoencoder import Autoencoder
+from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.processes import ALONE, Processes, Shard
 from tim_core.shapes import detector, scenes
 from tim_core.training import finetune, loop, run
 from tim_core.training import folder as image_folder
-from tim_core.training.config import FolderConfig, LoraConfig, read
-from tim_core.training.finetune import padded
+from tim_core.training.config import FineTuning, FolderConfig, LoraConfig
+from tim_core.training.config import read as read_config
+from tim_core.training.finetune import padded, read_sources
 from tim_core.training.folder import Item, native_size, scan
-from tim_core.training.lora import add_lora
+from tim_core.training.lora import LoraLinear, add_lora
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_transformer
-from tim_core.weights.parts import read_parts
+from tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, read_parts
 from tim_core.weights.save import pack
 
 
@@ -67,6 +73,60 @@ def yaml(tmp_path, model, data, name="tuned", more="", loop=""):
         f"kind: finetune\noutput: {tmp_path / name}\nmodel: {model}\ndata: {{path: {data}, base_pixels: 4096}}\nshift_base: 64\n{more}"
         f"loop: {{steps: 4, batch: 4, save_every: 2, log_every: 1, workers: 0, warmup: 1, autocast: false{loop}}}\n")
     return path
+
+
+def sources(**settings) -> FineTuning:
+    return FineTuning(output="x", data=FolderConfig("images"), **{name: str(value) for name, value in settings.items()})
+
+
+def coder(channels=16, stages=4) -> Autoencoder:
+    layers = (*[StageConfig(8, 1)] * (stages - 2), StageConfig(16, 1), StageConfig(16, 1, "EfficientViTBlock", (5,)))
+    return Autoencoder(AutoencoderConfig(layers, layers, latent_channels=channels, head_dim=8))
+
+
+@pytest.fixture
+def parts_folder(tmp_path, tiny):
+    """A folder of parts: transformer, text_encoder, vae."""
+    for folder, kind in (("transformer", TRANSFORMER), ("text_encoder", TEXT_ENCODER), ("vae", AUTOENCODER)):
+        (tmp_path / "parts" / folder).mkdir(parents=True)
+        parts = read_parts(tiny)
+        parts.parts = {kind: parts[kind]}
+        pack(parts, tmp_path / "parts" / folder / "model.safetensors")
+    return tmp_path / "parts"
+
+
+@pytest.mark.parametrize("given", [{"text_encoder"}, {"autoencoder"}, {"text_encoder", "autoencoder"}, set()])
+def test_other_parts_take_the_place_of_those_in_model(tiny, parts_folder, given):
+    """The rest is the model's own, from one file and from a folder of parts."""
+    other = {"text_encoder": tiny, "autoencoder": parts_folder / "vae"}
+    for model in (tiny, parts_folder):
+        parts = read_sources(sources(model=model, **{name: other[name] for name in given}))
+        assert set(parts.parts) == {TRANSFORMER, TEXT_ENCODER, AUTOENCODER} and parts.latent_factor == 8 and parts.escape is False
+        for kind, key in ((TEXT_ENCODER, "text_encoder"), (AUTOENCODER, "autoencoder")):
+            assert parts[kind].source.startswith(str(other[key] if key in given else model))
+
+
+def test_a_folder_of_parts_is_trained(tmp_path, parts_folder, data):
+    (made,) = run([yaml(tmp_path, parts_folder, data)])
+    assert read_parts(made).latent_factor == 8 and read_parts(made)[TRANSFORMER].config.in_channels == 16
+
+
+@pytest.mark.parametrize("other, named", [
+    (coder(channels=8), ("8", "latent channels", "16")), (coder(stages=3), ("latent_factor", "8", "4")),
+], ids=["channels", "factor"])
+def test_parts_that_do_not_fit_are_an_error(tmp_path, tiny, data, other, named):
+    vae = pack({"vae": other}, tmp_path / "other.safetensors")
+    with pytest.raises(TimError) as error:
+        run([yaml(tmp_path, tiny, data, more=f"autoencoder: {vae}\n")])
+    assert mentions(str(error.value), "autoencoder") and all(mentions(str(error.value), word) for word in named)
+    assert not (tmp_path / "images.cache").exists()
+
+
+def test_a_missing_part_is_named_with_its_key(parts_folder, tiny):
+    for given, key in (({"autoencoder": tiny}, "text_encoder"), ({"text_encoder": tiny}, "autoencoder")):
+        with pytest.raises(TimError) as error:
+            read_sources(sources(model=parts_folder / "transformer", **given))
+        assert mentions(str(error.value), "model", "has no", f"set {key}")
 
 
 def test_native_sizes():
@@ -126,9 +186,62 @@ def test_16_bit_and_transparent_images(tmp_path):
     clear = np.zeros((64, 64, 4), np.uint8)
     clear[..., 1], clear[:32, :, 3] = 200, 255  # green, its lower half invisible
     Image.fromarray(clear).save(tmp_path / "clear.png")
-    deep, half = (image_folder.open_image(Item(tmp_path / f"{name}.png", "", 64, 64)) for name in ("deep", "clear"))
+    deep, half = (image_folder.load_image(Item(tmp_path / f"{name}.png", "", 64, 64)) for name in ("deep", "clear"))
     assert deep[:, 0, 0].tolist() == [-1] * 3 and deep[:, 0, -1].tolist() == [1] * 3 and abs(deep.mean()) < 0.02
     assert half[:, -1, 0].tolist() == [1] * 3 and half[:, 0, 0].tolist() == pytest.approx([-1, 200 / 127.5 - 1, -1])
+
+
+def test_the_decoder_is_that_of_every_other_image(tmp_path):
+    """12-bit and float grey as their 8-bit twins, files of every listed ending, upright by their EXIF orientation."""
+    grey = np.add.outer(np.arange(32), 3 * np.arange(64)).astype(np.uint8)
+    (tmp_path / "deep.pgm").write_bytes(b"P5\n64 32\n4095\n" + np.rint(grey / 255 * 4095).astype(">u2").tobytes())
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "float.tif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "turned.png", exif=exif)
+    for name in ("deep", "float", "turned"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    encode = image_folder.Encoder(
+        tmp_path / "cache", "", lambda images: {"latent": images}, lambda captions: [torch.zeros(2, 1)] * len(captions))
+    items = image_folder.prepare(FolderConfig(str(tmp_path)), encode, 8, False, ALONE)
+    assert [(item.file.name, item.width, item.height) for item in items] == [
+        ("deep.pgm", 64, 32), ("float.tif", 64, 32), ("turned.png", 64, 32)]
+    for item in items:
+        latent = load_file(encode.cache_path(item))["latent"]
+        assert (latent - (torch.from_numpy(grey).float() / 127.5 - 1)).abs().max() <= 1.01 / 127.5, item.file.name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs files that are not regular")
+def test_harmful_files_in_a_folder_are_skipped(tmp_path, caplog):
+    """They neither block nor grow, and nothing runs Ghostscript; each is named once."""
+    place, marker = tmp_path / "images", tmp_path / "ran"
+    draw(place / "good.png", 64, 64)
+    (place / "bomb.png").write_bytes(hostile.png_bomb())
+    (place / "script.png").write_bytes(hostile.postscript(marker))
+    held = [hostile.special_file(kind, place / f"{kind}.png") for kind in ("FIFO", "device")]
+    for name in ("bomb", "script", "FIFO", "device"):
+        (place / f"{name}.txt").write_text(name)
+    draw(place / "long.png", 64, 64, caption="x" * 100_000)
+    for kind in ("FIFO", "device"):
+        draw(place / f"caption-{kind}.png", 64, 64, caption=None)
+        held.append(hostile.special_file(kind, place / f"caption-{kind}.txt"))
+    encode = image_folder.Encoder(
+        tmp_path / "cache", "", lambda images: {"latent": images[:, :1]}, lambda captions: [torch.zeros(2, 1)] * len(captions))
+    items = image_folder.prepare(FolderConfig(str(place)), encode, 8, False, ALONE)
+    assert [item.file.name for item in items] == ["good.png"] and not marker.exists()
+    for name in ("bomb.png", "script.png", "FIFO.png", "device.png", "long.txt", "caption-FIFO.txt", "caption-device.txt"):
+        assert sum(f"/{name}" in record.getMessage() for record in caplog.records) == 1, name
+
+
+def test_a_list_that_harms_is_one_line(tmp_path):
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(hostile.deep_json())
+    with pytest.raises(TimError, match="list.jsonl: line 1"):
+        scan(FolderConfig(str(listed)), False)
+    if os.name != "nt":
+        hostile.special_file("FIFO", tmp_path / "pipe.jsonl")
+        with pytest.raises(TimError, match="pipe.jsonl: not a regular file"):
+            scan(FolderConfig(str(tmp_path / "pipe.jsonl")), False)
 
 
 def test_rare_sizes_join_similar_ones(tmp_path):
@@ -152,7 +265,7 @@ def test_training_on_a_folder_names_each_unreadable_image_once(tmp_path, tiny, d
     config = yaml(tmp_path, tiny, data)
     with caplog.at_level(logging.WARNING):
         (made,) = run([config])
-    for name in ("broken.png", "cut.jpg", "tiny.png", "words.png"):
+    for name in ("broken.png", "cut.jpg", "tiny.png", "words.txt"):
         assert sum(name in record.getMessage() for record in caplog.records) == 1
     assert "4 of 9 images were skipped" in caplog.text
     before, after = load_transformer(tiny, dtype=torch.float32), load_transformer(made, dtype=torch.float32)
@@ -195,6 +308,107 @@ def test_a_class_conditional_model_learns_from_folders(tmp_path, tiny, more):
     assert after.config == before.config and moved[2] < 1e-4 < min(moved[0], moved[1])  # no image has class 2
 
 
+@pytest.fixture
+def without_null(tmp_path):
+    """A class-conditional checkpoint without null class, and a folder of images for it."""
+    torch.manual_seed(0)
+    network = TransitionTransformer(
+        TransformerConfig(in_channels=16, hidden_size=32, depth=1, num_heads=2, num_classes=2, null_class=False, lora_hidden_size=8))
+    network.initialize_weights()
+    for name in ("cat", "dog"):
+        draw(tmp_path / "classes" / name / "a.png", 64, 64, caption=None)
+    return pack({"transformer": network}, tmp_path / "classes.safetensors", metadata={"latent_factor": 8}), tmp_path / "classes"
+
+
+@pytest.mark.parametrize("setting, advice", [
+    ("dropout: 0.5", "dropout is 0.5"), ("dropout: 0\nobjective: {enhance_target: true}", "objective.enhance_target is true"),
+])
+def test_what_needs_a_null_class_is_an_error_without_one(tmp_path, tiny, without_null, setting, advice):
+    model, images = without_null
+    with pytest.raises(TimError) as error:
+        run([yaml(tmp_path, model, images, more=f"autoencoder: {tiny}\n{setting}\n")])
+    assert mentions(str(error.value), advice, "no null class", "use") and not (tmp_path / "classes.cache").exists()
+
+
+def test_a_model_without_null_class_is_trained_without_dropout(tmp_path, tiny, without_null):
+    """Its samples are not guided."""
+    model, images = without_null
+    (made,) = run([yaml(tmp_path, model, images, more=f"autoencoder: {tiny}\ndropout: 0\n", loop=", lr: 0.01")])
+    table = "y_embedder.embedding_table.weight"
+    before, after = (load_transformer(file, dtype=torch.float32).state_dict()[table] for file in (model, made))
+    assert before.shape == after.shape == (2, 32) and (after - before).abs().amax(1).min() > 1e-4
+    assert (tmp_path / "tuned" / "sample-00000004.png").is_file()
+
+
+def test_the_text_encoder_is_freed_before_the_first_step(tmp_path, tiny, data, monkeypatch):
+    """Its weights, too, and those of the file."""
+    held, encoders, real_load, real_read = [], [], finetune.load_text_encoder, finetune.read_sources
+
+    def load(*args, **more):
+        encoder = real_load(*args, **more)
+        held.extend(weakref.ref(p) for p in encoder.parameters())
+        encoders.append(weakref.ref(encoder))
+        return encoder
+
+    def read(config):
+        parts = real_read(config)
+        held.extend(weakref.ref(value) for value in parts[TEXT_ENCODER].tensors.values())
+        return parts
+
+    monkeypatch.setattr(finetune, "load_text_encoder", load)
+    monkeypatch.setattr(finetune, "read_sources", read)
+    task = finetune.FineTuningTask(read_config(yaml(tmp_path, tiny, data)), None)
+    gc.collect()
+    assert len(encoders) == 1 and len(held) > 20 and not any(ref() is not None for ref in (*encoders, *held))
+    assert task.batches[0][0].total > 0 and task.conditions.null_like(torch.zeros(2, 5, 1)).shape == (2, 5, 32)
+
+
+def test_a_finished_run_on_other_data_is_an_error(tmp_path, tiny, data, capsys):
+    """Other pixels or another caption under the same names. The same data in another folder are the same."""
+    config = yaml(tmp_path, tiny, data, more="lora: {rank: 2}\n")
+    (made,) = run([config])
+    before = load_file(made)
+    data.rename(tmp_path / "moved")
+    config.write_text(config.read_text().replace(f"path: {data}", f"path: {tmp_path / 'moved'}"))
+    assert run([config]) == [made] and all(torch.equal(value, before[name]) for name, value in load_file(made).items())
+    image, caption = tmp_path / "moved" / "0.png", tmp_path / "moved" / "0.txt"
+    for file, change in ((image, lambda: draw(image, 64, 64, (0, 0, 200), None)), (caption, lambda: caption.write_text("another"))):
+        content = file.read_bytes()
+        change()
+        with pytest.raises(TimError) as error:
+            run([config])
+        assert mentions(str(error.value), "finished", "other images or captions", "another output")
+        file.write_bytes(content)
+    caption.write_text("another")
+    capsys.readouterr()
+    config.write_text(config.read_text().replace("steps: 4", "steps: 6"))
+    run([config])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed images")]
+    assert mentions(line, "images and captions")
+    assert "images and captions" in str(describe(made))
+
+
+@pytest.mark.parametrize("which", ["autoencoder", "text_encoder"])
+def test_other_encoders_are_noticed_at_a_resume(tmp_path, tiny, data, which):
+    parts = load_all(tiny)
+    network = parts.autoencoder if which == "autoencoder" else parts.text_encoder
+    files = []
+    for k in range(2):
+        files.append(pack({"vae" if which == "autoencoder" else "text-encoder": network}, tmp_path / f"{k}.safetensors"))
+        with torch.no_grad():
+            next(network.parameters()).add_(0.1)
+    config = yaml(tmp_path, tiny, data, more=f"{which}: {tmp_path / 'used.safetensors'}\n")
+    (tmp_path / "used.safetensors").write_bytes(files[0].read_bytes())
+    run([config])
+    config.write_text(config.read_text().replace("steps: 4", "steps: 6"))
+    (tmp_path / "used.safetensors").write_bytes(files[1].read_bytes())
+    with pytest.raises(TimError) as error:
+        run([config])
+    assert mentions(str(error.value), "step-00000004.pt", "frozen weights differ")
+    config.write_text(config.read_text().replace("used", "0"))  # the same weights in another file
+    run([config])
+
+
 def test_another_text_model_does_not_share_the_cache(tmp_path, tiny, data):
     for escape in (False, True):
         parts = load_all(tiny)
@@ -226,7 +440,7 @@ def test_images_of_one_size_are_encoded_together(tmp_path, data, monkeypatch, ca
     for item in items:
         kept = load_file(encode.cache_path(item))
         assert kept["condition"].item() == len(item.caption_or_label)
-        assert torch.equal(kept["latent"], image_folder.open_image(item)[:1, ::8, ::8])
+        assert torch.equal(kept["latent"], image_folder.load_image(item)[:1, ::8, ::8])
 
 
 def test_a_damaged_cached_file_is_encoded_again(tmp_path, tiny, data):
@@ -243,12 +457,12 @@ def test_a_damaged_cached_file_is_encoded_again(tmp_path, tiny, data):
 
 def test_the_cache_is_encoded_once(tmp_path, tiny, data, monkeypatch):
     opened, real = [], image_folder.open_image
-    monkeypatch.setattr(image_folder, "open_image", lambda item: opened.append(item.file.name) or real(item))
+    monkeypatch.setattr(image_folder, "open_image", lambda file: opened.append(file.name) or real(file))
     run([yaml(tmp_path, tiny, data, "first", loop=", lr: 0.0001")])
     first, opened[:] = list(opened), []
     draw(data / "1.png", 64, 64, (0, 200, 0), "another caption")
     run([yaml(tmp_path, tiny, data, "second", loop=", lr: 0.0001")])
-    assert len(first) >= 5 and sorted(set(opened)) == ["1.png", "cut.jpg"]
+    assert len(first) >= 5 and sorted(set(opened)) == ["1.png", "broken.png", "cut.jpg"]
     sizes = {tuple(load_file(file)["latent"].shape) for file in (tmp_path / "images.cache").glob("*.safetensors")}
     assert sizes == {(16, 8, 8), (16, 8, 12), (16, 12, 8)}
 
@@ -311,10 +525,25 @@ def test_a_lora_is_zero_at_first_and_learns(tmp_path, tiny, data):
     assert made.name == "lora.safetensors" and all(name.startswith("diffusion_model.blocks.") for name in tensors)
     assert all({f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", f"{layer}.alpha"} <= tensors.keys() for layer in layers)
     description = str(describe(made))
-    assert "a LoRA" in description and "training, 4 steps of:" in description and '"rank": 2' in description
+    assert "LoRA of a TiM transformer" in description and "trained for 4 steps" in description and '"rank": 2' in description
     assert "the state of a training run" in str(describe(tmp_path / "lora" / "step-00000004.pt"))
     layer = "diffusion_model.blocks.0.attn.qkv"
     assert tensors[f"{layer}.lora_B.weight"].abs().max() > 0 and tensors[f"{layer}.alpha"] == 4
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_an_adapter_computes_in_the_dtype_of_autocast(autocast):
+    """Without autocast in its own. Its output has the dtype of the layer, for every input."""
+    seen = []
+    layer = LoraLinear(torch.nn.Linear(4, 3, dtype=torch.bfloat16), 2, 2.0)
+    torch.nn.init.ones_(layer.lora_B.weight)
+    layer.lora_A.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    x = torch.randn(5, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layer(x)
+    assert seen == [(torch.bfloat16,) * 2 if autocast else (torch.float32,) * 2] and out.dtype == torch.bfloat16
+    exact = layer.base(x).float() + (x.float() @ layer.lora_A.weight.T @ layer.lora_B.weight.T)
+    assert torch.allclose(out.float(), exact, atol=0.03)
 
 
 def test_a_lora_keeps_its_frozen_base_in_bfloat16(tmp_path, tiny, data, monkeypatch):
@@ -384,4 +613,4 @@ def test_impossible_values_name_the_key(tmp_path, text, named):
     path = tmp_path / "bad.yaml"
     path.write_text(f"kind: finetune\noutput: x\nmodel: y\ndata: {{path: z}}\n{text}\n")
     with pytest.raises(TimError, match=named):
-        read(path)
+        read_config(path)

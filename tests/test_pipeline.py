@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import load_all, mentions
-from tim_core import Pipeline, TimError
+from tim_core import Pipeline, TimError, pipeline
 from tim_core.evaluation.curve import eval_samples, regressions, score, summarise, unpack
+from tim_core.memory import available_bytes
 from tim_core.models.config import TransformerConfig
 from tim_core.models.text_encoder import TextEncoder
 from tim_core.models.transformer import TransitionTransformer
@@ -220,17 +221,36 @@ def test_an_overflow_names_its_step_and_what_helps(cfg, advice):
     assert message.startswith("transformer, step 1 (t = 1, r = 0.75) in float16") and message.endswith(advice)
 
 
-def test_decoding_falls_back_to_tiles(pipe, monkeypatch):
-    latent = torch.randn(1, 16, 4, 4)
-    whole = pipe.decode(latent)
-
-    def exhausted(z):
-        raise torch.cuda.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(pipe.autoencoder, "decode", exhausted)
+@pytest.mark.parametrize("tile, available, expected", [
+    ("auto", 2**50, None), ("auto", 0, (1024, 896)), ("off", 0, None), (512, 2**50, (512, 448)), (264, 0, (264, 224)),
+])
+def test_tiles_are_chosen_from_the_memory(tiny, monkeypatch, tile, available, expected):
+    pipe = Pipeline.load(tiny, "cpu")
+    pipe.tile = tile
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: available)
+    monkeypatch.setattr(pipe.autoencoder, "peak_bytes", lambda height, width, dtype: 1)
     calls = []
-    monkeypatch.setattr(pipe.autoencoder, "tiled_decode", lambda z, *tiles: calls.append(tiles) or pipe.autoencoder.decoder(z))
-    assert torch.allclose(pipe.decode(latent), whole, atol=1e-5) and calls == [(512, 448)] * len(latent)
+    for name, shape in (("decode", (1, 3, 1032, 16)), ("encode", (1, 16, 129, 2))):
+        monkeypatch.setattr(pipe.autoencoder, name, lambda x, shape=shape: calls.append(None) or torch.zeros(shape))
+        monkeypatch.setattr(pipe.autoencoder, f"tiled_{name}", lambda x, *tiles, shape=shape: calls.append(tiles) or torch.zeros(shape))
+    assert pipe.decode(torch.zeros(1, 16, 129, 2)).shape == (1, 1032, 16, 3)
+    assert pipe.encode(torch.zeros(1, 1032, 16, 3)).shape == (1, 16, 129, 2)
+    assert calls == [expected] * 2
+
+
+def test_small_images_are_decoded_whole_however_little_memory_there_is(pipe, monkeypatch):
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(pipe.autoencoder, "tiled_decode", None)
+    assert pipe.decode(torch.randn(2, 16, 128, 1)).shape == (2, 1024, 8, 3)
+
+
+@pytest.mark.parametrize("tile", [0, 100, 260, "some", 256.0, True])
+def test_an_unusable_tile_is_named(tiny, tile):
+    assert f"tile: {tile!r} " in refused(setattr, Pipeline.load(tiny, "cpu"), "tile", tile)
+
+
+def test_the_memory_of_this_machine_is_known():
+    assert 2**24 < available_bytes(torch.device("cpu")) < 2**50
 
 
 # Loading
@@ -241,6 +261,17 @@ def test_bfloat16(tiny, pipe):
     assert half.dtype == torch.bfloat16 and next(half.autoencoder.parameters()).dtype == torch.bfloat16
     images = half(PROMPT, width=32, height=32)
     assert images.dtype == torch.float32 and (images - pipe(PROMPT, width=32, height=32)).abs().mean() < 0.01
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_images_of_a_cpu(tiny, pipe):
+    options = dict(steps=2, width=32, height=32)
+    exact = Pipeline.load(tiny, "cuda", "float32")
+    torch.testing.assert_close(exact(PROMPT, **options), pipe(PROMPT, **options), rtol=0, atol=5e-3)
+    auto = Pipeline.load(tiny)
+    assert auto.device.type == "cuda" and auto.dtype in (torch.bfloat16, torch.float32)
+    assert (auto(PROMPT, **options) - pipe(PROMPT, **options)).abs().mean() < 0.02
+    assert available_bytes(torch.device("cuda")) > 0
 
 
 def test_auto_is_float32_on_a_cpu(tiny):

@@ -1,4 +1,4 @@
-"""The small world: its grammar, its scenes, and a detector that is right about them."""
+"""Coloured shapes: their grammar, their scenes, and a detector that is right about them."""
 
 from itertools import combinations
 

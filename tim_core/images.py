@@ -29,13 +29,15 @@ PAPER, INK = (24, 24, 28), (235, 235, 235)
 
 
 def step_label(steps: int, nfe: int, seconds: float) -> str:
+    """The label of an image on a sheet: steps, network evaluations and seconds."""
     return f"{steps} step{'s' if steps > 1 else ''} · {nfe} NFE · {seconds:.2f} s"
 
 
 def open_image(path: str | Path) -> Image.Image:
     """Read an image file as 8-bit RGB, upright by its EXIF orientation; transparent areas become white.
 
-    Values of more bits are scaled to 8. TimError naming a file that is no image of FORMATS, is damaged, or has more than MOST_PIXELS.
+    Values of more bits are scaled to 8. TimError naming a file that is not an image of FORMATS, is damaged, or has more than
+    MOST_PIXELS.
     """
     with _opened(path) as image:
         return to_rgb(image)

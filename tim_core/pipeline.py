@@ -18,13 +18,18 @@ from .errors import TimError
 from .files import digest
 from .finite import StepRecorder, check_finite
 from .imagenet import NULL_CLASS, class_number
+from .memory import available_bytes
 from .models.attention import get_attention
+from .models.autoencoder import TILE
 from .sampler import Model, check_guidance, check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
 from .weights.defaults import Defaults, find_defaults, read_defaults
 from .weights.load import load_autoencoder, load_text_encoder, load_transformer
 from .weights.lora import Lora, merge_lora, read_lora
 from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts, read_parts
+
+MIN_TILE = 256  # pixels
+SHARE_OF_MEMORY = 0.8  # of what is available that a whole image may take
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +51,8 @@ class Pipeline:
     """Text to image, or class to image.
 
     nfe: network evaluations of the last call, a guided step counting two. defaults: the settings that the checkpoint is made for.
+    tile: how images are encoded and decoded: "auto", whole where the memory allows it, else in blended tiles of 1024 pixels; "off", whole;
+    or the side of the tiles in pixels. Tiles change an image slightly.
     """
 
     def __init__(self, transformer, text_encoder, autoencoder, factor: int | None = None, defaults: Defaults | None = None):
@@ -61,6 +68,7 @@ class Pipeline:
             raise TimError("text encoder: missing; a text-to-image model needs one")
         self.defaults = defaults or find_defaults({}, config.in_channels, self.factor, config.patch_size, self.class_conditional)
         self.nfe = 0
+        self.tile = "auto"
 
     @classmethod
     def load(
@@ -101,11 +109,22 @@ class Pipeline:
     def load_lora(self, lora: str | Path | Lora, strength: float = 1.0) -> None:
         """Add a LoRA to the weights, as ComfyUI's LoRA loaders do; several add up. To remove one, load the pipeline again.
 
-        TimError naming the file if it is no LoRA, or one of another model; the weights are unchanged then.
+        TimError naming the file if it is not a LoRA, or one of another model; the weights are unchanged then.
         """
         lora = lora if isinstance(lora, Lora) else read_lora(lora)
         text_model = None if self.text_encoder is None else self.text_encoder.transformer
         merge_lora(lora, {TRANSFORMER: self.transformer, TEXT_ENCODER: text_model}, strength)
+
+    @property
+    def tile(self) -> str | int:
+        return self._tile_setting
+
+    @tile.setter
+    def tile(self, value: str | int) -> None:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value not in ("auto", "off") and not (whole and int(value) >= MIN_TILE and int(value) % self.factor == 0):
+            raise TimError(f"tile: {value!r} is not auto, off, or a multiple of {self.factor} of at least {MIN_TILE} pixels")
+        self._tile_setting = value
 
     @property
     def class_conditional(self) -> bool:
@@ -247,40 +266,40 @@ class Pipeline:
         return seeds
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) in [0, 1] -> latents (B, C, H / factor, W / factor) float32, on the CPU; in blended tiles if memory runs out."""
+        """(B, H, W, 3) in [0, 1] -> latents (B, C, H / factor, W / factor) float32, on the CPU; whole or in blended tiles, see `tile`."""
         pixels = images.movedim(-1, 1) * 2 - 1
-        area = images.shape[1] * images.shape[2]
-        return self._batched("VAE encoder", pixels, area, self.autoencoder.encode, self.autoencoder.tiled_encode)
+        size = images.shape[1], images.shape[2]
+        return self._batched("VAE encoder", pixels, size, self.autoencoder.encode, self.autoencoder.tiled_encode)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, H, W, 3) float32 in [0, 1], on the CPU; in blended tiles if memory runs out."""
-        area = latent.shape[-1] * latent.shape[-2] * self.factor**2
-        pixels = self._batched("VAE decoder", latent, area, self.autoencoder.decode, self.autoencoder.tiled_decode)
-        return pixels.add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
+        """(B, C, h, w) -> (B, H, W, 3) float32 in [0, 1], on the CPU; whole or in blended tiles, see `tile`."""
+        size = latent.shape[-2] * self.factor, latent.shape[-1] * self.factor
+        pixels = self._batched("VAE decoder", latent, size, self.autoencoder.decode, self.autoencoder.tiled_decode)
+        return pixels.add_(1).div_(2).clamp_(0, 1).movedim(1, -1).contiguous()
 
     @torch.no_grad()
     def _batched(
-        self, stage: str, batch: Tensor, area: int, untiled: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]
+        self, stage: str, batch: Tensor, size: tuple[int, int], whole: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]
     ) -> Tensor:
-        """Run the autoencoder over a batch, about a megapixel at a time; `area`: pixels per item."""
-        batch = batch.to(self.device, next(self.autoencoder.parameters()).dtype)
+        """Run the autoencoder over a batch, about a megapixel at a time -> float32 on the CPU. size: height and width in pixels."""
+        dtype = next(self.autoencoder.parameters()).dtype
+        tile = self._tile(size, dtype)
         parts = []
-        for some in batch.split(max(1, 2**20 // area)):
-            out_of_memory = False
-            try:
-                done = untiled(some)
-            except torch.cuda.OutOfMemoryError:
-                out_of_memory = True  # inside this block the exception would keep tensors of the failed attempt alive
-            if out_of_memory:
-                torch.cuda.empty_cache()
-                done = torch.cat([tiled(one, *self._tiles()) for one in some.split(1)])
+        for some in batch.split(max(1, 2**20 // (size[0] * size[1]))):
+            some = some.to(self.device, dtype)
+            done = whole(some) if tile is None else tiled(some, tile, (tile - tile // 8) // self.factor * self.factor)
             check_finite(done, stage, self.autoencoder)
             parts.append(done.float().cpu())
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _tiles(self) -> tuple[int, int]:
-        """Tile and stride in pixels for an image that does not fit: 512 and 448, in whole latent cells."""
-        return 512 // self.factor * self.factor, 448 // self.factor * self.factor
+    def _tile(self, size: tuple[int, int], dtype: torch.dtype) -> int | None:
+        """The side of tiles in pixels; None for whole images."""
+        if self.tile == "off":
+            return None
+        if self.tile != "auto":
+            return int(self.tile)
+        needed = self.autoencoder.peak_bytes(*size, dtype)
+        return None if max(size) <= TILE or needed < SHARE_OF_MEMORY * available_bytes(self.device) else TILE
 
     @property
     def size_multiple(self) -> int:

@@ -61,7 +61,8 @@ def sample(
     conditioned = times if mode == "transition" else times[:-1]
     finite = transport.c_noise(conditioned).isfinite()
     if not bool(finite.all()):
-        raise TimError(f"times: {conditioned[~finite][0].item():g} has no finite condition in {type(transport).__name__}; leave it out")
+        name, time = type(transport).__name__, conditioned[~finite][0].item()
+        raise TimError(f"times: {name} cannot condition the network on {time:g} (c_noise is not finite); remove this time")
     T_max = transport.T_max if T_max is None else T_max
     T_min = transport.T_min if T_min is None else T_min
     low, high = guidance_interval[0] * T_max, guidance_interval[1] * T_max

@@ -1,6 +1,6 @@
 """Settings checked by pydantic: what their classes share, and its errors as one line.
 
-Only training and the demo world's settings import this, since inference runs without pydantic.
+Only training and the settings of coloured shapes import this, since inference runs without pydantic.
 """
 
 import difflib
@@ -35,6 +35,11 @@ ADVICE = {
     "tuple_type": "a list", "dict_type": "keys and values", "dataclass_type": "keys and values",
     "too_short": "{min_length} or more values", "too_long": "at most {max_length} values",
 }
+
+
+def shown(value: Any) -> str:
+    """A value as it is written in YAML."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def require(ok: Any, key: str, value: Any, use: str) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 SUMMARY = "download released weights"
 
 DESCRIPTION = """\
-Download the released weights from the Hugging Face Hub: t2i (text to image, 1024 and up), c2i-256 or c2i-512 (classes of ImageNet).
-The licences are listed first. Files are checked before they get their names. To resume an interrupted download, repeat the command."""
+Download the released weights from the Hugging Face Hub: t2i (text to image,
+1024 and up), c2i-256 or c2i-512 (classes of ImageNet). The licences are listed
+first. Files are checked before they get their names. To resume an interrupted
+download, repeat the command."""
 
 EXAMPLES = """\
 examples:
@@ -18,7 +20,8 @@ examples:
   tim download t2i --mirror                        into the folder tim-t2i
   tim download c2i-512 --comfyui ComfyUI --dry-run
 
-Set HF_ENDPOINT to use another server, HF_TOKEN to use a token in place of `hf auth login`."""
+Set HF_ENDPOINT to use another server, HF_TOKEN to use a token in place of
+`hf auth login`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

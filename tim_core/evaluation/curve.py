@@ -101,6 +101,7 @@ def pack(correct: np.ndarray) -> str:
 
 
 def unpack(text: str) -> np.ndarray:
+    """The inverse of `pack` -> (N,) bool."""
     return np.array([letter == "1" for letter in text])
 
 
@@ -136,7 +137,8 @@ def evaluate(
 
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
-        raise TimError(f"tasks: {', '.join(unknown) or 'none given'}; choose from {', '.join(TASKS)}")
+        problem = f"{', '.join(map(repr, unknown))} {'is' if len(unknown) == 1 else 'are'} unknown" if unknown else "none given"
+        raise TimError(f"tasks: {problem}; choose from {', '.join(TASKS)}")
     for name, values in (("steps", steps), ("prompts per task", [prompts_per_task]), ("images", [images]), ("batch", [batch])):
         if not values or any(value < 1 for value in values):
             raise TimError(f"{name}: {', '.join(map(str, values)) or 'none given'}; use whole numbers of at least 1")

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import TimError, one_line
-from ..files import atomic_write
+from ..files import digest
 from ..models.autoencoder import Autoencoder
 from ..models.config import AutoencoderConfig, StageConfig
 from ..processes import Shard, find_processes
@@ -20,6 +19,7 @@ from .loop import Task, train
 from .resume import init_from
 from .samples import grid
 from .shapes_config import AutoencoderTraining
+from .writing import write_tensors
 
 
 def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
@@ -60,6 +60,7 @@ class AutoencoderTask(Task[Autoencoder]):
         if config.start:
             start = load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32)
             init_from(self.model, start.state_dict(), config.start)
+            self.fixed = digest(start.state_dict().items())
         self.model.encoder.requires_grad_(not config.freeze_encoder)
         self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
         self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
@@ -85,7 +86,7 @@ class AutoencoderTask(Task[Autoencoder]):
         path = self.folder / "autoencoder.safetensors"
         tensors = {name: value.contiguous() for name, value in average.items()}
         metadata = {"tim": json.dumps({"format": 1, **self.model.config.record()})}
-        atomic_write(path, lambda tmp: save_file(tensors, tmp, metadata=metadata))
+        write_tensors(path, tensors, metadata)
         return path
 
 

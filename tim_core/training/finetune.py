@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from ..files import digest
 from ..models.attention import get_attention
 from ..models.text_encoder import TextEncoder
 from ..processes import Shard, find_processes
+from ..settings import shown
 from ..transport import OTFM
+from ..weights.detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
-from ..weights.parts import TRANSFORMER, Parts, read_parts
+from ..weights.parts import Parts, read_parts
 from ..weights.save import check_output_path, pack
 from .config import FineTuning, export_path, recorded, time_shift
-from .folder import VERSION, Encoder, FolderBatches, FolderPart, class_folders, prepare
+from .folder import VERSION, Encoder, FolderBatches, FolderPart, class_folders, digest_data, prepare
 from .loop import Task, train
 from .lora import add_lora, round_base, save_lora
 from .noise import draw_noise
@@ -38,7 +41,7 @@ class Conditional(nn.Module):
 
 
 class ClassLabels:
-    """The conditions of a class-conditional model: labels, () int64. null: the label of no class."""
+    """The conditions of a class-conditional model: labels, () int64. null: the label of the null class."""
 
     fingerprint = ""
 
@@ -51,6 +54,9 @@ class ClassLabels:
         if missing := [value for value in values if not 0 <= value < self.num_classes]:
             raise TimError(f"{self.source}: class {missing[0]} is not in the model; use 0 to {self.num_classes - 1}")
         return [torch.tensor(value) for value in values]
+
+    def release(self) -> None:
+        """Nothing: there is no encoder."""
 
     def longest(self, lengths: list[int], dropped: list[bool]) -> int:
         """Labels have one row each."""
@@ -69,13 +75,18 @@ class Captions:
     """The conditions of a text-to-image model: text features (M + 1, D), ending in one pad row, since all pad rows are equal."""
 
     def __init__(self, text_encoder: TextEncoder):
-        self.text_encoder, self.fingerprint = text_encoder, text_encoder.fingerprint()
+        self.text_encoder: TextEncoder | None = text_encoder
+        self.fingerprint = text_encoder.fingerprint()
         self.pad = text_encoder.encode([""]).rows[0, -1:].cpu()
         (self.null,) = self.encode([""])
 
     def encode(self, values: list[str]) -> list[Tensor]:
         features = self.text_encoder.encode(values)
         return [torch.cat((rows[:length], self.pad)) for rows, length in zip(features.rows.cpu(), features.lengths)]
+
+    def release(self) -> None:
+        """Frees the text encoder, after which nothing more is encoded."""
+        self.text_encoder = None
 
     def longest(self, lengths: list[int], dropped: list[bool]) -> int:
         """The rows M of a whole batch, for the rows (M_i + 1) of its conditions."""
@@ -97,39 +108,61 @@ def padded(conditions: list[Tensor], null: Tensor, dropped: list[bool], length: 
 
 
 def read_sources(config: FineTuning) -> Parts:
-    """The parts of `model`, and those of `text_encoder` and `autoencoder` where they are set."""
-    sources = {"model": config.model, "text-encoder": config.text_encoder, "vae": config.autoencoder}
-    given = {name: path for name, path in sources.items() if path}
-    return read_parts(given if config.text_encoder or config.autoencoder else config.model)
+    """The parts of `model`, with `text_encoder` and `autoencoder` in place of its own where they are set.
+
+    TimError if a part is missing, or if the parts do not fit together.
+    """
+    parts = read_parts(config.model)
+    parts.require(TRANSFORMER)
+    paths = {TEXT_ENCODER: ("text_encoder", config.text_encoder), AUTOENCODER: ("autoencoder", config.autoencoder)}
+    given = {kind: path for kind, (_, path) in paths.items() if path}
+    others = {kind: read_parts(path)[kind] for kind, path in given.items()}
+    parts = replace(parts, source=" + ".join([config.model, *given.values()]), parts={**parts.parts, **others})
+    for kind, (key, _) in paths.items():
+        if kind not in parts and (kind == AUTOENCODER or parts[TRANSFORMER].config.text_dim is not None):
+            raise TimError(f"model: {config.model} has no {TITLES[kind]}; set {key} to a file or folder that has one")
+    parts.check_fit()
+    return parts
 
 
 class FineTuningTask(Task[Conditional]):
     """Trains a transformer, or a LoRA on it, on a folder of images, `kind: finetune`."""
 
     def __init__(self, config: FineTuning, image_encoder: ImageEncoder | None):
-        self.config, self.processes, self.parts = config, find_processes(), read_sources(config)
+        self.config, self.processes, parts = config, find_processes(), read_sources(config)
         self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
+        self.metadata = {**parts[TRANSFORMER].record, "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
+        self.architecture = parts[TRANSFORMER].config
+        self.has_null = self.architecture.text_dim is not None or self.architecture.null_class
+        self.check_null()
         self.model = Conditional(
-            load_transformer(self.parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
-        self.architecture = self.model.transformer.config
+            load_transformer(parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
         check_projector(self.model.transformer, image_encoder, config.objective)
-        self.autoencoder = load_autoencoder(self.parts, dtype=torch.float32).to(self.processes.device).requires_grad_(False)
+        self.autoencoder = load_autoencoder(parts, dtype=torch.float32).to(self.processes.device).requires_grad_(False)
         self.factor = self.autoencoder.config.factor
         self.transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
-        self.encode_folder(image_encoder)
+        self.encode_folder(parts, image_encoder)
         if config.lora:
             torch.manual_seed(config.loop.seed)
             add_lora(self.model.transformer, config.lora)
             if config.loop.autocast:
                 round_base(self.model.transformer)
         else:
-            self.plain = load_transformer(self.parts, dtype=torch.float32, device="meta", projector=True)
+            self.fixed += f" {digest(self.model.state_dict().items())}"  # the first weights, which a LoRA has as frozen weights
+            self.plain = load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
 
-    def encode_folder(self, image_encoder: ImageEncoder | None) -> None:
+    def check_null(self) -> None:
+        """TimError for settings that need a null class which the model lacks."""
+        config = self.config
+        for key, value, use in (("dropout", config.dropout, "0"), ("objective.enhance_target", config.objective.enhance_target, "false")):
+            if value and not self.has_null:
+                raise TimError(f"training config: {key} is {shown(value)}, but {config.model} has no null class; use {use}")
+
+    def encode_folder(self, parts: Parts, image_encoder: ImageEncoder | None) -> None:
         """Encodes the images and their conditions into the cache; sets up the batches and the conditions of the samples."""
         config, processes, labels = self.config, self.processes, self.architecture.text_dim is None
-        text = None if labels else load_text_encoder(self.parts, dtype=torch.float32).to(processes.device).requires_grad_(False)
-        self.conditions = ClassLabels(self.architecture.num_classes, config.data.path) if labels else Captions(text)
+        self.conditions = ClassLabels(self.architecture.num_classes, config.data.path) if labels else Captions(
+            load_text_encoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False))
 
         def encode_images(images: Tensor) -> dict[str, Tensor]:
             images = images.to(processes.device)
@@ -138,18 +171,18 @@ class FineTuningTask(Task[Conditional]):
                 tensors["features"] = image_features(image_encoder, images, tensors["latent"], self.architecture)
             return tensors
 
-        identity = " ".join([VERSION, digest(self.autoencoder.state_dict().items()), str(self.autoencoder.config),
-                             name_of(image_encoder), self.conditions.fingerprint])
-        encode = Encoder(config.data.cache_folder, identity, encode_images, self.conditions.encode)
+        self.fixed = " ".join([digest(self.autoencoder.state_dict().items()), str(self.autoencoder.config), name_of(image_encoder),
+                               self.conditions.fingerprint])
+        encode = Encoder(config.data.cache_folder, f"{VERSION} {self.fixed}", encode_images, self.conditions.encode)
         items = prepare(config.data, encode, self.factor * self.architecture.patch_size, labels, processes)
         self.sampled = [item for item in items if (item.width, item.height) == (items[0].width, items[0].height)][:4]
         values: list[Any] = [item.caption_or_label for item in self.sampled]
         conds = self.conditions.encode(values)
-        both, dropped = conds * 2, [False] * len(conds) + [True] * len(conds)
+        both, dropped = conds * 2, [False] * len(conds) + [self.has_null] * len(conds)
         length = self.conditions.longest([rows.shape[0] if rows.ndim else 1 for rows in both], dropped)
         self.sample_conditions = self.conditions.batch(both, dropped, length).chunk(2)
-        if text is not None:
-            text.cpu()  # its features are cached
+        self.conditions.release()
+        self.data = digest_data(items, encode)
         self.batches = FolderBatches(config.data, items, encode, config.loop.batch, config.loop.seed,
                                      processes.shards(config.loop.accumulate))
         if processes.is_main:
@@ -189,7 +222,8 @@ class FineTuningTask(Task[Conditional]):
         noise = torch.randn(len(self.sampled), self.architecture.in_channels, first.height // self.factor, first.width // self.factor,
                             generator=torch.Generator().manual_seed(loop.seed))
         inputs = [value.to(next(average.parameters()).device) for value in (noise, *self.sample_conditions)]
-        return sample_grid(average.transformer, self.autoencoder.decode, *inputs, self.transport, loop.autocast)
+        cfg = 2.5 if self.has_null else 1.0
+        return sample_grid(average.transformer, self.autoencoder.decode, *inputs, self.transport, loop.autocast, cfg)
 
     def export(self, average: dict[str, Tensor], record: dict) -> Path:
         """Writes the LoRA, or the transformer in bfloat16."""
@@ -200,8 +234,7 @@ class FineTuningTask(Task[Conditional]):
             return save_lora(weights, config.lora, path, json.dumps(record))
         made = self.plain.to_empty(device="cpu")
         made.load_state_dict(weights)
-        metadata = {**self.parts[TRANSFORMER].record, "latent_factor": self.parts.latent_factor, "escape_prompts": self.parts.escape,
-                    "training": record}
+        metadata = {**self.metadata, "training": record}
         return pack({"transformer": made}, path, dtype=torch.bfloat16, metadata=metadata, keep_projector=True)
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,26 +12,28 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import TimError, one_line
-from ..files import atomic_write
+from ..errors import TimError
+from ..files import digest, make_folder, parse_json, read_text
+from ..images import ENDINGS, image_size, open_image
 from ..processes import Processes, Shard
 from .config import FolderConfig
+from .writing import write_tensors
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-VERSION = "3"  # of cached files; files of another version are encoded again
+VERSION = "4"  # of cached files; files of another version are encoded again
 ENCODE_PIXELS = 2 * 1024 * 1024  # pixels of the images that are encoded together
-PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised for images that it cannot read
+MOST_CAPTION, MOST_LIST = 2**16, 2**30  # bytes of a caption file and of a .jsonl
+IMAGE_DIGEST = "image"  # key in the metadata of cached files
 
 
 @dataclass(frozen=True)
 class Item:
     """An image file, its caption or class number, and the size in pixels that it trains at.
 
-    problem: why it cannot be used; empty if it can.
+    problem: why it cannot be used, with the file; empty if it can.
     """
 
     file: Path
@@ -52,11 +53,11 @@ def class_folders(config: FolderConfig) -> list[Path]:
 def scan(config: FolderConfig, labels: bool) -> list[Item]:
     """The images of a folder or a .jsonl, in order. TimError if there is none, for an invalid line, or for images outside class folders."""
     place = Path(config.path).expanduser()
-    if place.is_file():
-        lines = enumerate(_text(place).split("\n"), 1)
-        return [_line(place, number, line, labels) for number, line in lines if line.strip()]
-    if not place.is_dir():
+    if not place.exists():
         raise TimError(f"data.path: {place} does not exist; name a folder of images, or a .jsonl that lists them")
+    if not place.is_dir():
+        lines = enumerate(read_text(place, MOST_LIST).split("\n"), 1)
+        return [_line(place, number, line, labels) for number, line in lines if line.strip()]
     files = sorted(file for file in place.rglob("*") if file.suffix.lower() in ENDINGS)
     if labels:
         classes = class_folders(config)
@@ -69,31 +70,24 @@ def scan(config: FolderConfig, labels: bool) -> list[Item]:
             logging.warning(f"{place}: {len(empty)} class folders have no images, but keep their class numbers; the first is {empty[0]}")
         return [Item(file, number) for number, folder in enumerate(classes) for file in found[folder]]
     captions = {file: file.with_suffix(".txt") for file in files}
-    without = [file for file, caption in captions.items() if not caption.is_file()]
+    without = [file for file, caption in captions.items() if not caption.exists()]
     if without:
         logging.warning(f"{place}: {len(without)} images without a .txt caption are skipped; the first is {without[0].name}")
     items = []
     for file, caption in captions.items():
         try:
-            items += [Item(file, _text(caption).strip())] if caption.is_file() else []
+            items += [Item(file, read_text(caption, MOST_CAPTION).strip())] if caption.exists() else []
         except TimError as error:
             items.append(Item(file, "", problem=str(error)))
     return items
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # without the byte order mark that some editors write
-    except UnicodeDecodeError:
-        raise TimError(f"{file}: not UTF-8; save it as UTF-8") from None
-
-
 def _line(place: Path, number: int, line: str, labels: bool) -> Item:
     name, kind = ("label", int) if labels else ("caption", str)
     try:
-        values = json.loads(line)
+        values = parse_json(line, str(place))
         file, value = values["image"], values[name]
-    except (ValueError, TypeError, LookupError):
+    except (TimError, TypeError, LookupError):
         file = value = None
     if not isinstance(file, str) or not isinstance(value, kind) or isinstance(value, bool):
         raise TimError(f'{place}: line {number} is {line[:60]}; write {{"image": path, "{name}": {kind.__name__}}}')
@@ -135,20 +129,9 @@ def similar_sizes(items: list[Item], min_bucket_size: int) -> list[Item]:
     return [Item(item.file, item.caption_or_label, *trains_at[item.width, item.height]) for item in items]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; 16-bit grey is scaled to 8 bits, transparent areas become white."""
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def open_image(item: Item) -> Tensor:
-    """The image (3, H, W) in [-1, 1], scaled and centre-cropped to the item's size."""
-    with Image.open(item.file) as image:
-        fitted = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (item.width, item.height), Image.Resampling.LANCZOS)
+def load_image(item: Item) -> Tensor:
+    """The image (3, H, W) in [-1, 1], scaled and centre-cropped to the item's size. TimError as images.open_image."""
+    fitted = ImageOps.fit(open_image(item.file), (item.width, item.height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
@@ -211,13 +194,13 @@ def condition_rows(file: Path) -> int:
         return opened.get_slice("condition").get_shape()[0]
 
 
-def readable(file: Path) -> bool:
-    """Whether a file is a complete safetensors file."""
+def image_digest(file: Path) -> str | None:
+    """The hash of the image in a cached file; None if the file is not complete. Reads its header alone."""
     try:
-        with safe_open(file, "pt"):
-            return True
+        with safe_open(file, "pt") as opened:
+            return (opened.metadata() or {}).get(IMAGE_DIGEST)
     except (OSError, SafetensorError):
-        return False
+        return None
 
 
 class Encoder:
@@ -246,16 +229,24 @@ class Encoder:
         images = {}
         for item in items:
             try:
-                images[item] = open_image(item)
-            except PILLOW_ERRORS as error:
-                logging.warning(f"{item.file}: skipped ({one_line(error)})")
+                images[item] = load_image(item)
+            except TimError as error:
+                logging.warning(f"skipped {error}")
         if not images:
             return
         encoded = {name: value.cpu() for name, value in self.encode_images(torch.stack(list(images.values()))).items()}
         conditions = self.encode_conditions([item.caption_or_label for item in images])
         for k, (item, condition) in enumerate(zip(images, conditions, strict=True)):
             tensors = {**{name: value[k].clone() for name, value in encoded.items()}, "condition": condition.cpu().contiguous()}
-            atomic_write(self.cache_path(item), functools.partial(save_file, tensors))
+            write_tensors(self.cache_path(item), tensors, {IMAGE_DIGEST: digest([("image", images[item])])})
+
+
+def digest_data(items: list[Item], encode: Encoder) -> str:
+    """A hash of the encoded items: of their pixels, captions or labels, and order. Their paths do not matter."""
+    found = hashlib.sha256()
+    for item in items:
+        found.update(repr((image_digest(encode.cache_path(item)), item.caption_or_label, item.width, item.height)).encode())
+    return found.hexdigest()
 
 
 def same_size(items: list[Item], max_pixels: int) -> list[list[Item]]:
@@ -278,25 +269,23 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     items, fitted = scan(config, labels), []
     for item in items:
         if item.problem:
-            _skip(item, item.problem, processes)
+            _skip(item.problem, processes)
             continue
         try:
-            with Image.open(item.file) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5
-                width, height = image.size[::-1] if turned else image.size
-        except PILLOW_ERRORS as error:
-            _skip(item, one_line(error), processes)
+            width, height = image_size(item.file)
+        except TimError as error:
+            _skip(str(error), processes)
             continue
         size = native_size(width, height, unit, config.max_pixels)
         if not all(size):
             limit = "" if min(width, height) < unit else f" within max_pixels {config.max_pixels}"
-            _skip(item, f"{width}x{height} pixels; at least {unit}x{unit} are needed{limit}", processes)
+            _skip(f"{item.file}: {width}x{height} pixels; at least {unit}x{unit} are needed{limit}", processes)
             continue
         fitted.append(Item(item.file, item.caption_or_label, *size))
     fitted = similar_sizes(fitted, config.min_bucket_size)
-    encode.cache.mkdir(parents=True, exist_ok=True)
+    make_folder(encode.cache)
     mine = processes.shard(list({encode.cache_path(item): item for item in fitted}.values()))  # duplicates share a cached file
-    missing = [item for item in mine if not readable(encode.cache_path(item))]
+    missing = [item for item in mine if image_digest(encode.cache_path(item)) is None]
     with tqdm(total=len(missing), desc="encode", unit="image", disable=not processes.is_main) as bar:
         for group in same_size(missing, ENCODE_PIXELS):
             encode.keep(group)
@@ -310,6 +299,6 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     return usable
 
 
-def _skip(item: Item, reason: str, processes: Processes) -> None:
+def _skip(reason: str, processes: Processes) -> None:
     if processes.is_main:
-        logging.warning(f"{item.file}: skipped ({reason})")
+        logging.warning(f"skipped {reason}")

@@ -8,7 +8,7 @@ import ctypes
 import functools
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -21,13 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..errors import TimError
-from ..files import digest
+from ..files import digest, make_folder
 from ..models.transformer import Block
 from ..processes import Processes, Shard, find_processes
 from . import metrics
 from .config import LoopConfig
 from .parallel import distribute, full_tensor, local_shard, synchronise
 from .resume import resume, save
+from .writing import write_image
 
 
 def learning_rate(config: LoopConfig, step: int, start_step: int = 0) -> float:
@@ -70,7 +71,8 @@ class Task(Generic[Model]):
     model: trained; its EMA is exported. batches[k]: the shards of batch k that this process computes, in order; each has as `total`
     the number of items in the whole batch. folder: of checkpoints, metrics.csv and sample images.
     settings: the configuration, for the record. not_averaged: submodules of the model that the EMA lacks.
-    frozen: networks beside the model whose weights must be the same when the run is resumed, by name.
+    fixed: a hash of what must be the same when the run is resumed, beside the model's frozen weights. data: a hash of what it trains on,
+    if that does not follow from the settings; it may change before the run is finished.
     """
 
     model: Model
@@ -78,7 +80,8 @@ class Task(Generic[Model]):
     folder: Path
     settings: dict
     not_averaged: tuple[str, ...] = ()
-    frozen: Mapping[str, nn.Module] = {}
+    fixed: str = ""
+    data: str = ""
 
     def param_groups(self, config: LoopConfig) -> list[ParamGroup]:
         """The parameters to train, each in one group."""
@@ -136,7 +139,7 @@ class Sums:
 
     def means(self, processes: Processes, step: int) -> dict[str, float]:
         """Means over the steps and all processes. TimError if one is not finite."""
-        means = {name: float(processes.mean(value)) / self.steps for name, value in self.values.items()}
+        means = {name: float(processes.mean(torch.as_tensor(value))) / self.steps for name, value in self.values.items()}
         if wrong := [name for name, value in means.items() if not math.isfinite(value)]:
             raise TimError(f"training: {wrong[0]} is {means[wrong[0]]} at step {step}; try a lower loop.lr. The last checkpoint is from "
                            "before")
@@ -163,7 +166,7 @@ def train(config: LoopConfig, task: Task) -> Path:
     model, folder, settings = task.model, task.folder, task.settings
     processes = find_processes()
     keep_memory()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     model.to(processes.device)
     average = make_ema(model, share_fixed=processes.count == 1 or config.parallel == "ddp", without=task.not_averaged)
     units = [unit for one in (model, average) for unit in (*blocks_of(one), *task.networks(one))]
@@ -175,9 +178,8 @@ def train(config: LoopConfig, task: Task) -> Path:
     step_loss = distribute(Step(task, average), units, processes, config.parallel)
     groups = task.param_groups(config)
     optims = optimizers(config, groups)
-    held = [*model.named_parameters(), *(pair for name, one in task.frozen.items() for pair in one.named_parameters(prefix=name))]
-    fixed = digest((name, full_tensor(p)) for name, p in held if not p.requires_grad)
-    resumed = resume(folder, config, model, optims, average, fixed, settings, processes)
+    fixed = f"{digest((name, full_tensor(p)) for name, p in model.named_parameters() if not p.requires_grad)} {task.fixed}"
+    resumed = resume(folder, config, model, optims, average, fixed, task.data, settings, processes)
     start, sums = resumed.step, Sums(resumed.totals, resumed.counted)
 
     def record(step: int) -> dict:
@@ -230,11 +232,11 @@ def train(config: LoopConfig, task: Task) -> Path:
                 weights = full_state_dict(average, processes)
                 totals = {name: value * sums.steps for name, value in means.items()} if sums.steps else {}
                 progress = {"seconds": resumed.seconds + time.monotonic() - started, "counted": sums.steps, "totals": totals,
-                            "fixed": fixed, "settings": settings, "changed": resumed.changed}
+                            "fixed": fixed, "data": task.data, "settings": settings, "changed": resumed.changed}
                 save(folder, config, done, progress, model, optims, weights, processes)
                 image = task.sample(average, done)  # in every process: each holds a shard of the weights
                 if processes.is_main:
-                    image.save(folder / f"sample-{done:08d}.png")
+                    write_image(folder / f"sample-{done:08d}.png", image)
                 made = _export(task, weights, record(done), processes)
             if late and done < config.steps:
                 raise TimError(f"training: stopped at step {done} of {config.steps} after {config.seconds} s; repeat the command to resume")

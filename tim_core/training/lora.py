@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import TimError
-from ..files import atomic_write
+from ..weights.detect import TRANSFORMER
+from ..weights.lora import Adapter, Lora
 from .config import LoraConfig
+from .writing import write_tensors
 
 
 class LoraLinear(nn.Module):
@@ -24,7 +25,10 @@ class LoraLinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(x.dtype) * self.scale
+        out = self.base(x)
+        if not torch.is_autocast_enabled(x.device.type):  # which casts to its own dtype
+            x = x.to(self.lora_A.weight.dtype)
+        return out + (self.lora_B(self.lora_A(x)) * self.scale).to(out.dtype)
 
 
 def add_lora(network: nn.Module, config: LoraConfig) -> None:
@@ -48,12 +52,11 @@ def round_base(network: nn.Module) -> None:
 
 
 def save_lora(weights: dict[str, Tensor], config: LoraConfig, path: Path, record: str) -> Path:
-    """Writes the adapters in `weights` under the names ComfyUI reads: diffusion_model.<layer>.lora_A.weight, .lora_B.weight, .alpha."""
-    tensors = {}
-    for name, value in weights.items():
-        layer, found, rest = name.partition(".lora_")
-        if found:
-            tensors[f"diffusion_model.{layer}.lora_{rest}"] = value.to(torch.bfloat16).contiguous()
-            tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(config.alpha or float(config.rank))
-    atomic_write(path, lambda tmp: save_file(tensors, tmp, metadata={"tim_lora": record}))
+    """Writes the adapters in `weights`, in bfloat16, as a LoRA for the transformer."""
+    down, end = ".lora_A.weight", ".lora_B.weight"
+    layers = {name.removesuffix(down): Adapter(value.to(torch.bfloat16), weights[name.removesuffix(down) + end].to(torch.bfloat16),
+                                               config.alpha or float(config.rank))
+              for name, value in weights.items() if name.endswith(down)}
+    lora = Lora(str(path), {TRANSFORMER: layers}, {"tim_lora": record})
+    write_tensors(path, lora.state_dict(), lora.metadata)
     return path

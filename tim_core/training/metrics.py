@@ -1,9 +1,12 @@
 """metrics.csv of a run, and a TensorBoard log beside it."""
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import atomic_write
+from ..errors import TimError, one_line
+from ..files import atomic_write, check_file
 
 NAME = "metrics.csv"
 
@@ -12,29 +15,35 @@ def log(folder: Path, row: dict, board=None) -> None:
     """Appends a row to metrics.csv and to the TensorBoard writer `board`. New columns are added to the file."""
     path = folder / NAME
     if not path.exists() or not path.stat().st_size:
-        _write_rows(path, list(row), [])
-    with path.open(newline="") as file:
-        columns = list((rows := csv.DictReader(file)).fieldnames)
+        atomic_write(path, lambda tmp: _write_rows(tmp, list(row), []))
+    with _opened(path) as rows:
+        columns = list(rows.fieldnames or [])
         more = [name for name in row if name not in columns]
-        before = list(rows) if more else []
+        before = [row for row in rows if None not in row] if more else []
     if more:
         columns += more
         atomic_write(path, lambda tmp: _write_rows(tmp, columns, before))
-    with path.open("a", newline="") as file:
-        csv.DictWriter(file, columns).writerow(row)
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, columns).writerow(row)
+    except OSError as error:
+        raise TimError(f"{path}: cannot be written ({error.strerror})") from error
     if board is not None:
-        for name, value in row.items():
-            if name != "step":
-                board.add_scalar(name, value, row["step"])
-        board.flush()
+        try:
+            for name, value in row.items():
+                if name != "step":
+                    board.add_scalar(name, value, row["step"])
+            board.flush()
+        except OSError as error:
+            raise TimError(f"{folder}: its TensorBoard log cannot be written ({error.strerror})") from error
 
 
 def forget_after(folder: Path, step: int) -> None:
     """Drops rows of later steps, which a resumed run writes again, and damaged rows."""
     path = folder / NAME
     if path.exists():
-        with path.open(newline="") as file:
-            columns = (rows := csv.DictReader(file)).fieldnames or []
+        with _opened(path) as rows:
+            columns = list(rows.fieldnames or [])
             kept = [row for row in rows if None not in (*row, *row.values()) and row["step"].isdecimal() and int(row["step"]) <= step]
         atomic_write(path, lambda tmp: _write_rows(tmp, columns, kept))
 
@@ -48,8 +57,26 @@ def tensorboard(folder: Path, start: int):
     return SummaryWriter(folder, purge_step=start + 1)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[csv.DictReader]:
+    """The rows of a file. TimError naming it if it is none of `log`."""
+    advice = "move it away, or choose another output"
+    check_file(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            columns = list(rows.fieldnames or [])
+            if columns and ("step" not in columns or len(set(columns)) < len(columns)):
+                raise TimError(f"{path}: is no metrics of a run, its columns are {', '.join(columns)}; {advice}")
+            yield rows
+    except OSError as error:
+        raise TimError(f"{path}: cannot be read ({error.strerror})") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise TimError(f"{path}: is no metrics of a run ({one_line(error)}); {advice}") from None
+
+
 def _write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

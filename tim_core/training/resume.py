@@ -1,11 +1,15 @@
 """Checkpoints of a run: written atomically, and resumed exactly or refused."""
 
+import re
 import sys
+import zipfile
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,33 +21,50 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from ..errors import TimError, one_line, state_dict_mismatch
-from ..files import atomic_write
+from ..files import check_file
 from ..processes import Processes
+from ..settings import Count, NotNegative, WholeNumber, shown
+from ..weights.torch_file import check_torch_file
 from . import metrics
 from .config import LoopConfig
+from .writing import write_state
 
 AVERAGED = "ema"
 # Keys of the configuration that a resumed run may change silently, because they do not change what is computed,
 LOOP_MAY_CHANGE = ("seconds", "log_every", "save_every", "keep", "workers", "parallel", "accumulate", "compile", "checkpointing")
-MAY_CHANGE = {"attention", "interpolate_start", *(f"loop.{name}" for name in LOOP_MAY_CHANGE)}
+PATHS = ("autoencoder", "text_encoder", "data.path", "data.cache")  # what they hold is compared, not where it is
+MAY_CHANGE = {"attention", "interpolate_start", *PATHS, *(f"loop.{name}" for name in LOOP_MAY_CHANGE)}
 # keys that it must not change, because they determine its first weights or its optimiser state,
 MUST_MATCH = {"start", "add_embedding", "freeze_text", "model", "loop.optimizer"}
 # and keys whose value is a mapping with keys of its own.
 MAPS = {"sizes", "forms", "add_embedding", "objective_from"}
 
 
-@dataclass
+@dataclass(config=ConfigDict(strict=True, allow_inf_nan=False), kw_only=True)
 class ResumeState:
     """The progress of a run. totals: sums of the losses of the last `counted` steps, which are not in metrics.csv yet.
 
     changed: step -> key of the configuration -> [value before that step, value since].
     """
 
-    step: int = 0
-    seconds: float = 0.0
-    totals: dict[str, float] = field(default_factory=dict)
-    counted: int = 0
-    changed: dict[str, dict[str, list]] = field(default_factory=dict)
+    step: WholeNumber = 0
+    seconds: NotNegative = 0.0
+    totals: dict[str, float] = Field(default_factory=dict)
+    counted: WholeNumber = 0
+    changed: dict[str, dict[str, list]] = Field(default_factory=dict)
+
+
+@dataclass(config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True), kw_only=True)
+class SavedState(ResumeState):
+    """What step-N.pt holds. fixed and data: as in `Task`; they and settings are None in files of an earlier version."""
+
+    step: Count
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizers: dict[str, Any]
+    settings: dict[str, Any] | None = None
+    fixed: str | None = None
+    data: str | None = None
 
 
 def differences(before: dict, now: dict, where: str = "") -> dict[str, list]:
@@ -71,7 +92,13 @@ def frozen(model: nn.Module) -> set[str]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"))
+    """The checkpoints in a folder, in the order of their steps."""
+    return sorted((file for file in folder.glob("step-*.pt") if re.fullmatch(r"step-[0-9]{8,12}\.pt", file.name)), key=step_of)
+
+
+def step_of(file: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(file.stem.removeprefix("step-"))
 
 
 def save(folder: Path, config: LoopConfig, step: int, progress: dict, model, optims, weights: dict[str, Tensor],
@@ -83,50 +110,114 @@ def save(folder: Path, config: LoopConfig, step: int, progress: dict, model, opt
              AVERAGED: {name: value for name, value in weights.items() if name not in names},
              "optimizers": get_optimizer_state_dict(model, optims, options=options)}
     if processes.is_main:
-        atomic_write(folder / f"step-{step:08d}.pt", lambda path: torch.save(state, path))
-        for old in checkpoints(folder)[:-config.keep]:
+        write_state(folder / f"step-{step:08d}.pt", state)
+        for old in [file for file in checkpoints(folder) if step_of(file) <= step][:-config.keep]:  # later ones are damaged
             old.unlink()
     processes.wait()
 
 
-def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str, settings: dict, processes: Processes) -> ResumeState:
-    """Loads the newest checkpoint, if there is one. TimError if it belongs to a run with another configuration or other frozen weights."""
-    found = checkpoints(folder)
-    if not found:
+class DamagedCheckpoint(TimError):
+    """A checkpoint whose bytes are not those that were written."""
+
+
+def load(file: Path) -> SavedState:
+    """Reads a checkpoint. DamagedCheckpoint for damaged bytes, TimError for a file of another program or an edited one."""
+    try:
+        check_file(file)
+        check_torch_file(file)
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():  # torch checks no CRC
+                raise TimError(f"record {damaged} has changed")
+        values = torch.load(file, weights_only=True, map_location="cpu")
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file provokes
+        raise DamagedCheckpoint(f"{file}: damaged checkpoint ({one_line(error).removeprefix(f'{file}: ')})") from None
+    advice = "remove it to resume from the one before, or choose another output"
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise TimError(f"{file}: is no checkpoint of a run; {advice}")
+    try:
+        state = SavedState(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise TimError(f"{file}: is no checkpoint of a run ({where}: {first['msg']}); {advice}") from None
+    if state.step != step_of(file):
+        raise TimError(f"{file}: holds step {state.step}; {advice}")
+    return state
+
+
+def newest(folder: Path, processes: Processes) -> tuple[Path, SavedState] | None:
+    """The newest checkpoint that is not damaged; None in a folder without checkpoints. TimError if all are damaged."""
+    damaged: list[DamagedCheckpoint] = []
+    for file in reversed(checkpoints(folder)):
+        try:
+            state = load(file)
+        except DamagedCheckpoint as error:
+            damaged.append(error)
+            continue
+        if processes.is_main:
+            for found in damaged:
+                tqdm.write(f"{found}; resuming from {file.name}", file=sys.stderr)
+        return file, state
+    if damaged:
+        raise TimError(f"{damaged[0]}, and none before it is whole; restore one, or choose another output")
+    return None
+
+
+def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str, data: str, settings: dict,
+           processes: Processes) -> ResumeState:
+    """Loads the newest checkpoint, if there is one. fixed, data: as in `Task`.
+
+    TimError if it belongs to a run with another configuration or other frozen weights, or to a finished run on other data.
+    """
+    if (found := newest(folder, processes)) is None:
         if processes.is_main:
             metrics.forget_after(folder, 0)  # rows of a run that was killed before its first checkpoint
         return ResumeState()
-    try:
-        state = torch.load(found[-1], weights_only=True, map_location="cpu")
-    except Exception as error:  # whatever a damaged file provokes
-        raise TimError(f"{found[-1]}: damaged checkpoint ({one_line(error)}); delete it to resume from the one before") from None
-    ended = state["step"] >= config.steps
-    other = {key: both for key, both in sorted(differences(state.get("settings", settings), settings).items()) if key not in MAY_CHANGE}
+    file, state = found
+    ended = state.step >= config.steps
+    run = "this run is finished, with" if ended else "its run has"
+    before = settings if state.settings is None else state.settings
+    other = {key: both for key, both in sorted(differences(before, settings).items()) if key not in MAY_CHANGE}
     if ended:
         other.pop("loop.steps", None)
     if wrong := [key for key in other if ended or key in MUST_MATCH]:
-        before, now = other[wrong[0]]
-        raise TimError(f"{found[-1]}: its run has {wrong[0]} {before!r}, the configuration has {now!r}; restore it or choose another "
-                       "output")
-    if state.get("fixed", fixed) != fixed:
-        raise TimError(f"{found[-1]}: the frozen weights differ from those of its run; restore the files that it was initialised from (and "
+        old, new = map(shown, other[wrong[0]])
+        raise TimError(f"{file}: {run} {wrong[0]} {old}, the configuration has {new}; choose another output, or restore it")
+    if state.fixed not in (None, fixed):
+        raise TimError(f"{file}: the frozen weights differ from those of its run; restore the files that it was initialised from (and "
                        "the loop.autocast of a LoRA), or choose another output")
-    init_from(model, state["model"], str(found[-1]), frozen(model))
+    if state.data not in (None, data):
+        if ended:
+            raise TimError(f"{file}: this run is finished, on other images or captions; choose another output to train on these")
+        other["images and captions"] = [state.data[:12], data[:12]]
+    init_from(model, state.model, str(file), frozen(model))
+    _load_optimizers(file, model, optims, state.optimizers)
+    averaged = {name for name, _ in average.named_parameters()} - frozen(model)
+    init_from(average, state.ema, str(file), average.state_dict().keys() - averaged)
+    if processes.is_main:
+        metrics.forget_after(folder, state.step)
+        tqdm.write(f"{'already finished:' if ended else 'resumed'} {file}", file=sys.stderr)
+        for key, (old, new) in other.items():
+            tqdm.write(f"changed {key}: {shown(old)} -> {shown(new)}", file=sys.stderr)
+    changed = state.changed | ({str(state.step): other} if other else {})
+    return ResumeState(step=state.step, seconds=state.seconds, totals=state.totals, counted=state.counted, changed=changed)
+
+
+def _load_optimizers(file: Path, model: nn.Module, optims: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+    """Loads the state of the optimisers; their options stay those of the configuration. TimError if it does not fit."""
     configured = [[{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-               for optimizer in optims]
+                  for optimizer in optims]
     try:
-        set_optimizer_state_dict(model, optims, state["optimizers"], options=StateDictOptions(full_state_dict=True))
-    except (KeyError, RuntimeError) as error:  # for missing entries
-        raise TimError(f"{found[-1]}: its optimiser state does not fit the configuration ({one_line(error)}); choose another "
-                       "output") from None
+        set_optimizer_state_dict(model, optims, state, options=StateDictOptions(full_state_dict=True))
+    except Exception as error:  # of many kinds, for missing and for unknown entries
+        raise TimError(f"{file}: its optimiser state does not fit the configuration ({one_line(error)}); choose another output") from None
     for optimizer, groups in zip(optims, configured):
         for group, options in zip(optimizer.param_groups, groups):
-            group.update(options)  # of the configuration, not of the checkpoint
-    set_model_state_dict(average, state[AVERAGED], options=StateDictOptions(full_state_dict=True, strict=False))
-    if processes.is_main:
-        metrics.forget_after(folder, state["step"])
-        tqdm.write(f"{'already finished:' if ended else 'resumed'} {found[-1]}", file=sys.stderr)
-        for key, (a, b) in other.items():
-            tqdm.write(f"changed {key}: {a!r} -> {b!r}", file=sys.stderr)
-    changed = state.get("changed", {}) | ({str(state["step"]): other} if other else {})
-    return ResumeState(state["step"], state["seconds"], state.get("totals", {}), state.get("counted", 0), changed)
+            group.update(options)
+        for parameter, entries in optimizer.state.items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise TimError(f"{file}: its optimiser state does not fit the configuration ({name} has shape {list(value.shape)}, a "
+                                   f"weight {list(parameter.shape)}); choose another output")

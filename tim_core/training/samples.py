@@ -21,8 +21,8 @@ def grid(rows: list[Tensor]) -> Image.Image:
 
 @torch.no_grad()
 def sample_grid(transformer: nn.Module, decode: Callable[[Tensor], Tensor], noise: Tensor, cond: Tensor, null: Tensor,
-                transport: Transport, autocast: bool) -> Image.Image:
-    """Samples noise (B, C, h, w) in 1, 4 and 16 steps at cfg 2.5, one row each; the transformer runs in bfloat16 if `autocast`."""
+                transport: Transport, autocast: bool, cfg: float = 2.5) -> Image.Image:
+    """Samples noise (B, C, h, w) in 1, 4 and 16 steps, one row each; the transformer runs in bfloat16 if `autocast`."""
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=autocast):
-        latents = [sample(transformer, noise, uniform(steps), cond, null, transport=transport, cfg=2.5)[0] for steps in STEPS]
+        latents = [sample(transformer, noise, uniform(steps), cond, null, transport=transport, cfg=cfg)[0] for steps in STEPS]
     return grid([decode(latent.float()) for latent in latents])

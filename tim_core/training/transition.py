@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import TimError
+from ..files import digest
 from ..models.attention import get_attention
 from ..models.autoencoder import Autoencoder
 from ..models.config import TransformerConfig
@@ -20,7 +21,7 @@ from ..models.transformer import TransitionTransformer
 from ..processes import Shard, find_processes
 from ..shapes import scenes
 from ..shapes.batches import ShapesBatches, ShapesPart, render_samples
-from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
+from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, shapes_tokenizer, vocabulary
 from ..transport import OTFM
 from ..weights import previews
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
@@ -42,7 +43,7 @@ class TextToImage(nn.Module):
 
     def __init__(self, config: TransitionTraining, latent_channels: int):
         super().__init__()
-        tokenizer = Tokenizer.from_json(small_world_tokenizer())
+        tokenizer = Tokenizer.from_json(shapes_tokenizer())
         self.text = TextEncoder(gemma_config(config.text), tokenizer, escape=False)
         shape = config.transformer
         self.transformer = TransitionTransformer(TransformerConfig(
@@ -133,8 +134,11 @@ class TransitionTask(Task[TextToImage]):
         self.factor, self.channels = self.autoencoder.config.factor, self.autoencoder.config.latent_channels
         torch.manual_seed(loop.seed)
         self.model = TextToImage(config, self.channels)
+        fixed = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
         if config.start:
             init_model(self.model, Path(config.start).expanduser())
+            fixed |= {name: value for name, value in self.model.state_dict().items() if not name.startswith("critic.")}
+        self.fixed = f"{digest(fixed.items())} {self.autoencoder.config}"
         # the weights that the export is interpolated with
         self.initial = {name: p.detach().clone() for name, p in self.model.named_parameters()} if config.interpolate_start else {}
         add_embeddings(self.model.text, config.add_embedding)
@@ -142,7 +146,6 @@ class TransitionTask(Task[TextToImage]):
         self.teacher = None
         if config.needs_start:
             self.teacher = make_ema(self.model, share_fixed=False, without=self.not_averaged).eval()
-            self.frozen = {"teacher": self.teacher}
             if loop.compile:
                 compile_blocks(self.teacher)
         check_projector(self.model.transformer, image_encoder, *config.objectives.values())
@@ -275,7 +278,7 @@ class TransitionTask(Task[TextToImage]):
         config, made = self.config, TextToImage(replace(self.config, matching=None), self.channels)
         mixed = {name: value.lerp(self.initial[name], config.interpolate_start) if self.initial else value
                  for name, value in average.items()}
-        made.load_state_dict({**made.state_dict(), **mixed})
+        init_from(made, mixed, "the averaged weights", optional={name for name, _ in made.named_buffers()})
         metadata = {"latent_factor": self.factor, "scaling_factor": self.autoencoder.config.scaling_factor, "escape_prompts": False,
                     "preview": self.preview, "training": record}
         return pack(

@@ -81,7 +81,7 @@ def json_tensor(record: dict) -> Tensor:
 
 
 def _record_of(part: Part, parts: Parts, extra: dict) -> dict:
-    """The record to write with a part: what its shapes cannot tell. `extra` overrides what its file says."""
+    """The record to write with a part: the settings that its shapes do not determine. `extra` overrides what its file says."""
     config = part.config
     if part.kind == TEXT_ENCODER:
         return {**config, "escape_prompts": bool(extra.get("escape_prompts", parts.escape))}
@@ -123,7 +123,7 @@ def check_output_path(dst: str | Path) -> Path:
     if dst.suffix != ".safetensors":
         raise TimError(f"{dst}: the name must end in .safetensors")
     if not dst.parent.is_dir():
-        raise TimError(f"{dst}: folder {dst.parent} does not exist")
+        raise TimError(f"{dst}: folder {dst.parent} does not exist; create it first")
     return dst
 
 

@@ -549,13 +549,13 @@ def test_an_adapter_computes_in_the_dtype_of_autocast(autocast):
 def test_a_lora_keeps_its_frozen_base_in_bfloat16(tmp_path, tiny, data, monkeypatch):
     """With autocast, which rounds its layers at every use: losses and adapter are those on a float32 base."""
     bases, made, rows = {}, {}, {}
-    real = finetune.train
+    real = loop.train
 
     def spied(config, task):
         bases[name] = {key: p for key, p in task.model.named_parameters()}
         return real(config, task)
 
-    monkeypatch.setattr(finetune, "train", spied)
+    monkeypatch.setattr(loop, "train", spied)
     for name in ("bfloat16", "float32"):
         if name == "float32":
             monkeypatch.setattr(finetune, "round_base", lambda network: None)

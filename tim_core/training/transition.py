@@ -25,9 +25,9 @@ from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenize
 from ..transport import OTFM
 from ..weights import previews
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
-from ..weights.save import check_output_path, pack
-from .config import LoopConfig, export_path, recorded, time_shift
-from .loop import ParamGroup, Task, compile_blocks, make_ema, train
+from ..weights.save import pack
+from .config import LoopConfig, recorded, time_shift
+from .loop import ParamGroup, Task, compile_blocks, make_ema
 from .noise import draw_noise
 from .objectives.distillation import DistillationNoise, distillation_loss, draw_distillation_noise
 from .objectives.matching import MatchingNoise, draw_matching_noise, matching_losses
@@ -283,11 +283,4 @@ class TransitionTask(Task[TextToImage]):
                     "preview": self.preview, "training": record}
         return pack(
             {"transformer": made.transformer, "text_encoder": made.text, "vae": self.autoencoder},
-            export_path(config, record["step"]), dtype=torch.bfloat16, metadata=metadata, keep_projector=True)
-
-
-def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | None = None) -> Path:
-    """Runs a `kind: tim` configuration; returns the one-file checkpoint of the EMA."""
-    if config.checkpoint:
-        check_output_path(config.checkpoint)
-    return train(config.loop, TransitionTask(config, image_encoder))
+            config.export_path(record["step"]), dtype=torch.bfloat16, metadata=metadata, keep_projector=True)

@@ -132,11 +132,12 @@ class FineTuningTask(Task[Conditional]):
         self.config, self.processes, parts = config, find_processes(), read_sources(config)
         self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
         self.metadata = {**parts[TRANSFORMER].record, "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
-        self.architecture = parts[TRANSFORMER].config
-        self.has_null = self.architecture.text_dim is not None or self.architecture.null_class
+        plain = parts[TRANSFORMER].config
+        self.has_null = plain.text_dim is not None or plain.null_class
         self.check_null()
         self.model = Conditional(
             load_transformer(parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
+        self.architecture = self.model.transformer.config
         check_projector(self.model.transformer, image_encoder, config.objective)
         self.autoencoder = load_autoencoder(parts, dtype=torch.float32).to(self.processes.device).requires_grad_(False)
         self.factor = self.autoencoder.config.factor

@@ -118,7 +118,7 @@ def test_a_shard_renders_only_its_own_images(monkeypatch):
 def test_a_batch_has_an_image_for_every_shard():
     sizes = SizesConfig({"32x32": 0.9, "32x64": 0.1})
     assert ShapesBatches(sizes, 4, 0, [Shard(0, 2)]).count((32, 64)) == 2
-    with pytest.raises(TimError, match="loop.batch: 2 images of 32x64 for 3 processes"):
+    with pytest.raises(TimError, match="loop.batch: 2 images of 32x64 .* 3 parts"):
         ShapesBatches(sizes, 4, 0, [Shard(0, 3)])
 
 

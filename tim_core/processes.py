@@ -24,7 +24,7 @@ class Shard:
     def loss_weight(self, total: int) -> float:
         """Weight of this shard's mean in the mean over shards, such that all `total` items count equally. TimError for an empty shard."""
         if total < self.count:
-            raise TimError(f"training: a batch of {total} for {self.count} processes or accumulated parts; use at least one item each")
+            raise TimError(f"loop.batch: {total} items cannot be split over {self.count} parts (processes x loop.accumulate); increase it")
         return len(range(self.index, total, self.count)) * self.count / total
 
 

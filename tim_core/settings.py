@@ -1,6 +1,6 @@
 """Settings checked by pydantic: what their classes share, and its errors as one line.
 
-Only training and the demo world's settings import this, since inference runs without pydantic.
+Only training and the settings of coloured shapes import this, since inference runs without pydantic.
 """
 
 import difflib

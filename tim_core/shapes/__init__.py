@@ -1,1 +1,1 @@
-"""TiM-Shapes, the small world: scenes, renderer, detector, tokenizer, batches."""
+"""Coloured shapes: scenes, renderer, detector, tokenizer, batches."""

@@ -1,4 +1,4 @@
-"""Batches of the small world, drawn anew for every step."""
+"""Batches of coloured shapes, drawn anew for every step."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class ShapesBatches(torch.utils.data.Dataset):
         self.forms, self.relations, self.batch, self.seed, self.shards = sizes.forms, sizes.relations, batch, seed, shards
         for (width, height), count in zip(self.sizes, map(self.count, self.sizes)):
             if count < shards[0].count:
-                raise TimError(f"training config: loop.batch: {count} images of {width}x{height} for {shards[0].count} processes or "
-                               "accumulated parts; use at least one each")
+                raise TimError(f"loop.batch: {count} images of {width}x{height} cannot be split over {shards[0].count} parts (processes x "
+                               "loop.accumulate); increase it")
 
     def count(self, size: tuple[int, int]) -> int:
         """The number of images in a batch. Batches of all sizes have about as many tokens."""
@@ -65,7 +65,7 @@ class ShapesBatches(torch.utils.data.Dataset):
 
 
 def render_samples(count: int, side: int, seed: int = 0) -> Iterable[Tensor]:
-    """Images of the small world, (3, side, side) in [-1, 1], for `count` random training prompts."""
+    """Images of coloured shapes, (3, side, side) in [-1, 1], for `count` random training prompts."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         prompt = scenes.sample_training_prompt(rng)

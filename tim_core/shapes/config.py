@@ -1,4 +1,4 @@
-"""Which images and captions of the small world a run trains on."""
+"""Which images and captions of coloured shapes a run trains on."""
 
 import re
 from typing import Annotated
@@ -13,7 +13,7 @@ from .scenes import RELATIONS, TRAINING_FORMS
 
 @dataclass(config=CONFIG, frozen=True)
 class SizesConfig:
-    """What the small world draws: image sizes "WIDTHxHEIGHT" and caption forms with their weights, and relations."""
+    """What is drawn: image sizes "WIDTHxHEIGHT" and caption forms with their weights, and relations."""
 
     sizes: Annotated[dict[str, Positive], Field(min_length=1)] = Field(default_factory=lambda: {"64x64": 1.0})
     forms: Annotated[dict[str, Positive], Field(min_length=1)] = Field(default_factory=lambda: dict(TRAINING_FORMS))

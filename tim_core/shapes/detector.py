@@ -1,16 +1,16 @@
-"""An exact detector for images of the small world, which scores them as GenEval does."""
+"""An exact detector for images of coloured shapes, which scores them as GenEval does."""
 
 import numpy as np
 
 from .scenes import BACKGROUND, COLORS, SHAPES, Placed, Prompt, Thing, coverage, relation_holds
 
-SPECK = 8 / (64 * 64)  # components below this share of the picture are ignored
+SPECK = 8 / (64 * 64)  # components below this fraction of the image are ignored
 
 
 def detect(image: np.ndarray) -> list[Placed]:
-    """Finds every component of a picture (height, width, 3; float in [0, 1] or uint8) larger than a speck.
+    """Finds every component of an image (height, width, 3; float in [0, 1] or uint8) larger than a speck.
 
-    A component that is no clean object of the world (a foreign or mixed colour, no shape that fits) has shape or color None.
+    A component that is no clean object (a foreign or mixed colour, no shape that fits) has shape or color None.
     """
     from scipy import ndimage
 
@@ -63,7 +63,7 @@ def _shape(alpha, x, y, radius) -> str | None:
 
 
 def is_correct(prompt: Prompt, image: np.ndarray) -> bool:
-    """True when the picture holds exactly what the prompt asks for and nothing more (shapes-task: The score)."""
+    """Whether the image holds exactly what the prompt asks for."""
     found = detect(image)
     if len(found) != len(prompt.things) or any(f.shape is None or f.color is None for f in found):
         return False

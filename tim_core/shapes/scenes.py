@@ -1,4 +1,4 @@
-"""The small world TiM-Shapes: scenes, captions and a renderer."""
+"""Scenes of coloured shapes, their captions and a renderer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption of the small world, taken apart."""
+    """A caption, taken apart."""
     task: str
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -54,7 +54,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Placed:
-    """One object in a picture: centre and radius (half the bounding box) in pixels; shape or color None where it is no clean object."""
+    """One object in an image: centre and radius (half the bounding box) in pixels; shape or color None where it is no clean object."""
     shape: str | None
     color: str | None
     x: float

@@ -1,4 +1,4 @@
-"""The tokenizer of the small world: one token per word that its captions use, bytes for every other word."""
+"""The tokenizer for captions of coloured shapes: one token per word that they use, bytes for every other word."""
 
 import json
 

@@ -45,7 +45,7 @@ def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderT
 
 
 class AutoencoderTask(Task[Autoencoder]):
-    """Trains a DC-AE on images of the small world, `kind: autoencoder`."""
+    """Trains a DC-AE on images of coloured shapes, `kind: autoencoder`."""
 
     def __init__(self, config: AutoencoderTraining):
         self.config, loop = config, config.loop

@@ -1,4 +1,4 @@
-"""Configurations of the kinds that train on images of the small world: `autoencoder` and `tim`."""
+"""Configurations of the kinds that train on images of coloured shapes: `autoencoder` and `tim`."""
 
 from typing import Annotated
 
@@ -20,7 +20,7 @@ NOT_START = "another file than start, whose weights are needed to resume the run
 
 @dataclass(config=CONFIG, frozen=True, kw_only=True)
 class AutoencoderTraining(RunConfig):
-    """`kind: autoencoder`: a DC-AE on images of the small world."""
+    """`kind: autoencoder`: a DC-AE on images of coloured shapes."""
 
     start: Text | None = None                    # weights to initialise from, of the same architecture
     freeze_encoder: bool = False                 # train the decoder alone, so that latents stay as they are
@@ -80,7 +80,7 @@ class TransformerShape:
 
 @dataclass(config=CONFIG, frozen=True)
 class TextShape:
-    """The Gemma-3 text model to train, with the small world's tokenizer; every second layer has global attention."""
+    """The Gemma-3 text model to train, with the tokenizer of tim_core.shapes; every second layer has global attention."""
 
     hidden_size: Count = 128
     layers: Count = 2
@@ -91,7 +91,7 @@ class TextShape:
 
 @dataclass(config=CONFIG, frozen=True, kw_only=True)
 class TransitionTraining(TransformerTraining):
-    """`kind: tim`: a transformer and its text model, trained together on images of the small world."""
+    """`kind: tim`: a transformer and its text model, trained together on images of coloured shapes."""
 
     autoencoder: Text                            # safetensors file of the DC-AE, which is not trained
     start: Text | None = None                    # checkpoint to initialise both from, of the same architecture
@@ -117,7 +117,7 @@ class TransitionTraining(TransformerTraining):
     @classmethod
     def _check_words(cls, words: dict[str, str]) -> dict[str, str]:
         for word, other in words.items():
-            require(word in WORDS and other in WORDS and word != other, "", f"{word}: {other}", "two words of the small world")
+            require(word in WORDS and other in WORDS and word != other, "", f"{word}: {other}", "two words of the vocabulary")
         return words
 
     @model_validator(mode="after")

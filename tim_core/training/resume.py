@@ -132,7 +132,8 @@ def load(file: Path) -> SavedState:
     except MemoryError:
         raise
     except Exception as error:  # whatever a damaged file provokes
-        raise DamagedCheckpoint(f"{file}: damaged checkpoint ({one_line(error).removeprefix(f'{file}: ')})") from None
+        reason = one_line(error, limit=None).removeprefix(f"{file}: ")[:160]
+        raise DamagedCheckpoint(f"{file}: damaged checkpoint ({reason})") from None
     advice = "remove it to resume from the one before, or choose another output"
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise TimError(f"{file}: is no checkpoint of a run; {advice}")
@@ -149,16 +150,16 @@ def load(file: Path) -> SavedState:
 
 def newest(folder: Path, processes: Processes) -> tuple[Path, SavedState] | None:
     """The newest checkpoint that is not damaged; None in a folder without checkpoints. TimError if all are damaged."""
-    damaged: list[DamagedCheckpoint] = []
+    damaged: list[str] = []
     for file in reversed(checkpoints(folder)):
         try:
             state = load(file)
         except DamagedCheckpoint as error:
-            damaged.append(error)
+            damaged.append(str(error))
             continue
         if processes.is_main:
-            for error in damaged:
-                tqdm.write(f"{error}; resuming from {file.name}", file=sys.stderr)
+            for line in damaged:
+                tqdm.write(f"{line}; resuming from {file.name}", file=sys.stderr)
         return file, state
     if damaged:
         raise TimError(f"{damaged[0]}, and none before it is whole; restore one, or choose another output")

@@ -22,7 +22,7 @@ class TiMClassLabel(io.ComfyNode):
                     "label",
                     default="golden retriever",
                     tooltip="Name or number of one of the 1000 ImageNet classes: golden retriever, or 207. Leave it empty for the null "
-                    "class, the negative of CFG.",
+                    "class, used as the negative.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="For the positive or negative input of a sampler.")],

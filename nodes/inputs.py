@@ -42,12 +42,26 @@ def cfg_input() -> io.Float.Input:
 
 
 def interval_inputs() -> list[io.Float.Input]:
+    """The interval of a MODEL."""
     return [
         time_input("guidance_low", 0.0, "CFG acts only at times above this value."),
         time_input(
             "guidance_high",
             1.0,
             "CFG acts only at times below this value. At 1 the first step from pure noise runs without CFG, so a one-step image has none.",
+        ),
+    ]
+
+
+def limit_inputs() -> list[io.Float.Input]:
+    """The limits of a sampler node; at their defaults the interval is that of the MODEL."""
+    return [
+        time_input("guidance_low", 0.0, "CFG acts only at times above this value; 0 keeps the model's own limit."),
+        time_input(
+            "guidance_high",
+            1.0,
+            "CFG acts only at times below this value; 1 keeps the model's own limit. The first step from pure noise runs without CFG, so "
+            "a one-step image has none.",
         ),
     ]
 

@@ -34,7 +34,7 @@ class TiMEmptyLatent(io.ComfyNode):
             description="An empty latent sized for the connected TiM model, for TiM Sampler or KSampler.",
             search_aliases=["aspect ratio", "resolution", "empty latent image", "transition models"],
             inputs=[
-                io.Model.Input("model", tooltip="A TiM model; it sets the channels of the latent and the pixels per cell."),
+                io.Model.Input("model", tooltip="A TiM model; it sets the number of latent channels and the downscale factor."),
                 io.Combo.Input(
                     "aspect_ratio",
                     options=[CUSTOM, *RATIOS],

@@ -6,10 +6,10 @@ from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.sampler import MODES
 from .adapters.compat import Schema
+from .adapters.guidance import with_interval
 from .adapters.model import tim_model
-from .adapters.run import with_interval
 from .adapters.sampling import sample_latent, transition_sampler
-from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input, steps_input, stochasticity_input, time_inputs
+from .inputs import cfg_input, conditioning_inputs, interval_inputs, limit_inputs, seed_input, steps_input, stochasticity_input, time_inputs
 
 
 class TiMSampler(io.ComfyNode):
@@ -31,7 +31,7 @@ class TiMSampler(io.ComfyNode):
                 seed_input(),
                 steps_input("Number of equal steps from start to end. 1 makes an image, 4 a better one, 16 to 64 the best."),
                 cfg_input(),
-                *interval_inputs(),
+                *limit_inputs(),
                 stochasticity_input(),
                 *time_inputs(),
                 io.Boolean.Input(

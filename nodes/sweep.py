@@ -8,9 +8,9 @@ from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.images import contact_sheet, step_label, to_tensor
 from .adapters.compat import Schema
-from .adapters.run import log_once
+from .adapters.log import log_once
 from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress
-from .inputs import cfg_input, conditioning_inputs, interval_inputs, seed_input
+from .inputs import cfg_input, conditioning_inputs, limit_inputs, seed_input
 
 
 def step_counts(text: str) -> list[int]:
@@ -41,7 +41,7 @@ class TiMStepSweep(io.ComfyNode):
                 seed_input("Noise seed, the same for every step count."),
                 io.String.Input("steps", default="1, 2, 4, 8, 16, 32", tooltip="Step counts to compare."),
                 cfg_input(),
-                *interval_inputs(),
+                *limit_inputs(),
             ],
             outputs=[
                 io.Image.Output(display_name="SHEET", tooltip="All images, labelled with steps, network evaluations and seconds."),

@@ -7,10 +7,10 @@ from comfy_api.latest import io
 from ..tim_core.errors import TimError
 from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size, upscale
 from .adapters.compat import Schema
+from .adapters.log import log_once
 from .adapters.model import size_multiple
-from .adapters.run import log_once
 from .adapters.sampling import sample_latent, shared_progress
-from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, interval_inputs, seed_input, side_input, stochasticity_input
+from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, limit_inputs, seed_input, side_input, stochasticity_input
 
 
 class TiMNativeUpscale(io.ComfyNode):
@@ -37,7 +37,7 @@ class TiMNativeUpscale(io.ComfyNode):
                     max=16.0,
                     step=0.25,
                     round=0.001,
-                    tooltip="Enlargement of width and height, used when both inputs are 0.",
+                    tooltip="Enlargement of width and height, used when width and height are both 0.",
                 ),
                 side_input(
                     "width", 0, 0, "Target width in pixels, rounded to a multiple of 32 (16 for class models at 256x256, 8 for the demo "
@@ -70,7 +70,7 @@ class TiMNativeUpscale(io.ComfyNode):
                     "either way.",
                 ),
                 cfg_input(),
-                *interval_inputs(),
+                *limit_inputs(),
                 stochasticity_input(),
             ],
             outputs=[

@@ -95,7 +95,7 @@ def tiny(tmp_path_factory):
     from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
     from tim_core.models.text_encoder import TextEncoder, Tokenizer
     from tim_core.models.transformer import TransitionTransformer
-    from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
+    from tim_core.shapes.tokenizer import VOCABULARY_SIZE, shapes_tokenizer
     from tim_core.weights.save import pack
 
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def tiny(tmp_path_factory):
         "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 512, "sliding_window_pattern": 2,
     }
-    text_encoder = TextEncoder(gemma, Tokenizer.from_json(small_world_tokenizer()))
+    text_encoder = TextEncoder(gemma, Tokenizer.from_json(shapes_tokenizer()))
     config = TransformerConfig(in_channels=16, hidden_size=32, depth=2, num_heads=2, text_dim=32, lora_hidden_size=8)
     transformer = TransitionTransformer(config)
     stages = (StageConfig(8, 1), StageConfig(8, 1), StageConfig(16, 1), StageConfig(16, 1, "EfficientViTBlock", (5,)))

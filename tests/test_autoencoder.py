@@ -113,7 +113,7 @@ def test_shapes_tell_the_architecture(pair):
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(3))
 def test_overlap_leaves_no_seam(seed):
-    """A picture of flat areas, in the bundled model's own world: blended tiles are the whole decode within 0.2 of its range of 2."""
+    """An image of coloured shapes, as the bundled model draws: blended tiles are the whole decode within 0.2 of its range of 2."""
     from tim_core.shapes import detector, scenes
     from tim_core.weights.load import load_autoencoder
 
@@ -131,7 +131,7 @@ def test_overlap_leaves_no_seam(seed):
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["single", "two", "counting", "colors", "position", "attribution"])
 def test_the_bundled_autoencoder_keeps_pictures_right(task):
-    """shapes-task: the detector passes at least 97 % of reconstructed truth. n = 120 a task, seed 5, 64 x 64."""
+    """The detector finds at least 97 % of reconstructed scenes correct. n = 120 per task, seed 5, 64x64."""
     from tim_core.shapes import detector, scenes
     from tim_core.weights.load import load_autoencoder
 

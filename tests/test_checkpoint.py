@@ -30,7 +30,7 @@ from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerCo
 from tim_core.models.text_encoder import TextEncoder, Tokenizer
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.pipeline import Pipeline
-from tim_core.shapes.tokenizer import VOCABULARY_SIZE, small_world_tokenizer
+from tim_core.shapes.tokenizer import VOCABULARY_SIZE, shapes_tokenizer
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_autoencoder, load_text_encoder, load_transformer
 from tim_core.weights.open import flatten, open_state_dict
@@ -48,7 +48,7 @@ TIM = dict(in_channels=16, hidden_size=32, depth=2, num_heads=2, text_dim=32, lo
 def modules():
     torch.manual_seed(0)
     transformer = TransitionTransformer(TransformerConfig(**TIM, encoder_depth=1, projector_dim=8, z_dim=4))
-    text_encoder = TextEncoder(GEMMA, Tokenizer.from_json(small_world_tokenizer()), escape=False)
+    text_encoder = TextEncoder(GEMMA, Tokenizer.from_json(shapes_tokenizer()), escape=False)
     stages = (StageConfig(8, 1), StageConfig(8, 1), StageConfig(16, 1), StageConfig(16, 1, "EfficientViTBlock", (5,)))
     autoencoder = Autoencoder(AutoencoderConfig(stages, stages, latent_channels=16, head_dim=8, scaling_factor=0.7))
     return {"transformer": transformer, "text_encoder": text_encoder, "autoencoder": autoencoder}
@@ -180,7 +180,7 @@ def text_folder(modules, tmp_path, monkeypatch):
     folder.mkdir()
     save_file(modules["text_encoder"].transformer.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(GEMMA | {"model_type": "gemma3_text"}))
-    (folder / "tokenizer.json").write_bytes(small_world_tokenizer())
+    (folder / "tokenizer.json").write_bytes(shapes_tokenizer())
     assert load_text_encoder(folder)
     return folder
 
@@ -387,7 +387,7 @@ def test_a_state_dict_of_many_tensors_is_read(tmp_path):
 def test_one_storage_under_many_names_is_refused(tmp_path):
     """Written out, it would take a hundred times the file's size."""
     torch.save(dict.fromkeys(map(str, range(100)), torch.zeros(2**19)), tmp_path / "many.bin")
-    assert "under 100 names" in refused(open_state_dict, tmp_path / "many.bin")
+    assert mentions(refused(open_state_dict, tmp_path / "many.bin"), "many.bin", "100 names", "2 MiB", "state dict")
 
 
 def test_old_files_that_declare_more_than_they_hold(tmp_path):
@@ -565,7 +565,7 @@ def test_a_record_of_another_autoencoder_is_refused(modules, tmp_path):
 def test_casting_leaves_bytes_alone(one_file, tmp_path):
     half = load_file(pack(one_file, tmp_path / "half.safetensors", torch.bfloat16))
     assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16, torch.uint8}
-    assert half["text_encoders.tokenizer_json"].numpy().tobytes() == small_world_tokenizer()
+    assert half["text_encoders.tokenizer_json"].numpy().tobytes() == shapes_tokenizer()
     assert load_all(tmp_path / "half.safetensors").transformer.dtype == torch.bfloat16
 
 
@@ -581,7 +581,7 @@ def test_pack_from_files_and_folders(modules, tmp_path):
     index = {key: name for name, shard in shards.items() for key in shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (folder / "config.json").write_text(json.dumps(GEMMA | {"model_type": "gemma3_text"}))
-    (folder / "tokenizer.json").write_bytes(small_world_tokenizer())
+    (folder / "tokenizer.json").write_bytes(shapes_tokenizer())
     save_file(modules["autoencoder"].state_dict(), vae / "diffusion_pytorch_model.safetensors")
 
     sources = {"model": tmp_path / "t2i_model.bin", "text-encoder": folder, "vae": vae}
@@ -597,7 +597,7 @@ def test_folder_errors(modules, tmp_path):
     assert f"{tmp_path}: no weights" in refused(load_text_encoder, tmp_path)
     save_file(modules["text_encoder"].transformer.state_dict(), tmp_path / "model.safetensors")
     assert "tokenizer" in refused(load_text_encoder, tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(small_world_tokenizer())
+    (tmp_path / "tokenizer.json").write_bytes(shapes_tokenizer())
     assert "config.json" in refused(load_text_encoder, tmp_path)
     assert describe(tmp_path).parts[0].architecture is None
     (tmp_path / "config.json").write_text(json.dumps(GEMMA | {"model_type": "gemma3_text"}))
@@ -1063,7 +1063,7 @@ def test_layers_of_a_gemma_without_config_are_counted_by_its_tensors(tmp_path):
             "layers.0.mlp.gate_proj.weight": (8, 1152), "norm.weight": (1152,),
             "layers.0.pre_feedforward_layernorm.weight": (1152,), "layers.1000000000.mlp.up_proj.weight": (8, 1152)}
     save_file({name: torch.zeros(shape) for name, shape in wide.items()}, tmp_path / "a.safetensors")
-    (tmp_path / "tokenizer.json").write_bytes(small_world_tokenizer())
+    (tmp_path / "tokenizer.json").write_bytes(shapes_tokenizer())
     assert "num_hidden_layers" in refused(load_text_encoder, tmp_path / "a.safetensors")
 
 
@@ -1102,6 +1102,14 @@ def test_half_a_projector_is_dropped(weights, modules, tmp_path):
     save_file(weights, tmp_path / "half.safetensors")
     assert same(load_transformer(tmp_path / "half.safetensors"), modules["transformer"])
     assert "does not load" not in str(describe(tmp_path / "half.safetensors"))
+
+
+def test_a_released_bin_file_is_found_in_its_folder(weights, modules, tmp_path):
+    """`tim download t2i --to FOLDER` saves FOLDER/transformer/t2i_model.bin. A safetensors file beside it is preferred."""
+    torch.save(weights, tmp_path / "t2i_model.bin")
+    assert same(load_transformer(tmp_path), modules["transformer"])
+    save_file({key: torch.zeros_like(value) for key, value in weights.items()}, tmp_path / "t2i_model.safetensors")
+    assert not load_transformer(tmp_path).x_embedder.proj.weight.any()
 
 
 def test_several_files_in_a_folder_are_not_guessed_among(weights, tmp_path):

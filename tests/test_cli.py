@@ -66,6 +66,20 @@ def test_help_teaches(run):
     assert run("--version") == (0, f"tim {__version__}\n", "")
 
 
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_the_terminal(run, monkeypatch, command, columns):
+    """Texts are wrapped at the terminal's width and at 78 columns; the examples, which can be pasted, have at most 78 themselves."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run(*filter(None, [command]), "--help")
+    text, examples = re.split(r"\nexamples?:\n", out)
+    assert max(map(len, text.splitlines())) <= columns and max(map(len, examples.splitlines())) <= 78
+    description = re.split(r"\n\n(?:positional arguments|options):\n", text)[0].partition("\n\n")[2]
+    assert max(map(len, description.splitlines())) <= 78
+    if command:
+        assert description.split() == cli.COMMANDS[command].DESCRIPTION.split()
+
+
 def test_help_imports_nothing_slow():
     words = [sys.executable, "-X", "importtime", "-m", "tim_core", "--help"]
     done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -220,7 +234,7 @@ def test_the_shift_reaches_the_sampler(run, tiny):
 
 def test_inspect(run, tiny, tmp_path):
     trained = [line.strip() for line in run("inspect", "tim-shapes")[1].splitlines()]
-    assert any(line.startswith("training, ") and line.endswith(" steps of:") for line in trained)
+    assert any(line.startswith("trained for ") and "steps" in line for line in trained)
     assert any(line.startswith('text: {"head_dim": 64, ') for line in trained) and max(map(len, trained)) < 500
     assert '2300: {"loop.steps": [3000, 4000], "matching.cfg": [2.5, 1.5]}' in trained
     code, out, _ = run("inspect", tiny)
@@ -336,6 +350,23 @@ def test_whatever_happens_is_one_line(fails, monkeypatch, raised, code, said):
 
     monkeypatch.setattr(Pipeline, "load", load)
     assert said in fails(code, "sample", "a circle")
+
+
+@pytest.mark.parametrize("words, advice", [
+    (("train", "a.yaml"), "loop.checkpointing: true"), (("convert", "a.bin", "b.safetensors"), "more memory"),
+    (("upscale", "a.png", "a circle"), "--factor"), (("sweep", "a circle"), "--size"),
+], ids=lambda value: value[0] if isinstance(value, tuple) else "")
+def test_out_of_memory_advises_what_the_command_has(fails, monkeypatch, words, advice):
+    def no_memory(args):
+        raise MemoryError
+
+    monkeypatch.setattr(cli.COMMANDS[words[0]], "run", no_memory)
+    line = fails(1, *words)
+    assert mentions(line, "out of memory") and advice in line
+    options = set(re.findall(r"--[a-z]+", line))
+    monkeypatch.undo()
+    command = cli.build_parser().parse_args(words)
+    assert all(hasattr(command, option.strip("-")) for option in options)
 
 
 def test_a_full_disk_leaves_nothing(fails, tiny, monkeypatch):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, inside, pictures_of, refusal, run_latents
 from tests.comfy_support import probe
@@ -210,6 +212,61 @@ def test_an_idle_patch_leaves_the_others_alone(comfyui):
     one = patched(Graph(), "PerturbedAttentionGuidance", scale=1.0)
     two = patched(patched(Graph(), "TomePatchModel", ratio=0.3), "PerturbedAttentionGuidance", scale=1.0)
     close(*(run_latents(comfyui, graph, graph.stock())[0] for graph in (one, two)))
+
+
+def sorted_out(model, clip, vae):
+    """Which patches of packs whose classes have one name are kept, what is said of the others, and whether a second step looks again."""
+    import functools
+    import inspect
+    import sys
+
+    patches = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.patches"))
+
+    def pack(name):
+        """A class Patcher in a module of that name, and three closures of its methods."""
+
+        def fits(q, k, v, pe=None, attn_mask=None, extra_options={}):
+            return {}
+
+        def does_not(n, context_attn1, value_attn1, extra_options):
+            return {}
+
+        def output(out, extra_options):
+            return out
+
+        closures = (fits, does_not, output)
+        for closure in closures:
+            closure.__module__, closure.__qualname__ = name, f"Patcher.patch.<locals>.{closure.__name__}"
+
+        def call(self, q, k, v, pe=None, attn_mask=None, extra_options={}):
+            return {}
+
+        call.__module__, call.__qualname__ = name, "Patcher.__call__"
+        return type("Patcher", (), {"__module__": name, "__call__": call})(), *closures
+
+    instance, fits, _, _ = pack("/custom_nodes/pack_a")
+    _, _, does_not, output = pack("/custom_nodes/pack_b")
+    method = instance.__call__
+    given = [fits, functools.partial(fits), method, instance, does_not, functools.partial(does_not)]
+    options = {patches.say.__globals__["SAID"]: (said := set()), "patches": {"attn1_patch": given, "attn1_output_patch": [output]}}
+    looked, real = [], inspect.signature
+    inspect.signature = lambda *args, **kwargs: looked.append(args) or real(*args, **kwargs)
+    try:
+        kept = [patches.usable_patches(options, 2, has_text=True)["patches"] for _ in range(3)]
+        first = len(looked)
+        patches.usable_patches(options, 2, has_text=True)
+    finally:
+        inspect.signature = real
+    names = [[given.index(patch) for patch in each["attn1_patch"]] + [len(each["attn1_output_patch"])] for each in kept]
+    return {"kept": names, "said": sorted(said), "looked": [0 < first <= 7, len(looked) - first]}
+
+
+def test_patches_are_told_apart_by_their_pack(comfyui):
+    """A node's patches work together, so all of them go or stay; another pack's, of a class of the same name, are not touched."""
+    found = inside(comfyui, sorted_out)
+    assert found["kept"] == [[0, 1, 2, 3, 0]] * 3
+    assert len(found["said"]) == 1 and found["said"][0].startswith("Patcher has no effect on attn1_patch")
+    assert found["looked"] == [True, 0]
 
 
 def blocks_seen(model, clip, vae):
@@ -469,6 +526,16 @@ def classes(comfyui, class_files):
     return graph
 
 
+def test_class_models_are_made_for_one_size(comfyui, classes):
+    """512x512 for 32 channels; the reach of the released text-to-image model, 256 to 4096 pixels a side, is not theirs."""
+    for side, said in ((512, 0), (256, 0), (1024, 0), (192, 1), (1280, 1)):
+        graph = classes()
+        label = graph.add("TiMClassLabel", label="207")
+        result = graph.tim(graph.empty(side, side), label, label, steps=1, cfg=1.0)
+        lines = lines_of(comfyui, lambda: run_latents(comfyui, graph, result))
+        assert len(lines) == said and all(f"{side}x{side}" in line and "512x512" in line for line in lines), side
+
+
 def test_a_class_out_of_range_fails_in_its_node(comfyui, classes):
     graph = classes()
     graph.save(graph.tim(graph.empty(64, 64), graph.add("TiMClassLabel", label="5000"), graph.add("TiMClassLabel", label="")))
@@ -494,3 +561,201 @@ def test_classes_changed_by_core_s_nodes(comfyui, classes):
         links = {**links, "conditioning_to": a, "conditioning_from": b}
         message = refusal(comfyui, graph, graph.tim(graph.empty(64, 64), graph.add(kind, **links), graph.add("TiMClassLabel", label="")))
         assert message.startswith("class label: ") and "Combine" in message
+
+
+# Values that are not finite
+
+
+DAMAGED = {
+    "text": "text_encoders.transformer.layers.1.mlp.down_proj.weight", "model": "model.diffusion_model.blocks.1.attn.qkv.weight",
+    "decoder": "vae.decoder.conv_out.weight", "encoder": "vae.encoder.conv_in.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(comfyui, tiny, tmp_path_factory):
+    """Checkpoints of which one element of one weight is NaN or infinite, by part."""
+    folder, weights = tmp_path_factory.mktemp("damaged"), load_file(tiny)
+    with safe_open(tiny, "pt") as file:
+        metadata = file.metadata()
+    for value, (part, name) in zip((torch.inf, torch.nan, torch.nan, torch.inf), DAMAGED.items()):
+        assert name in weights
+        broken = weights[name].clone()
+        broken.view(-1)[5] = value
+        save_file(weights | {name: broken}, folder / f"damaged-{part}.safetensors", metadata)
+        comfyui.add("checkpoints", folder / f"damaged-{part}.safetensors", f"damaged-{part}.safetensors")
+    return lambda part: Graph(f"damaged-{part}.safetensors")
+
+
+def upscaled(graph: Graph) -> list:
+    """The latent of Native Upscale, 64 to 128 pixels in four steps from time 0.5."""
+    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""))
+    image = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=200)
+    settings = dict(seed=0, factor=2.0, width=0, height=0, stages=1, steps="4", strength=0.5, cfg=2.5, guidance_low=0.0, guidance_high=1.0)
+    return [graph.add("TiMNativeUpscale", **links, **settings, stochasticity=0.0, image=image)[0], 1]
+
+
+def swept(graph: Graph) -> list:
+    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""), latent_image=graph.empty())
+    sweep = graph.add("TiMStepSweep", **links, seed=0, steps="2, 4", cfg=2.5, guidance_low=0.0, guidance_high=1.0)
+    return graph.add("VAEEncode", pixels=sweep, vae=graph.vae)
+
+
+def says_damage(message: str, part: str, *words: str) -> None:
+    assert "\n" not in message and "NaN" in message and "float32" in message
+    assert all(word in message for word in (*words, DAMAGED[part].removeprefix("model.diffusion_model.").removeprefix("vae.")))
+
+
+def test_a_damaged_text_encoder_is_named(comfyui, damaged):
+    graph = damaged("text")
+    message = refusal(comfyui, graph, graph.tim())
+    assert "NaN" in message and "text encoder" in message and "float32" in message
+    assert DAMAGED["text"].removeprefix("text_encoders.transformer.") in message and "file" in message
+
+
+@pytest.mark.parametrize("make, step", [
+    (lambda graph: graph.tim(), "step 1 of 4 (t = 1, r = 0.75)"), (swept, "step 1 of 1 (t = 1, r = 0)"),
+    (upscaled, "step 1 of 4 (t = 0.5, r = 0.375)"),
+], ids=["TiM Sampler", "Step Sweep", "Native Upscale"])
+def test_a_damaged_transformer_is_named(comfyui, damaged, make, step):
+    graph = damaged("model")
+    says_damage(refusal(comfyui, graph, make(graph)), "model", "transformer", step, "file")
+
+
+@pytest.mark.parametrize("sampler_name, r", [("euler", 0.75), ("heun", 1), ("lcm", 0)])
+def test_a_stock_sampler_says_that_the_transformer_is_damaged(comfyui, damaged, sampler_name, r):
+    graph = damaged("model")
+    sampled = graph.stock(sampler_name=sampler_name)
+    save = graph.save(sampled)
+    lines = [line for line in lines_of(comfyui, lambda: comfyui.run(graph.prompt)) if "NaN" in line]
+    assert save and len(lines) == 1
+    says_damage(lines[0], "model", "transformer", f"step 1 of 4 (t = 1, r = {r:g})")
+    graph = damaged("model")
+    image = graph.add("VAEDecode", samples=graph.stock(sampler_name=sampler_name), vae=graph.vae)
+    message = refusal(comfyui, graph, graph.add("VAEEncode", pixels=image, vae=graph.vae))
+    assert message.startswith("latent before decoding: NaN") and "cfg" in message
+
+
+def test_a_damaged_vae_is_named(comfyui, damaged):
+    for node in ("VAEDecode", "VAEDecodeTiled"):
+        graph = damaged("decoder")
+        tiles = {name: value for name, value in dict(tile_size=512, overlap=64, temporal_size=64, temporal_overlap=8).items()
+                 if name in comfyui.object_info[node]["input"]["required"]}
+        image = graph.add(node, samples=graph.tim(), vae=graph.vae, **tiles)
+        message = refusal(comfyui, graph, graph.add("VAEEncode", pixels=image, vae=graph.vae))
+        says_damage(message, "decoder", "VAE decoder", "file")
+    graph = damaged("encoder")
+    image = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=200)
+    says_damage(refusal(comfyui, graph, graph.add("VAEEncode", pixels=image, vae=graph.vae)), "encoder", "VAE encoder", "file")
+    graph = damaged("encoder")
+    says_damage(refusal(comfyui, graph, upscaled(graph)), "encoder", "VAE encoder", "file")
+
+
+def network_fails(model):
+    """A model whose network gives one infinite value from time 0.5 on."""
+    from comfy.patcher_extension import WrappersMP
+
+    def fail(executor, x, timesteps, *args, **kwargs):
+        out = executor(x, timesteps, *args, **kwargs)
+        if float(timesteps[0]) < 0.6:
+            out[0, 1, 2, 3] = float("inf")
+        return out
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", fail)
+    return model
+
+
+def guidance_fails(model):
+    """A model whose guidance gives one NaN at time 0.25."""
+
+    def fail(args):
+        out = args["input"] - (args["uncond_denoised"] + args["cond_scale"] * (args["cond_denoised"] - args["uncond_denoised"]))
+        if float(args["sigma"][0]) < 0.3:
+            out[0, 1, 2, 3] = float("nan")
+        return out
+
+    model = model.clone()
+    model.set_model_sampler_cfg_function(fail)
+    return model
+
+
+@pytest.mark.parametrize("fails, stage", [
+    (network_fails, "transformer, step 3 of 4 (t = 0.5, r = 0.25)"), (guidance_fails, "guidance or sampler, step 4 of 4 (t = 0.25, r = 0)"),
+], ids=["network", "guidance"])
+def test_the_first_bad_step_is_named(comfyui, fails, stage):
+    messages = []
+    for method in ("tim", "custom", "stock"):
+        graph = Graph()
+        graph.model = graph.add("TiMTestProbe", **probe(fails), model=graph.model)
+        if method == "stock":
+            result = graph.stock(seed=3)
+            messages += [line for line in lines_of(comfyui, lambda: run_latents_anyway(comfyui, graph, result)) if "NaN" in line]
+        elif method == "custom":
+            sampler = graph.add("TiMSamplerSelect", mode="transition", stochasticity=0.0)
+            sigmas = graph.add("TiMScheduler", steps=4, start=1.0, end=0.0, shift=1.0, times="")
+            links = dict(model=graph.model, sampler=sampler, sigmas=sigmas, positive=graph.text(PROMPT), negative=graph.text(""))
+            custom = graph.add("SamplerCustom", **links, add_noise=True, noise_seed=0, cfg=2.5, latent_image=graph.empty())
+            messages.append(refusal(comfyui, graph, custom))
+        else:
+            messages.append(refusal(comfyui, graph, graph.tim()))
+    assert len(messages) == 3
+    for message in messages:
+        assert f"{stage} in float32: NaN" in message and "lower cfg" in message and "weight" not in message
+
+
+def run_latents_anyway(comfyui, graph: Graph, result: list) -> None:
+    graph.save(result)
+    comfyui.run(graph.prompt)
+
+
+def test_guidance_that_fails_between_steps(comfyui):
+    """The step is that of the guidance, not the next one, whose network is given its values."""
+    graph = Graph()
+    graph.model = graph.add("TiMTestProbe", **probe(guidance_fails), model=graph.model)
+    message = refusal(comfyui, graph, graph.tim(steps=8))
+    assert "guidance or sampler, step 7 of 8 (t = 0.25, r = 0.125)" in message
+
+
+def given_nan(model, clip, vae):
+    """What nodes say to latents, conditionings and images that are not finite, and whether a finite one passes."""
+    import sys
+
+    import torch
+
+    from nodes import KSampler, VAEDecode, VAEEncode
+
+    sampling = next(module for key, module in sys.modules.items() if key.endswith("ComfyUI-TiM.nodes.sampling"))
+    text = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle"))
+    bad_text = [[text[0][0] * torch.inf, {key: value for key, value in text[0][1].items() if key != "tim_padded"}]]
+    times = dict(stochasticity=0.0, start=0.5, end=0.0, add_noise=True, return_with_leftover_noise=True)
+    good, bad = torch.zeros(1, 16, 8, 8), torch.zeros(1, 16, 8, 8)
+    bad[0, 2, 3, 4] = torch.nan
+
+    def tim(positive, samples):
+        return sampling.TiMSampler.execute(model, positive, text, {"samples": samples}, 0, 2, 2.5, 0.0, 1.0, **times)
+
+    def stock(positive, samples):
+        return KSampler().sample(model, 0, 2, 2.5, "euler", "simple", positive, text, {"samples": samples}, 0.5)
+
+    ways = {f"{name} {which}": lambda way=way, given=given: way(*given)
+            for name, way in (("TiM Sampler", tim), ("KSampler", stock))
+            for which, given in (("latent", (text, bad)), ("conditioning", (bad_text, good)), ("finite", (text, good)))}
+    ways["VAE Decode latent"] = lambda: VAEDecode().decode(vae, {"samples": bad})
+    ways["VAE Encode image"] = lambda: VAEEncode().encode(vae, torch.full((1, 64, 64, 3), torch.inf))
+    found = {}
+    for name, way in ways.items():
+        try:
+            way()
+            found[name] = None
+        except Exception as error:
+            found[name] = f"{type(error).__name__} {error}"
+    return found
+
+
+def test_what_is_not_finite_is_refused_where_it_is_given(comfyui):
+    found = inside(comfyui, given_nan)
+    assert found.pop("TiM Sampler finite") is None and found.pop("KSampler finite") is None
+    assert len(found) == 6
+    for case, message in found.items():
+        assert message and message.startswith(f"TimError {case.split()[-1]}") and "NaN" in message, case

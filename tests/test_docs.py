@@ -8,9 +8,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tim_core.cli import COMMANDS, build_parser
+from tim_core.models.config import TransformerConfig
+from tim_core.models.transformer import TransitionTransformer
+from tim_core.training import run
+from tim_core.weights.download import RELEASES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
@@ -60,6 +66,14 @@ def test_links_lead_somewhere(file):
         assert not anchor or anchor in anchors(place), target
 
 
+@pytest.mark.parametrize("file", [*PAGES, *HELP, *NOTEBOOK.glob("*.md")], ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_lines_of_prose_have_at_most_100_columns(file):
+    """Outside code and tables; pages in ja, ko and zh have one line per paragraph."""
+    prose = re.sub(r"^```.*?^```", "", text_of(file), flags=re.S | re.M)
+    lines = [line for line in prose.splitlines() if not line.lstrip().startswith("|")]
+    assert file.stem in ("ja", "ko", "zh") or max(map(len, lines)) <= 100
+
+
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
 def test_commands_are_understood(file):
     for arguments in commands(text_of(file)):
@@ -88,8 +102,10 @@ def test_modules_that_texts_run_can_be_run():
 
 def test_commands_of_help_pages_and_notes_are_understood():
     spans = [span for file in HELP for span in re.findall(r"`python -m tim_core ([^`]+)`", text_of(file))]
-    spans += [span for note in notes().values() for span in re.findall(r"python -m tim_core ([a-z]+ \S+ --\S+ \S+)", note)]
-    assert spans
+    for name, note in notes().items():
+        found = re.findall(r"\*\*python -m tim_core ([^*]+)\*\*", note)
+        assert found and len(found) == note.count("python -m"), name  # bold: inline code is hard to read in Nodes 2.0
+        spans += found
     for arguments in map(shlex.split, spans):
         if "--help" not in arguments:
             build_parser().parse_args(arguments)
@@ -112,3 +128,50 @@ def test_python_of_the_pages_names_what_exists():
                 if isinstance(node, ast.ImportFrom):
                     module = importlib.import_module(node.module)
                     assert all(hasattr(module, alias.name) for alias in node.names), (file.name, node.module)
+
+
+def downloaded(release: str, tiny: Path, folder: Path) -> Path:
+    """The tiny model's parts under the names that `tim download RELEASE --to` gives; for c2i with a transformer for three classes."""
+    found = load_file(tiny)
+
+    def part(prefix: str) -> dict:
+        return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix) and "_json" not in key}
+
+    transformer = part("model.diffusion_model.")
+    if release != "t2i":
+        transformer = TransitionTransformer(TransformerConfig(
+            in_channels=16, hidden_size=32, depth=2, num_heads=2, num_classes=3, lora_hidden_size=8)).state_dict()
+    files = {
+        "config.json": lambda file: file.write_text(json.dumps({
+            **json.loads(found["text_encoders.config_json"].numpy().tobytes()), "model_type": "gemma3_text"})),
+        "tokenizer.json": lambda file: file.write_bytes(found["text_encoders.tokenizer_json"].numpy().tobytes()),
+        "model.safetensors": lambda file: save_file(part("text_encoders.transformer."), file),
+        "diffusion_pytorch_model.safetensors": lambda file: save_file(part("vae."), file),
+        "t2i_model.bin": lambda file: torch.save(transformer, file),
+        "c2i_model_512.safetensors": lambda file: save_file(transformer, file),
+    }
+    for asset in RELEASES[release]:
+        file = folder / asset.standalone
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files[asset.name](file)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["t2i-lora", "t2i-finetune", "c2i-finetune"])
+def test_a_configuration_trains_what_its_command_downloads(name, tiny, tmp_path, monkeypatch):
+    """`model` is the folder that the command in its comment makes, and nothing else is needed."""
+    monkeypatch.chdir(tmp_path)
+    text = text_of(ROOT / "configs" / f"{name}.yaml")
+    folder, release, to = re.search(r"^model: (\S+) +# made by: tim download (\S+) --to (\S+)$", text, re.M).groups()
+    assert folder == to
+    downloaded(release, tiny, tmp_path / folder)
+    for number in range(2):
+        place = tmp_path / "pictures" / ("" if release == "t2i" else f"class {number}")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), "red").save(place / f"{number}.png")
+        (place / f"{number}.txt").write_text("a red circle")
+    changes = "steps: 1, batch: 2, workers: 0, warmup: 0, save_every: 1, log_every: 1, autocast: false, parallel: ddp"
+    (tmp_path / "short.yaml").write_text(
+        f"base: {ROOT}/configs/{name}.yaml\noutput: made\ndata: {{base_pixels: 4096}}\nloop: {{{changes}}}\n")
+    (made,) = run(["short.yaml"])
+    assert made == Path("made") / ("lora.safetensors" if name == "t2i-lora" else "model.safetensors") and load_file(made)

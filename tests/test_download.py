@@ -180,7 +180,7 @@ def test_a_wrong_hash_is_one_error_and_leaves_nothing(hub, tmp_path):
 def test_a_changed_file_is_refused_by_its_known_hash(hub, tmp_path):
     path = "/google/gemma-3-1b-it/resolve/main/model.safetensors"
     hub.files[path] = bytes(len(hub.files[path]))
-    with pytest.raises(TimError, match="gemma-3-1b-it/model.safetensors: sha256"):
+    with pytest.raises(TimError, match="gemma-3-1b-it/model.safetensors: .*sha256.*deleted; repeat the command"):
         download.fetch(download.plan("t2i", to=tmp_path))
 
 
@@ -236,7 +236,7 @@ def test_no_server_is_one_line(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("wanted, said", [
     (dict(to=None), "--to FOLDER or --comfyui FOLDER"), (dict(to="a", comfyui="b"), "--to FOLDER or --comfyui FOLDER"),
-    (dict(comfyui="nowhere"), "nowhere: no ComfyUI folder"),
+    (dict(comfyui="nowhere"), "nowhere: .*no models folder"),
 ])
 def test_a_destination_is_asked_for(wanted, said):
     with pytest.raises(TimError, match=said):
@@ -277,6 +277,12 @@ def test_the_command_lists_terms_and_then_sums(hub, tmp_path, capsys):
     for line in capsys.readouterr().out.splitlines():
         sha256, file = line.split("  ")
         assert hashlib.sha256(Path(file).read_bytes()).hexdigest() == sha256
+
+
+def test_without_a_destination_the_folder_has_the_releases_name(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["download", "c2i-256", "--dry-run"]) == 0
+    assert all(line.startswith("tim-c2i-256/") for line in capsys.readouterr().out.splitlines()) and not list(tmp_path.glob("tim-*"))
 
 
 def test_a_refused_command_is_one_line(hub, tmp_path, capsys):

@@ -36,7 +36,8 @@ class Painter:
     def noise(self, batch, width, height, seed):
         return torch.randn(batch, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
 
-    def __call__(self, prompts, *, steps, cfg, width, height, noise, **options):
+    def __call__(self, prompts, *, steps, cfg, width, height, seed, **options):
+        noise = torch.cat([self.noise(1, width, height, one) for one in seed])
         self.calls.append((prompts, steps, cfg, noise, options))
         self.nfe = steps if cfg == 1 else 2 * steps - 1
         pictures = []
@@ -121,7 +122,10 @@ def test_a_real_pipeline(tiny):
     pipe = Pipeline.load(tiny, device="cpu")
     report = evaluate(pipe, [1, 2], prompts_per_task=1, images=2, progress=False, mode="diffusion", guidance_interval=(0, 2))
     assert report["sampling"] == {"mode": "diffusion", "guidance_interval": [0, 2], "cfg": 2.5}
-    assert [p["nfe"] for p in report["curve"]] == [1, 4] and report["curve"][0]["n"] == 12
+    assert [p["nfe"] for p in report["curve"]] == [2, 4] and report["curve"][0]["n"] == 12  # the interval guides the first step too
+    assert [p["cfg"] for p in report["curve"]] == [2.5, 2.5]
+    unguided = evaluate(pipe, [1, 2], prompts_per_task=1, images=2, progress=False)["curve"]
+    assert [(p["nfe"], p["cfg"]) for p in unguided] == [(1, 1.0), (3, 2.5)]
     samples = eval_samples(("single", "position"), 1, 1)
     seen = []
 
@@ -137,9 +141,10 @@ def test_a_real_pipeline(tiny):
 
 def test_bad_values_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for change, told in (({"steps": []}, "steps: none"), ({"steps": [0]}, "steps: 0"), ({"tasks": ["drawing"]}, "tasks: drawing"),
-                         ({"tasks": []}, "tasks: none"), ({"images": 0}, "images: 0"), ({"prompts_per_task": 0}, "prompts per task: 0"),
-                         ({"batch": 0}, "batch: 0"), ({"seed": -1}, "seed: -1"), ({"cfg": math.nan}, "cfg: nan"),
+    for change, told in (({"steps": []}, "steps: none"), ({"steps": [0]}, "steps: 0"),
+                         ({"tasks": ["drawing"]}, "tasks: 'drawing' is unknown; .*single"), ({"tasks": []}, "tasks: none"),
+                         ({"images": 0}, "images: 0"), ({"prompts_per_task": 0}, "prompts per task: 0"), ({"batch": 0}, "batch: 0"),
+                         ({"seed": -1}, "seed: -1"), ({"cfg": math.nan}, "cfg: nan"), ({"cfg": 0.0}, "cfg: 0 "),
                          ({"output": tmp_path / "file" / "folder"}, "file")):
         with pytest.raises(TimError, match=told):
             evaluate(Painter(), **{"steps": [1], "progress": False, **change})

@@ -27,7 +27,8 @@ class Painter:
     def noise(self, batch, width, height, seed):
         return torch.full((batch, 1, height // 8, width // 8), seed % 200 / 255)
 
-    def __call__(self, prompts, *, steps, cfg, width, height, noise, **options):
+    def __call__(self, prompts, *, steps, cfg, width, height, seed, **options):
+        noise = torch.cat([self.noise(1, width, height, one) for one in seed])
         self.asked += prompts
         pictures = torch.full((len(prompts), height, width, 3), len(prompts[0]) / 255)
         pictures[:, :, 0] = noise[:, 0, 0, 0].view(-1, 1, 1)

@@ -6,8 +6,10 @@ from safetensors.torch import load_file, save_file
 
 from tim_core import Pipeline, TimError
 from tim_core.cli.options import lora as parse
+from tim_core.weights.describe import describe
 from tim_core.weights.detect import TEXT_ENCODER, TRANSFORMER
 from tim_core.weights.lora import read_lora
+from tim_core.weights.save import convert
 
 PROMPT = "a red circle"
 RANK, ALPHA = 2, 1.0
@@ -73,6 +75,29 @@ def test_state_dict_reads_back(adapters, tmp_path):
     expected = load_file(write(tmp_path / "c.safetensors", adapters))
     found = load_file(tmp_path / "b.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+CORE_READS = ("core", "kohya")  # what ComfyUI's loaders map without conversion
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_convert_and_describe(spelling, adapters, tmp_path):
+    file = write(tmp_path / "a.safetensors", adapters, **SPELLINGS[spelling])
+    kind = describe(file).kind
+    assert kind.startswith("LoRA of a TiM transformer, 3 layers, rank 2")
+    assert ("LoraLoaderModelOnly" in kind) == (spelling in CORE_READS) and ("tim convert" in kind) == (spelling not in CORE_READS)
+    made = convert(file, tmp_path / "b.safetensors")
+    expected, found = load_file(write(tmp_path / "c.safetensors", adapters)), load_file(made)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert "LoraLoaderModelOnly" in describe(made).kind
+    half = load_file(convert(file, tmp_path / "d.safetensors", torch.bfloat16))
+    assert {value.dtype for key, value in half.items() if not key.endswith("alpha")} == {torch.bfloat16}
+
+
+def test_a_trained_lora_keeps_its_record(adapters, tmp_path):
+    file = write(tmp_path / "a.safetensors", adapters)
+    save_file(load_file(file), file, metadata={"tim_lora": '{"step": 3}'})
+    assert describe(convert(file, tmp_path / "b.safetensors")).metadata["training"] == {"step": 3}
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5])

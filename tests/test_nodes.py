@@ -497,6 +497,59 @@ def test_a_name_and_its_number_are_one_class(comfyui, classes):
     close(stock, by_name)
 
 
+def test_classes_equal_pipeline(comfyui, classes, class_files):
+    """Every way through the graph guides where Pipeline does: in the interval of the checkpoint's defaults, unless told otherwise."""
+    models = comfyui.base / "models"
+    model, vae = models / "diffusion_models" / "c2i_model_512.safetensors", models / "vae" / "dc-ae-f32c32-sana-1.1.safetensors"
+    pipe = Pipeline.load({"model": model, "vae": vae}, device="cpu")
+    assert pipe.defaults.guidance_interval == (0.0, 0.7)
+    settings = dict(steps=6, cfg=3.0, seed=0, width=64, height=64)
+    graph = copy(classes)
+    label, null, empty = graph.add("TiMClassLabel", label="207"), graph.add("TiMClassLabel", label=""), graph.empty(64, 64)
+    given = dict(steps=6, cfg=3.0, seed=0)
+    ways = {"KSampler": graph.stock(empty, label, null, **given), "TiM Sampler": graph.tim(empty, label, null, **given)}
+    ways["SamplerCustom"] = graph.add(
+        "SamplerCustom", model=graph.model, add_noise=True, noise_seed=0, cfg=3.0, positive=label, negative=null, latent_image=empty,
+        sampler=graph.add("TiMSamplerSelect", mode="transition", stochasticity=0.0),
+        sigmas=graph.add("TiMScheduler", steps=6, start=1.0, end=0.0, shift=1.0, times=""),
+    )
+    below, above = (0.0, 0.4), (0.2, 0.7)
+    ways["below"] = graph.tim(empty, label, null, **given, guidance_high=0.4)
+    ways["above"] = graph.tim(empty, label, null, **given, guidance_low=0.2)
+    graph.model = graph.add("TiMGuidanceInterval", model=graph.model, guidance_low=0.0, guidance_high=1.0)
+    ways["whole"] = graph.stock(empty, label, null, **given)
+    ways["whole, TiM Sampler"] = graph.tim(empty, label, null, **given)
+    nodes = [graph.picture(way) for way in ways.values()]
+    outputs = comfyui.run(graph.prompt)
+    found = {name: pictures_of(comfyui, outputs, node) for name, node in zip(ways, nodes)}
+    expected = {interval: pipe([207], **settings, guidance_interval=interval) for interval in (None, below, above, (0.0, 1.0))}
+    for name in ("KSampler", "TiM Sampler", "SamplerCustom"):
+        same_picture(found[name], expected[None])
+    same_picture(found["below"], expected[below])
+    same_picture(found["above"], expected[above])
+    for name in ("whole", "whole, TiM Sampler"):
+        same_picture(found[name], expected[0.0, 1.0])
+    pairs = [(a, b) for a in expected for b in expected if a != b]
+    assert all((255 * (expected[a] - expected[b])).abs().max() > 2 for a, b in pairs), "the intervals make no difference"
+
+
+def test_limits_beyond_the_model_s_own_are_refused(comfyui, classes):
+    graph = copy(classes)
+    message = refusal(comfyui, graph, labelled(graph, "207", guidance_low=0.8))
+    assert all(word in message for word in ("guidance_low", "0.8", "0.7", "cfg to 1", "model"))
+
+
+def test_a_record_that_cannot_be_used_is_refused_when_loaded(comfyui, tiny, tmp_path):
+    from safetensors import safe_open
+
+    with safe_open(tiny, "pt") as file:
+        record = json.loads(file.metadata()["tim"])
+    save_file(load_file(tiny), tmp_path / "bad.safetensors", {"tim": json.dumps(record | {"guidance_interval": [0.7, 0.1]})})
+    comfyui.add("checkpoints", tmp_path / "bad.safetensors", "bad-record.safetensors")
+    message = refusal(comfyui, graph := Graph("bad-record.safetensors"), graph.empty())
+    assert "bad-record.safetensors" in message and "guidance_interval" in message and "0.7" in message
+
+
 @pytest.fixture(scope="module")
 def patched(comfyui, tmp_path_factory) -> str:
     """A class-conditional model as released for 256: four channels, patches of two cells."""

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import load_all, mentions
-from tim_core import Pipeline, TimError
+from tim_core import Pipeline, TimError, pipeline
 from tim_core.evaluation.curve import eval_samples, regressions, score, summarise, unpack
+from tim_core.memory import available_bytes
 from tim_core.models.config import TransformerConfig
 from tim_core.models.text_encoder import TextEncoder
 from tim_core.models.transformer import TransitionTransformer
@@ -80,6 +81,16 @@ def test_seed_steps_and_negative_matter(pipe):
 def test_stochastic_pictures_repeat_with_their_seed(pipe):
     pictures = [pipe(PROMPT, width=16, height=16, stochasticity=1.0, seed=seed) for seed in (3, 3, 4)]
     assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+
+
+def test_a_seed_per_prompt_makes_an_image_alone(pipe):
+    """Whatever the batch, with fresh noise too."""
+    options = dict(steps=4, stochasticity=0.5, width=16, height=16)
+    both = pipe([PROMPT, "a circle"], seed=[3, 4], **options)
+    torch.testing.assert_close(both[:1], pipe(PROMPT, seed=3, **options))
+    torch.testing.assert_close(both[1:], pipe("a circle", seed=[4], **options))
+    assert not torch.allclose(both[:1], pipe(PROMPT, seed=4, **options))
+    assert "2 seeds for 1" in refused(pipe, PROMPT, seed=[3, 4], **options)
 
 
 def test_custom_times(pipe):
@@ -179,17 +190,67 @@ def test_odd_prompts_give_pictures(pipe):
     assert pipe(prompts, width=16, height=16, steps=1).isfinite().all()
 
 
-def test_decoding_falls_back_to_tiles(pipe, monkeypatch):
-    latent = torch.randn(1, 16, 4, 4)
-    whole = pipe.decode(latent)
+WEIGHTS = {
+    "text encoder": ("text_encoder", "transformer.layers.0.mlp.down_proj.weight"),
+    "transformer, step 1 (t = 1, r = 0.5)": ("transformer", "blocks.1.attn.qkv.weight"),
+    "VAE decoder": ("autoencoder", "decoder.conv_in.weight"),
+}
 
-    def exhausted(z):
-        raise torch.cuda.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(pipe.autoencoder, "decode", exhausted)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stage", WEIGHTS)
+def test_a_damaged_weight_is_named_with_its_stage(stage, value):
+    pipe = Pipeline.load("tim-shapes", "cpu")
+    network, name = WEIGHTS[stage]
+    getattr(pipe, network).get_parameter(name).data.flatten()[3] = value
+    message = refused(pipe, PROMPT, steps=2)
+    assert message.startswith(stage) and f"'{name}'" in message and "NaN" in message
+
+
+def test_a_damaged_encoder_is_named(tiny):
+    pipe = Pipeline.load(tiny, "cpu")
+    pipe.autoencoder.get_parameter("encoder.conv_out.weight").data.flatten()[0] = float("nan")
+    assert refused(pipe.upscale, torch.zeros(1, 16, 16, 3), PROMPT, steps=1).startswith("VAE encoder")
+
+
+@pytest.mark.parametrize("cfg, advice", [(1.0, "try dtype float32"), (2.5, "try a cfg below 2.5 or dtype float32")])
+def test_an_overflow_names_its_step_and_what_helps(cfg, advice):
+    pipe = Pipeline.load("tim-shapes", "cpu", "float16")
+    pipe.transformer.final_layer.linear.weight.data.fill_(6e4)
+    message = refused(pipe, PROMPT, steps=4, cfg=cfg)
+    assert message.startswith("transformer, step 1 (t = 1, r = 0.75) in float16") and message.endswith(advice)
+
+
+@pytest.mark.parametrize("tile, available, expected", [
+    ("auto", 2**50, None), ("auto", 0, (1024, 896)), ("off", 0, None), (512, 2**50, (512, 448)), (264, 0, (264, 224)),
+])
+def test_tiles_are_chosen_from_the_memory(tiny, monkeypatch, tile, available, expected):
+    pipe = Pipeline.load(tiny, "cpu")
+    pipe.tile = tile
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: available)
+    monkeypatch.setattr(pipe.autoencoder, "peak_bytes", lambda height, width, dtype: 1)
     calls = []
-    monkeypatch.setattr(pipe.autoencoder, "tiled_decode", lambda z, *tiles: calls.append(tiles) or pipe.autoencoder.decoder(z))
-    assert torch.allclose(pipe.decode(latent), whole, atol=1e-5) and calls == [(512, 448)] * len(latent)
+    for name, shape in (("decode", (1, 3, 1032, 16)), ("encode", (1, 16, 129, 2))):
+        monkeypatch.setattr(pipe.autoencoder, name, lambda x, shape=shape: calls.append(None) or torch.zeros(shape))
+        monkeypatch.setattr(pipe.autoencoder, f"tiled_{name}", lambda x, *tiles, shape=shape: calls.append(tiles) or torch.zeros(shape))
+    assert pipe.decode(torch.zeros(1, 16, 129, 2)).shape == (1, 1032, 16, 3)
+    assert pipe.encode(torch.zeros(1, 1032, 16, 3)).shape == (1, 16, 129, 2)
+    assert calls == [expected] * 2
+
+
+def test_small_images_are_decoded_whole_however_little_memory_there_is(pipe, monkeypatch):
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(pipe.autoencoder, "tiled_decode", None)
+    assert pipe.decode(torch.randn(2, 16, 128, 1)).shape == (2, 1024, 8, 3)
+
+
+@pytest.mark.parametrize("tile", [0, 100, 260, "some", 256.0, True])
+def test_an_unusable_tile_is_named(tiny, tile):
+    assert f"tile: {tile!r} " in refused(setattr, Pipeline.load(tiny, "cpu"), "tile", tile)
+
+
+def test_the_memory_of_this_machine_is_known():
+    assert 2**24 < available_bytes(torch.device("cpu")) < 2**50
 
 
 # Loading
@@ -200,6 +261,17 @@ def test_bfloat16(tiny, pipe):
     assert half.dtype == torch.bfloat16 and next(half.autoencoder.parameters()).dtype == torch.bfloat16
     images = half(PROMPT, width=32, height=32)
     assert images.dtype == torch.float32 and (images - pipe(PROMPT, width=32, height=32)).abs().mean() < 0.01
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_images_of_a_cpu(tiny, pipe):
+    options = dict(steps=2, width=32, height=32)
+    exact = Pipeline.load(tiny, "cuda", "float32")
+    torch.testing.assert_close(exact(PROMPT, **options), pipe(PROMPT, **options), rtol=0, atol=5e-3)
+    auto = Pipeline.load(tiny)
+    assert auto.device.type == "cuda" and auto.dtype in (torch.bfloat16, torch.float32)
+    assert (auto(PROMPT, **options) - pipe(PROMPT, **options)).abs().mean() < 0.02
+    assert available_bytes(torch.device("cuda")) > 0
 
 
 def test_auto_is_float32_on_a_cpu(tiny):
@@ -305,6 +377,7 @@ BAD = {
     "cfg": ({"cfg": float("nan")}, "cfg: nan "), "seed": ({"seed": -1}, "seed: -1 "), "mode": ({"mode": "leap"}, "mode: 'leap' "),
     "interval": ({"guidance_interval": (-1, 1)}, "guidance interval: -1 "),
     "inverted": ({"guidance_interval": (0.9, 0.1)}, "guidance interval: 0.9 to 0.1 "),
+    "little cfg": ({"cfg": 0.5}, "cfg: 0.5 "), "much cfg": ({"cfg": 1e20}, "cfg: 1e+20 "),
     "stochasticity": ({"stochasticity": -0.1}, "stochasticity: -0.1 "), "too much of it": ({"stochasticity": 1.5}, "stochasticity: 1.5 "),
     "times": ({"times": "1, 2"}, "times: 2 "), "times without an end": ({"times": [1, 0.5]}, "times: [1.0, 0.5] "),
     "no shift": ({"shift": 0}, "shift: 0 "), "shift and times": ({"shift": 2, "times": "1, 0"}, "shift: 2 "),

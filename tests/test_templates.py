@@ -99,7 +99,7 @@ def class_conditional(run: Template, pipe: Pipeline, server) -> dict:
     autoencoder = load_autoencoder(models / "vae" / "dc-ae-f32c32-sana-1.1.safetensors", dtype=torch.float32)
     noise = torch.randn(1, 32, 16, 16, generator=torch.Generator().manual_seed(node["seed"]))
     label = torch.tensor([class_number(run.inputs["Class"]["label"])])
-    assert label == 207 and run.inputs["No class"]["label"] == ""
+    assert label == 207 and run.inputs["Null class"]["label"] == ""
     settings = dict(cfg=node["cfg"], guidance_interval=(node["guidance_low"], node["guidance_high"]), stochasticity=node["stochasticity"])
     fresh = sampler.fresh_noise(noise.shape, node["seed"])
     null = torch.full_like(label, transformer.config.num_classes)

@@ -9,7 +9,7 @@ import torch
 from tests.support import mentions
 from tim_core.errors import TimError
 from tim_core.models.text_encoder import MAX_LENGTH, TextEncoder, Tokenizer, normalise_config, tokenizer_file
-from tim_core.shapes.tokenizer import VOCABULARY_SIZE, WORDS, small_world_tokenizer, vocabulary
+from tim_core.shapes.tokenizer import VOCABULARY_SIZE, WORDS, shapes_tokenizer, vocabulary
 
 OLD_CONFIG = {
     "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -27,7 +27,7 @@ NEW_CONFIG = {key: value for key, value in OLD_CONFIG.items() if not key.startsw
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_json(small_world_tokenizer())
+    return Tokenizer.from_json(shapes_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def tokens_of(tokenizer, prompt):
     return [names[i] for i in ids[0][mask[0]].tolist()]
 
 
-# The small world's tokenizer
+# The tokenizer of coloured shapes
 
 
 def test_each_word_is_one_token_everywhere(tokenizer):
@@ -98,7 +98,7 @@ def test_empty_and_endless_prompts(tokenizer):
 def test_padding_is_on_the_right_whatever_the_file_says():
     import tokenizers
 
-    file = tokenizers.Tokenizer.from_str(small_world_tokenizer().decode())
+    file = tokenizers.Tokenizer.from_str(shapes_tokenizer().decode())
     file.enable_padding(direction="left", length=12)
     file.enable_truncation(4)
     ids, mask = Tokenizer.from_json(file.to_str().encode())(["a red circle and a blue square"])
@@ -124,7 +124,7 @@ PRECOMPILED = ["", "AA==", "AAAAAA==", "!!!", None]  # what panics in tokenizers
 @pytest.mark.parametrize("charsmap", PRECOMPILED, ids=str)
 def test_a_damaged_normaliser_is_one_line(charsmap, name, capfd):
     """PanicException of Rust is no Exception. Where the name is plain, the library does not get to print its pages."""
-    value = json.loads(small_world_tokenizer())
+    value = json.loads(shapes_tokenizer())
     value["normalizer"] = {"type": "NAME", "precompiled_charsmap": charsmap}
     with pytest.raises(TimError) as error:
         Tokenizer.from_bytes(json.dumps(value).replace("NAME", name).encode(), "some/file")(["a caf\u00e9"])
@@ -142,7 +142,7 @@ def test_interrupts_pass_through(tokenizer, monkeypatch):
 
 
 def with_vocabulary(change) -> Tokenizer:
-    value = json.loads(small_world_tokenizer())
+    value = json.loads(shapes_tokenizer())
     change(value["model"]["vocab"])
     for token in value["added_tokens"]:
         token["id"] = value["model"]["vocab"].get(token["content"], token["id"])
@@ -172,7 +172,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_said(tokenizer, caplog):
 def test_the_tokenizer_of_a_folder(tmp_path):
     assert tokenizer_file(tmp_path) is None
     for name in ("tokenizer.model", "tokenizer.json"):  # the second goes first
-        (tmp_path / name).write_bytes(small_world_tokenizer())
+        (tmp_path / name).write_bytes(shapes_tokenizer())
         assert tokenizer_file(tmp_path) == tmp_path / name
 
 

@@ -1,3 +1,5 @@
+"""The one error for inputs that cannot be used, and how messages become one printable line."""
+
 import re
 from collections.abc import Collection, Mapping
 

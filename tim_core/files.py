@@ -30,7 +30,7 @@ def is_file(path: str | Path) -> bool:
     except (OSError, ValueError):  # no such file, or no legal name
         return False
     if stat.S_ISDIR(mode):
-        raise TimError(f"{path}: is a folder, not a file")
+        raise TimError(f"{path}: is a folder; name a file in it")
     if not stat.S_ISREG(mode):
         raise TimError(f"{path}: not a regular file; copy its contents to a file")
     return True
@@ -39,7 +39,7 @@ def is_file(path: str | Path) -> bool:
 def check_file(path: str | Path) -> None:
     """TimError unless `path` is a regular file, or a link to one. Nothing is opened."""
     if not is_file(path):
-        raise TimError(f"{path}: no such file")
+        raise TimError(f"{path}: no such file; check the path")
 
 
 def read_bytes(path: str | Path, most: int = MOST_TEXT) -> bytes:
@@ -51,12 +51,12 @@ def read_bytes(path: str | Path, most: int = MOST_TEXT) -> bytes:
     except OSError as error:
         raise TimError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > most:
-        raise TimError(f"{path}: has more than {most / 2**20:g} MiB; is it the right file?")
+        raise TimError(f"{path}: has more than {most / 2**20:g} MiB; give another file")
     return data
 
 
 def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
-    """The text of a regular file in UTF-8, without a byte order mark. TimError as in read_bytes, or if it is no such text."""
+    """The text of a regular file in UTF-8, without a byte order mark. TimError as in read_bytes, or if it is not UTF-8."""
     try:
         return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:

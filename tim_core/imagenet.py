@@ -13,6 +13,7 @@ NULL_CLASS = -1
 
 @lru_cache(maxsize=1)
 def names() -> tuple[str, ...]:
+    """The name of each class, by number."""
     return tuple((Path(__file__).parent / "imagenet.txt").read_text(encoding="utf-8").splitlines())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import TimError
@@ -29,13 +29,15 @@ PAPER, INK = (24, 24, 28), (235, 235, 235)
 
 
 def step_label(steps: int, nfe: int, seconds: float) -> str:
+    """The label of an image on a sheet: steps, network evaluations and seconds."""
     return f"{steps} step{'s' if steps > 1 else ''} · {nfe} NFE · {seconds:.2f} s"
 
 
 def open_image(path: str | Path) -> Image.Image:
     """Read an image file as 8-bit RGB, upright by its EXIF orientation; transparent areas become white.
 
-    Values of more bits are scaled to 8. TimError naming a file that is no image of FORMATS, is damaged, or has more than MOST_PIXELS.
+    Values of more bits are scaled to 8. TimError naming a file that is not an image of FORMATS, is damaged, or has more than
+    MOST_PIXELS.
     """
     with _opened(path) as image:
         return to_rgb(image)
@@ -79,6 +81,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         alpha = Image.fromarray((values != key).astype(np.uint8) * 255) if isinstance(key, int) else None
         image = Image.fromarray(_to_8_bits(values, image))
     elif image.mode == "LAB":
+        from PIL import ImageCms  # littleCMS, which ComfyUI does not load at start
+
         image = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
     elif image.has_transparency_data:
         image = image.convert("RGBA")

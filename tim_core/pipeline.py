@@ -16,14 +16,20 @@ from torch import Tensor
 from . import schedule
 from .errors import TimError
 from .files import digest
+from .finite import StepRecorder, check_finite
 from .imagenet import NULL_CLASS, class_number
+from .memory import available_bytes
 from .models.attention import get_attention
-from .sampler import Model, check_seed, fresh_noise, sample
+from .models.autoencoder import TILE
+from .sampler import Model, check_guidance, check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
-from .weights.defaults import Defaults, find_defaults
+from .weights.defaults import Defaults, find_defaults, read_defaults
 from .weights.load import load_autoencoder, load_text_encoder, load_transformer
 from .weights.lora import Lora, merge_lora, read_lora
 from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts, read_parts
+
+MIN_TILE = 256  # pixels
+SHARE_OF_MEMORY = 0.8  # of what is available that a whole image may take
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,6 +51,8 @@ class Pipeline:
     """Text to image, or class to image.
 
     nfe: network evaluations of the last call, a guided step counting two. defaults: the settings that the checkpoint is made for.
+    tile: how images are encoded and decoded: "auto", whole where the memory allows it, else in blended tiles of 1024 pixels; "off", whole;
+    or the side of the tiles in pixels. Tiles change an image slightly.
     """
 
     def __init__(self, transformer, text_encoder, autoencoder, factor: int | None = None, defaults: Defaults | None = None):
@@ -60,6 +68,7 @@ class Pipeline:
             raise TimError("text encoder: missing; a text-to-image model needs one")
         self.defaults = defaults or find_defaults({}, config.in_channels, self.factor, config.patch_size, self.class_conditional)
         self.nfe = 0
+        self.tile = "auto"
 
     @classmethod
     def load(
@@ -107,6 +116,17 @@ class Pipeline:
         merge_lora(lora, {TRANSFORMER: self.transformer, TEXT_ENCODER: text_model}, strength)
 
     @property
+    def tile(self) -> str | int:
+        return self._tile_setting
+
+    @tile.setter
+    def tile(self, value: str | int) -> None:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value not in ("auto", "off") and not (whole and int(value) >= MIN_TILE and int(value) % self.factor == 0):
+            raise TimError(f"tile: {value!r} is not auto, off, or a multiple of {self.factor} of at least {MIN_TILE} pixels")
+        self._tile_setting = value
+
+    @property
     def class_conditional(self) -> bool:
         """Whether prompts are classes."""
         return self.transformer.config.text_dim is None
@@ -134,7 +154,7 @@ class Pipeline:
         cfg: float | None = None,
         width: int | None = None,
         height: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         *,
         shift: float = 1.0,
         times: Tensor | Sequence[float] | str | None = None,
@@ -149,7 +169,8 @@ class Pipeline:
         steps, cfg, width, height, guidance_interval: None takes the value of `defaults`; sizes are in pixels.
         prompts: texts; for a class-conditional model, numbers or ImageNet names of classes, "" being the null class.
         negative: negative prompts, one for all or one per prompt. cfg: guidance scale; 1 is no guidance.
-        guidance_interval: guidance acts while low < t < high. shift: above 1 for denser steps at high noise, see `schedule.shifted`.
+        seed: one for the batch, as in ComfyUI, or one per prompt. guidance_interval: guidance acts while low < t < high.
+        shift: above 1 for denser steps at high noise, see `schedule.shifted`.
         times: falling times from 1 to 0, or their text ("1, 0.7, 0.3, 0"), instead of `steps` and `shift`.
         stochasticity: share of fresh noise per step, 0 to 1. mode: "transition", or "diffusion" (r = t, ordinary flow matching).
         noise: standard normal (B, C, H / factor, W / factor), instead of the noise of `seed`.
@@ -159,7 +180,7 @@ class Pipeline:
         width, height = self.defaults.width if width is None else width, self.defaults.height if height is None else height
         grid = self._grid(self.defaults.steps if steps is None else steps, shift, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
-        options = dict(mode=mode, cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
+        options = self._options(cfg, guidance_interval, stochasticity, mode=mode, callback=callback)
         condition = self._condition(prompts, _as_list(negative))
         latent, self.nfe = self._sample(noise, grid, condition, seed, **options)
         return self.decode(latent)
@@ -196,7 +217,7 @@ class Pipeline:
             raise TimError(f"prompts: {len(prompts)} for {len(images)} images; give one, or one per image")
         size = images.shape[2], images.shape[1]
         sizes = stage_sizes(size, target_size(*size, width, height, factor), stages, self.size_multiple)
-        options = dict(cfg=cfg, guidance_interval=guidance_interval, stochasticity=stochasticity, callback=callback)
+        options = self._options(cfg, guidance_interval, stochasticity, callback=callback)
         condition = self._condition(prompts, _as_list(negative))
         counts = stage_steps(steps, stages)
         self.nfe = 0
@@ -210,59 +231,75 @@ class Pipeline:
 
         return upscale(images, sizes, counts, strength, encode=self.encode, sample=resample, decode=self.decode)[0]
 
-    def _sample(self, latent: Tensor, grid: Tensor, condition: Condition, seed: int, **options) -> tuple[Tensor, int]:
+    def _options(self, cfg: float | None, guidance_interval: tuple[float, float] | None, stochasticity: float, **others) -> dict[str, Any]:
+        """The sampler's options, with the checkpoint's values for None. TimError for values that cannot be used."""
+        cfg = self.defaults.cfg if cfg is None else cfg
+        interval = self.defaults.guidance_interval if guidance_interval is None else guidance_interval
+        check_guidance(cfg, interval, stochasticity)
+        return {"cfg": cfg, "guidance_interval": interval, "stochasticity": stochasticity, **others}
+
+    def _sample(self, latent: Tensor, grid: Tensor, condition: Condition, seed: int | Sequence[int], **options) -> tuple[Tensor, int]:
         """Sample latents from grid[0] to grid[-1] -> latents, network evaluations."""
-        for name in ("cfg", "guidance_interval"):
-            options[name] = getattr(self.defaults, name) if options[name] is None else options[name]
-        low, high = options["guidance_interval"]
-        for name, value in (("cfg", options["cfg"]), ("guidance interval", low), ("guidance interval", high),
-                            ("stochasticity", options["stochasticity"])):
-            if not math.isfinite(value) or value < 0:
-                raise TimError(f"{name}: {value} is not a number of at least 0")
-        if options["stochasticity"] > 1:
-            raise TimError(f"stochasticity: {options['stochasticity']} is above 1; use 0 to 1")
-        if low >= high:
-            raise TimError(f"guidance interval: {low:g} to {high:g} is empty; the first must be smaller (for no guidance use cfg 1)")
         if condition.null is None and options["cfg"] > 1:
             raise TimError(f"cfg: {options['cfg']:g} needs a null class, which this model lacks; use cfg 1, or a class as the negative")
+        if not isinstance(seed, Integral):
+            self._check_seeds(seed, len(latent))
         fresh = fresh_noise(latent.shape, seed)
-        return sample(condition.model, latent.to(self.device), grid, condition.prompts, condition.null, noise_sampler=fresh, **options)
+        network = StepRecorder(condition.model)
+        latent, evaluations = sample(
+            network, latent.to(self.device), grid, condition.prompts, condition.null, noise_sampler=fresh, **options)
+        advice = [f"a cfg below {options['cfg']:g}"] if options["cfg"] > 1 else []
+        check_finite(latent, network.first_bad, self.transformer, advice)
+        return latent, evaluations
 
-    def noise(self, batch: int, width: int, height: int, seed: int) -> Tensor:
-        """The noise that ComfyUI draws: (B, C, H / factor, W / factor) float32 on the CPU, the whole batch at once."""
-        return torch.randn(self._shape(batch, width, height), generator=torch.Generator().manual_seed(check_seed(seed)))
+    def noise(self, batch: int, width: int, height: int, seed: int | Sequence[int]) -> Tensor:
+        """The noise that ComfyUI draws: (B, C, H / factor, W / factor) float32 on the CPU, the whole batch at once, or one seed each."""
+        shape = self._shape(batch, width, height)
+        if not isinstance(seed, (int, Integral)):
+            return torch.cat([self.noise(1, width, height, one) for one in self._check_seeds(seed, batch)])
+        return torch.randn(shape, generator=torch.Generator().manual_seed(check_seed(seed)))
+
+    @staticmethod
+    def _check_seeds(seeds: Sequence[int], batch: int) -> Sequence[int]:
+        if len(seeds) != batch:
+            raise TimError(f"seed: {len(seeds)} seeds for {batch} images; give one, or one per image")
+        return seeds
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) in [0, 1] -> latents (B, C, H / factor, W / factor) float32, on the CPU; in blended tiles if memory runs out."""
+        """(B, H, W, 3) in [0, 1] -> latents (B, C, H / factor, W / factor) float32, on the CPU; whole or in blended tiles, see `tile`."""
         pixels = images.movedim(-1, 1) * 2 - 1
-        return self._batched(pixels, images.shape[1] * images.shape[2], self.autoencoder.encode, self.autoencoder.tiled_encode)
+        size = images.shape[1], images.shape[2]
+        return self._batched("VAE encoder", pixels, size, self.autoencoder.encode, self.autoencoder.tiled_encode)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, H, W, 3) float32 in [0, 1], on the CPU; in blended tiles if memory runs out."""
-        area = latent.shape[-1] * latent.shape[-2] * self.factor**2
-        pixels = self._batched(latent, area, self.autoencoder.decode, self.autoencoder.tiled_decode)
-        return pixels.add(1).div(2).clamp(0, 1).movedim(1, -1).contiguous()
+        """(B, C, h, w) -> (B, H, W, 3) float32 in [0, 1], on the CPU; whole or in blended tiles, see `tile`."""
+        size = latent.shape[-2] * self.factor, latent.shape[-1] * self.factor
+        pixels = self._batched("VAE decoder", latent, size, self.autoencoder.decode, self.autoencoder.tiled_decode)
+        return pixels.add_(1).div_(2).clamp_(0, 1).movedim(1, -1).contiguous()
 
     @torch.no_grad()
-    def _batched(self, batch: Tensor, area: int, untiled: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]) -> Tensor:
-        """Run the autoencoder over a batch, about a megapixel at a time; `area`: pixels per item."""
-        batch = batch.to(self.device, next(self.autoencoder.parameters()).dtype)
+    def _batched(
+        self, stage: str, batch: Tensor, size: tuple[int, int], whole: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]
+    ) -> Tensor:
+        """Run the autoencoder over a batch, about a megapixel at a time -> float32 on the CPU. size: height and width in pixels."""
+        dtype = next(self.autoencoder.parameters()).dtype
+        tile = self._tile(size, dtype)
         parts = []
-        for some in batch.split(max(1, 2**20 // area)):
-            out_of_memory = False
-            try:
-                done = untiled(some)
-            except torch.cuda.OutOfMemoryError:
-                out_of_memory = True  # inside this block the exception would keep tensors of the failed attempt alive
-            if out_of_memory:
-                torch.cuda.empty_cache()
-                done = torch.cat([tiled(one, *self._tiles()) for one in some.split(1)])
+        for some in batch.split(max(1, 2**20 // (size[0] * size[1]))):
+            some = some.to(self.device, dtype)
+            done = whole(some) if tile is None else tiled(some, tile, (tile - tile // 8) // self.factor * self.factor)
+            check_finite(done, stage, self.autoencoder)
             parts.append(done.float().cpu())
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _tiles(self) -> tuple[int, int]:
-        """Tile and stride in pixels for an image that does not fit: 512 and 448, in whole latent cells."""
-        return 512 // self.factor * self.factor, 448 // self.factor * self.factor
+    def _tile(self, size: tuple[int, int], dtype: torch.dtype) -> int | None:
+        """The side of tiles in pixels; None for whole images."""
+        if self.tile == "off":
+            return None
+        if self.tile != "auto":
+            return int(self.tile)
+        needed = self.autoencoder.peak_bytes(*size, dtype)
+        return None if max(size) <= TILE or needed < SHARE_OF_MEMORY * available_bytes(self.device) else TILE
 
     @property
     def size_multiple(self) -> int:
@@ -325,6 +362,7 @@ class Pipeline:
                 raise TimError(f"prompt: {text!r} is not text")
             texts.append(text)
         features = self.text_encoder.encode(texts)
+        check_finite(features.rows, "text encoder", self.text_encoder)
         lengths = [max(pair) for pair in zip(features.lengths[: len(prompts)], features.lengths[len(prompts) :])]
         rows_of = [rows[:length] for rows, length in zip(features.rows, lengths * 2)]
 
@@ -350,16 +388,6 @@ def _strengths(lora: str | Path | Mapping[str | Path, float] | None) -> Mapping[
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [prompts] if isinstance(prompts, (str, int)) else list(prompts)
-
-
-def read_defaults(parts: Parts) -> Defaults:
-    """The settings that a checkpoint is made for; TimError naming the source if its record cannot be used."""
-    transformer = parts[TRANSFORMER]
-    config = transformer.config
-    try:
-        return find_defaults(transformer.record, config.in_channels, parts.latent_factor, config.patch_size, config.text_dim is None)
-    except TimError as error:
-        raise TimError(f"{transformer.source}: {error}") from None
 
 
 def size_multiple(parts: Parts) -> int:

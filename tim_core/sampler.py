@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from numbers import Integral
 from typing import Any, Callable, Sequence
@@ -13,6 +14,7 @@ from .errors import TimError
 from .transport import OTFM, Transport, guide
 
 MODES = ("transition", "diffusion")
+MAX_CFG = 100.0  # as in ComfyUI's nodes
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,19 +47,22 @@ def sample(
     stochasticity: share of fresh noise per step (OT-FM only), where t < T_max and r > T_min. noise_sampler(t, r) -> standard normal like x.
     T_max, T_min: the transport's own by default.
     callback: called before each step with k-diffusion's {"x", "i", "sigma", "sigma_hat", "denoised"}, "sigma_next" and "F".
-    TimError for times that do not fall, an unknown mode, guidance without null, or a time at which c_noise is not finite.
+    TimError for times that do not fall, an unknown mode, values that `check_guidance` refuses, guidance without null,
+    or a time at which c_noise is not finite.
     """
     times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()):
         raise TimError(f"times: {_format_times(times)} is not a list of at least two falling times")
     if mode not in MODES:
         raise TimError(f"mode: '{mode}' is unknown; choose from {', '.join(MODES)}")
+    check_guidance(cfg, guidance_interval, stochasticity)
     if cfg > 1 and null is None:
         raise TimError(f"cfg: {cfg:g} needs a null condition; give one, or use cfg 1")
     conditioned = times if mode == "transition" else times[:-1]
     finite = transport.c_noise(conditioned).isfinite()
     if not bool(finite.all()):
-        raise TimError(f"times: {conditioned[~finite][0].item():g} has no finite condition in {type(transport).__name__}; leave it out")
+        name, time = type(transport).__name__, conditioned[~finite][0].item()
+        raise TimError(f"times: {name} cannot condition the network on {time:g} (c_noise is not finite); remove this time")
     T_max = transport.T_max if T_max is None else T_max
     T_min = transport.T_min if T_min is None else T_min
     low, high = guidance_interval[0] * T_max, guidance_interval[1] * T_max
@@ -104,13 +109,34 @@ def sample(
     return state.float(), evaluations
 
 
-def fresh_noise(shape: Sequence[int], seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A noise sampler for a seed: float32 on the CPU, from seed + 1, so that it differs from the initial noise, as in k-diffusion."""
-    generator = torch.Generator().manual_seed((check_seed(seed) + 1) % 2**64)
-    return lambda t, r: torch.randn(tuple(shape), generator=generator)
+def fresh_noise(shape: Sequence[int], seed: int | Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A noise sampler for a seed: float32 on the CPU, from seed + 1, so that it differs from the initial noise, as in k-diffusion.
+
+    With one seed per item of the batch, the noise of an item does not depend on the others.
+    """
+    seeds = [seed] if isinstance(seed, Integral) else list(seed)
+    generators = [torch.Generator().manual_seed((check_seed(one) + 1) % 2**64) for one in seeds]
+    if len(generators) == 1:
+        return lambda t, r: torch.randn(tuple(shape), generator=generators[0])
+    return lambda t, r: torch.stack([torch.randn(tuple(shape[1:]), generator=generator) for generator in generators])
+
+
+def check_guidance(cfg: float, guidance_interval: tuple[float, float] = (0.0, 1.0), stochasticity: float = 0.0) -> None:
+    """TimError unless cfg is 1 to MAX_CFG, 0 <= low < high, and stochasticity 0 to 1: the rules of every way to sample."""
+    if not 1 <= cfg <= MAX_CFG:
+        raise TimError(f"cfg: {cfg:g} is outside 1 (no guidance) to {MAX_CFG:g}")
+    low, high = guidance_interval
+    for value in (low, high):
+        if not math.isfinite(value) or value < 0:
+            raise TimError(f"guidance interval: {value:g} is not a number of at least 0")
+    if low >= high:
+        raise TimError(f"guidance interval: {low:g} to {high:g} is empty; the first must be smaller (for no guidance use cfg 1)")
+    if not 0 <= stochasticity <= 1:
+        raise TimError(f"stochasticity: {stochasticity:g} is outside 0 to 1")
 
 
 def check_seed(seed: int) -> int:
+    """The seed as an int. TimError unless it is a whole number from 0 to 2^64 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise TimError(f"seed: {seed} is not a whole number from 0 to 2^64 - 1")
     return int(seed)

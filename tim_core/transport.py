@@ -39,15 +39,19 @@ class Transport:
         return t
 
     def alpha(self, t: Tensor) -> Tensor:
+        """The factor of the data in x_t."""
         raise NotImplementedError
 
     def sigma(self, t: Tensor) -> Tensor:
+        """The factor of the noise in x_t."""
         raise NotImplementedError
 
     def d_alpha(self, t: Tensor) -> Tensor:
+        """The derivative of alpha with respect to t."""
         raise NotImplementedError
 
     def d_sigma(self, t: Tensor) -> Tensor:
+        """The derivative of sigma with respect to t."""
         raise NotImplementedError
 
     def diffusion_target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
 from ...tim_core.errors import TimError, printable
+from ...tim_core.finite import check_finite
 from ...tim_core.models.text_encoder import MAX_LENGTH, TextEncoder
 from ...tim_core.weights.load import load_text_encoder
 from ...tim_core.weights.parts import Parts, read_parts
@@ -83,7 +84,7 @@ class TiMTextModel(torch.nn.Module):
         pass
 
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None, dict[str, Tensor]]:
-        """-> features of the prompt (1, M, D), no pooled output, and all 256 rows for _fit_conditionings."""
+        """-> features of the prompt (1, M, D), no pooled output, and all 256 rows for _fit_conditionings. TimError if not finite."""
         if other := sorted(tokens.keys() - {"tim"}):
             raise TimError(f"CLIP: TiM's has no text encoder '{other[0]}'; use CLIP Text Encode")
         ids = [token[0] for token in tokens["tim"][0]]
@@ -92,6 +93,7 @@ class TiMTextModel(torch.nn.Module):
         mask = torch.arange(len(ids)) < length
         rows = self.encoder.encode_ids(torch.tensor([ids], device=self.encoder.device), mask[None])
         rows = rows.float().to(mm.intermediate_device())
+        check_finite(rows, "text encoder", self.transformer, float32="ComfyUI's option --fp32-text-enc")
         padded = torch.cat((rows, rows[:, -1:].expand(-1, MAX_LENGTH - len(ids), -1)), dim=1)
         return rows[:, :length], None, {PADDED: padded}
 

@@ -11,11 +11,15 @@ import torch
 from ...tim_core.errors import TimError
 from ...tim_core.models.config import TransformerConfig
 from ...tim_core.models.transformer import TransitionTransformer
+from ...tim_core.weights.defaults import Defaults, read_defaults
 from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
+from .log import SAID
 from .network import TiMNetwork
-from .run import SAID, install, resolve_r, usable_patches
+from .patches import usable_patches
+from .run import install, resolve_r
+from .trace import TRACE
 
 WEIGHT_DTYPES = {
     "default": {},
@@ -44,7 +48,11 @@ class TiMModel(comfy.model_base.BaseModel):
         options = usable_patches(transformer_options, config.depth, has_text=config.text_dim is not None)
         options = {**options, "tim_r": resolve_r(t, options)}
         options.pop(SAID, None)
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        trace = options.pop(TRACE, None)
+        denoised = super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if trace is not None:
+            trace.add(t, options["tim_r"], x, denoised)
+        return denoised
 
 
 class TiMLatent(comfy.latent_formats.LatentFormat):
@@ -72,10 +80,10 @@ class TiMConfig(comfy.supported_models_base.BASE):
     text_encoder_key_prefix = ["text_encoders."]
     latent_format = None
 
-    def __init__(self, config: TransformerConfig, factor: int, record: dict):
+    def __init__(self, config: TransformerConfig, factor: int, record: dict, defaults: Defaults):
         self.latent_format = lambda: TiMLatent(config, factor, record.get("preview"))  # BASE calls it
         super().__init__({"config": config})
-        self.record = record
+        self.record, self.defaults = record, defaults
         # Estimated, not measured on a GPU: a token peaks at about 30 tensors of the hidden width (gated MLP, q, k, v), 70 KB in
         # bfloat16 at width 1152. Core multiplies latent cells by dtype size, 0.01 MB and this factor.
         self.memory_usage_factor = 3.3 * config.hidden_size / 1152 / config.patch_size**2
@@ -96,7 +104,7 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
     weights, config = dict(part.tensors), part.config
     check_tensors(part, TransitionTransformer(config, device="meta"))  # plain layers: core's may be without weights until they load
     record = {**part.record, **config.record(), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
-    model_config = TiMConfig(config, parts.latent_factor, record)
+    model_config = TiMConfig(config, parts.latent_factor, record, read_defaults(parts))
 
     load_device = model_options.get("load_device", mm.get_torch_device())
     offload_device = model_options.get("offload_device", mm.unet_offload_device())

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ...tim_core.errors import TimError
 from ...tim_core.sampler import MODES, fresh_noise, sample
+from .checks import outside_times
 from .compat import supported_kwargs
+from .guidance import with_limits
 from .model import size_multiple, tim_model
-from .run import OWN_SAMPLERS, TARGET, outside_times, with_interval
+from .run import OWN_SAMPLERS, TARGET
 
 
 def with_target(extra_args: dict, r: float) -> dict:
@@ -70,12 +72,13 @@ def sample_latent(
 ) -> dict:
     """Samples a LATENT from times[0], to which noise is added, to times[-1]; unfinished latents are scaled as core scales them.
 
+    interval: limits of the guidance interval; 0 and 1 keep the model's own, see `with_limits`.
     The times are shifted where a node such as ModelSamplingSD3 has set a shift, as KSampler's are.
     Runs through core's guider: masks, areas, hooks, LoRAs and previews work as in KSampler. With add_noise off the latent must come
     from another sampler that stopped at times[0]. `callback` replaces core's progress bar and previews.
     """
     tim_model(model)
-    model = with_interval(model, *interval)
+    model = with_limits(model, *interval)
     times = shifted_times(model, times)
     ratio = {"downscale_ratio_spacial": latent.get("downscale_ratio_spacial")}
     samples = latent["samples"]

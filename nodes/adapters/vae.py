@@ -10,26 +10,34 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ...tim_core.finite import check_finite
 from ...tim_core.models.autoencoder import Autoencoder
 from ...tim_core.weights.load import load_autoencoder
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
+from .checks import check_latent
 from .model import WholePatcher, is_dynamic, patcher_class
-from .run import check_latent
 
 TILE, OVERLAP = 1024, 128  # pixels; smaller tiles show, because attention in the deep stages spans the tile
 
 
-class InterruptibleAutoencoder(Autoencoder):
-    """Checks for cancellation at every tile, which core's tile loops do not."""
+class CheckedAutoencoder(Autoencoder):
+    """Checks at every tile for cancellation, which core's tile loops do not, and for finite values, before core clamps them."""
 
     def encode(self, x: Tensor) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
-        return super().encode(x)
+        return self._finite(super().encode(x), "VAE encoder", x, "image before encoding", "another image")
 
     def decode(self, z: Tensor) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
-        return super().decode(z)
+        return self._finite(super().decode(z), "VAE decoder", z, "latent before decoding", "a lower cfg or float32 in the sampler before")
+
+    def _finite(self, made: Tensor, stage: str, given: Tensor, name: str, advice: str) -> Tensor:
+        """`made` if it is finite, else TimError that names its stage, or `given` if that is not finite either."""
+        if not bool(made.isfinite().all()):
+            check_finite(given, name, advice=[advice])
+            check_finite(made, stage, self, float32="ComfyUI's option --fp32-vae")
+        return made
 
 
 class TiMVAE(comfy.sd.VAE):
@@ -51,7 +59,7 @@ class TiMVAE(comfy.sd.VAE):
         # Loaded once into plain layers, which checks names and shapes, then into core's, which can be offloaded.
         loaded = load_autoencoder(parts, dtype=self.vae_dtype)
         config = loaded.config
-        network = InterruptibleAutoencoder(config, comfy.ops.disable_weight_init, dtype=self.vae_dtype)
+        network = CheckedAutoencoder(config, comfy.ops.disable_weight_init, dtype=self.vae_dtype)
         self.first_stage_model = network.eval().requires_grad_(False)
         # Batch norm is not one of core's layers, so its tensors would not move when the rest is offloaded.
         self.disable_offload = any(stage.norm == "batch_norm" for stage in (*config.encoder, *config.decoder))

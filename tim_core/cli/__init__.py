@@ -6,7 +6,9 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
+from itertools import groupby
 
 from .. import __version__
 from ..errors import TimError
@@ -18,6 +20,15 @@ COMMANDS = {
     "previews": previews, "download": download, "train": train,
 }
 
+MEMORY_ADVICE = {
+    "sample": "try a smaller --size or --batch",
+    "sweep": "try a smaller --size",
+    "upscale": "try a smaller --size or --factor",
+    "evaluate": "try a smaller --batch or --size",
+    "train": "reduce loop.batch, raise loop.accumulate, or set loop.checkpointing: true",
+}
+MAX_WIDTH = 78  # columns of wrapped help, on wider terminals too
+
 EXAMPLES = """\
 examples:
   tim sample "a red circle left of a blue square" --seed 0 -o circle.png
@@ -25,8 +36,23 @@ examples:
   tim inspect tim-shapes
   tim evaluate --steps 1,4 -o scores
 
-Run `tim COMMAND --help` for the options of a command. The demo model, tim-shapes, is included; it draws circles, squares and triangles in
-six colours, one to four of a kind or two kinds."""
+Run `tim COMMAND --help` for the options of a command. The demo model,
+tim-shapes, is included; it draws circles, squares and triangles in six
+colours, one to four of a kind or two kinds."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps the paragraphs of a description or epilog; indented lines, such as examples, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = []
+        for paragraph in text.split("\n\n"):
+            lines: list[str] = []
+            for is_indented, group in groupby(paragraph.splitlines(), lambda line: line.startswith(" ")):
+                lines += group if is_indented else textwrap.wrap(
+                    " ".join(group), min(width, MAX_WIDTH), break_long_words=False, break_on_hyphens=False)
+            filled.append("\n".join(indent + line for line in lines))
+        return "\n\n".join(filled)
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,14 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
     common = Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     parser = Parser(prog="tim", description="Run, inspect and train Transition Models: text to image in any number of steps.",
-                    epilog=EXAMPLES, parents=[common], formatter_class=argparse.RawDescriptionHelpFormatter)
+                    epilog=EXAMPLES, parents=[common], formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"tim {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.SUMMARY, description=module.DESCRIPTION, epilog=module.EXAMPLES, parents=[common],
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+                                      formatter_class=HelpFormatter)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=name)
     return parser
 
 
@@ -73,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return print_error(str(error), args)
     except Exception as error:
         if is_out_of_memory(error):
-            return print_error("out of memory: try a smaller --size or --batch", args)
+            advice = MEMORY_ADVICE.get(args.command, "close other programs, or use a computer with more memory")
+            return print_error(f"out of memory: {advice}", args)
         if isinstance(error, OSError) and error.strerror:
             return print_error(": ".join(filter(None, [error.filename and str(error.filename), error.strerror])), args)
         return print_error(f"{type(error).__name__}: {error} (-v shows where)", args)

@@ -10,13 +10,15 @@ from . import options
 SUMMARY = "rewrite weights as safetensors"
 
 DESCRIPTION = """\
-Rewrite a TiM transformer, a Gemma 3 text model, a DC-AE, or a file with several of them as one safetensors file. The source is a .bin,
-.pt or .safetensors file, or a folder in Hugging Face layout. Tensors that
-belong to none of them are left out and named."""
+Convert weights (TiM transformer, Gemma 3, DC-AE, or several in one file) to
+one safetensors file. SRC is a .bin, .pt or .safetensors file, or a Hugging
+Face folder. Other tensors are left out and listed. A LoRA gets the key names
+that ComfyUI reads."""
 
 EXAMPLES = """\
-example:
-  tim convert t2i_model.bin transformer.safetensors --dtype bf16"""
+examples:
+  tim convert t2i_model.bin transformer.safetensors --dtype bf16
+  tim convert pytorch_lora_weights.safetensors lora.safetensors"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

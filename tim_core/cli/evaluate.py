@@ -12,24 +12,31 @@ from . import options
 SUMMARY = "score a model and draw its curve"
 
 DESCRIPTION = """\
-Score a model on coloured shapes as GenEval does: prompts of six tasks, several images per prompt, each checked by an exact detector.
+Score a model on coloured shapes as GenEval does: prompts of six tasks,
+several images per prompt, each checked by an exact detector.
 
-Prompts and noise depend on --seed and are the same at every step count. 1 step runs without guidance. DIR/report.json and DIR/curve.png
-are written after every step count. To resume an interrupted run, repeat the command; results of the same model and settings are kept.
---baseline compares with the report of another model, image by image, and draws it in the same chart.
+Prompts and noise depend on --seed and are the same at every step count. 1
+step runs without guidance. DIR/report.json and DIR/curve.png are written after
+every step count. To resume an interrupted run, repeat the command; results of
+the same model and settings are kept. --baseline compares with the report of
+another model, image by image, and draws it in the same chart.
 
-With --prompts FILE.jsonl, make images for the evaluator of another benchmark instead, four per prompt, in DIR/steps-N. --layout geneval
-takes its evaluation_metadata.jsonl, --layout dpg lines of {"item_id": ..., "prompt": ...}.
+With --prompts FILE.jsonl, make images for the evaluator of another benchmark
+instead, four per prompt, in DIR/steps-N. --layout geneval takes its
+evaluation_metadata.jsonl, --layout dpg lines of
+{"item_id": ..., "prompt": ...}.
 
-For several GPUs run `torchrun --nproc-per-node N -m tim_core evaluate ...`; they share the images."""
+For several GPUs run `torchrun --nproc-per-node N -m tim_core evaluate ...`;
+they share the images."""
 
 EXAMPLES = """\
 examples:
-  tim evaluate -o scores                                     the whole curve, 1440 images per step count
+  tim evaluate -o scores                                     the whole curve
   tim evaluate --steps 1,4 --prompts-per-task 10 -o quick    a quick look
-  tim evaluate --model my.safetensors --tasks counting,position --size 128x128 -o large
-  tim evaluate --model my.safetensors --steps 1,4 --baseline scores/report.json -o mine
-  tim evaluate --model tim-t2i.safetensors --prompts evaluation_metadata.jsonl --layout geneval --size 1024x1024 --steps 1,4 -o geneval"""
+  tim evaluate --tasks counting,position --size 128x128 -o large
+  tim evaluate --model my.safetensors --baseline scores/report.json -o mine
+  tim evaluate --model tim-t2i.safetensors --layout geneval \\
+    --prompts evaluation_metadata.jsonl --size 1024x1024 -o geneval"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ def check_output_image(path: Path) -> None:
     if path.is_dir():
         raise TimError(f"{path}: is a folder; name an image file in it")
     if not path.parent.is_dir():
-        raise TimError(f"{path}: folder {path.parent} does not exist")
+        raise TimError(f"{path}: folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):
         raise TimError(f"{path}: folder {path.parent} is not writable")
 

@@ -49,6 +49,10 @@ def lora(text: str) -> tuple[str, float]:
     return (text, 1.0) if not name or Path(text).exists() else (name, value)
 
 
+def tile(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
 def words(text: str) -> list[str]:
     return [word for word in re.split(r"[,\s]+", text) if word]
 
@@ -65,6 +69,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 or mps (default: auto, the GPU if there is one)")
     group.add_argument("--dtype", default="auto", metavar="T",
                        help="float32, bfloat16 or float16 (default: auto, float32 on a CPU, bfloat16 on a GPU)")
+    group.add_argument("--tile", type=tile, default="auto", metavar="T",
+                       help="decode in tiles: auto (where memory is short), off, or their side in pixels (default: auto)")
     group.add_argument("--attention", default="auto", choices=["auto", "sdpa", "flash"],
                        help="attention kernel; flash needs the flash-attn package (default: auto)")
 
@@ -112,6 +118,7 @@ def load_pipeline(args: argparse.Namespace, size: tuple[int, int] | None = None)
     pipe = Pipeline.load(parts, args.device, args.dtype, args.attention)
     for file, strength in loras:
         pipe.load_lora(file, strength)
+    pipe.tile = args.tile
     return pipe
 
 
@@ -129,10 +136,20 @@ def timed(pipe, prompts: list[str], steps: int | None, times: str | None = None,
 
     steps = pipe.defaults.steps if steps is None else steps
     total = steps if times is None else len(schedule.parse(times)) - 1
-    with tqdm(total=max(0, total), unit="step", desc=f"{total} step{'s' if total != 1 else ''}", leave=False) as bar:
-        started = time.perf_counter()
-        images = pipe(prompts, steps=steps, times=times, callback=lambda state: bar.update(), **options)
-        return images, time.perf_counter() - started
+    bars = []  # one, made by the first step: errors come before it
+
+    def show(state: dict) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, unit="step", desc=f"{total} step{'s' if total != 1 else ''}", leave=False))
+        bars[0].update()
+
+    started = time.perf_counter()
+    try:
+        images = pipe(prompts, steps=steps, times=times, callback=show, **options)
+    finally:
+        for bar in bars:
+            bar.close()
+    return images, time.perf_counter() - started
 
 
 def storage_dtype(name: str | None):

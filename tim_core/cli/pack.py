@@ -10,16 +10,18 @@ from . import options
 SUMMARY = "join three parts in one file"
 
 DESCRIPTION = """\
-Join a transformer, a text model and an autoencoder in one file, for `--model` and for Load TiM Checkpoint in ComfyUI."""
+Join a transformer, a text model and an autoencoder in one file, for `--model`
+and for Load TiM Checkpoint in ComfyUI."""
 
 EXAMPLES = """\
 example:
-  tim pack --model t2i_model.bin --text-encoder gemma-3-1b-it --vae dc-ae-f32c32-sana-1.1-diffusers tim-t2i.safetensors --dtype bf16"""
+  tim pack --model t2i_model.bin --text-encoder gemma-3-1b-it \\
+    --vae dc-ae-f32c32-sana-1.1-diffusers tim-t2i.safetensors --dtype bf16"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_dtype(parser)
-    parser.add_argument("--model", required=True, metavar="FILE", help="TiM transformer")
+    parser.add_argument("--model", required=True, metavar="FILE", help="TiM transformer (required)")
     parser.add_argument("--text-encoder", metavar="FILE",
                         help="Gemma 3 text model: folder with its tokenizer, or one-file checkpoint (default: none)")
     parser.add_argument("--vae", metavar="FILE", help="DC-AE (default: none)")

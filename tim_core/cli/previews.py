@@ -9,11 +9,11 @@ from pathlib import Path
 SUMMARY = "add live-preview colours to a model file"
 
 DESCRIPTION = """\
-Add live-preview colours to a model file, for ComfyUI. The file is replaced whole or not at all, and only if the
-new colours explain more than those it has.
+Add live-preview colours for ComfyUI to a model file. The file is replaced
+only if the new colours fit better.
 
-The colours are fitted on the images of --images, which should look like what the model makes; without it on rendered shapes, which suit
-tim-shapes only."""
+The colours are fitted on the images of --images, which should look like what
+the model makes; without it on rendered shapes, which suit tim-shapes only."""
 
 EXAMPLES = """\
 example:
@@ -23,7 +23,7 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=".safetensors file with a TiM transformer")
     parser.add_argument("--vae", metavar="FILE", help="DC-AE (default: the one in FILE)")
-    parser.add_argument("--force", action="store_true", help="replace colours that explain more, too")
+    parser.add_argument("--force", action="store_true", help="replace the colours even if the new ones fit worse (default: off)")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to fit on, at most 200 are read (default: rendered shapes)")
 
 
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
     preview = previews.fit(autoencoder, tqdm(images, unit="image", leave=False))
     before = (parts[TRANSFORMER].record.get("preview") or {}).get("r2", -math.inf)
     if before >= preview["r2"] and not args.force:
-        print(f"{args.file}: keeps its preview, which explains {100 * before:.1f} % of the variance of the colours; the new one "
-              f"explains {100 * preview['r2']:.1f} % (--force replaces it)")
+        print(f"{args.file}: kept the old preview colours (they explain {100 * before:.1f} %, the new ones {100 * preview['r2']:.1f} %); "
+              "use --force to replace them")
         return
     print(convert(parts, args.file, metadata={"preview": preview}))
-    print(f"the preview explains {100 * preview['r2']:.1f} % of the variance of the colours")
+    print(f"the preview colours explain {100 * preview['r2']:.1f} % of the variance")

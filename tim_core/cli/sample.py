@@ -14,14 +14,15 @@ SUMMARY = "make images from a prompt"
 DESCRIPTION = """\
 Make images from a prompt.
 
-Any number of steps works: 1 is fastest, 4 give a better image, 16 to 64 the best. With CFG every step but the first runs the network
-twice, so 4 steps are 7 network evaluations (NFE). The same prompt, seed, size, steps and cfg give the same image here, in Python and in
-ComfyUI."""
+Any number of steps works: 1 is fastest, 4 give a better image, 16 to 64 the
+best. With CFG every step but the first runs the network twice, so 4 steps are
+7 network evaluations (NFE). The same prompt, seed, size, steps and cfg give
+the same image here, in Python and in ComfyUI."""
 
 EXAMPLES = """\
 examples:
-  tim sample "a red circle left of a blue square" --steps 4 --seed 0 -o circle.png
-  tim sample "three squares" --batch 4 -o squares.png        writes squares-0.png to squares-3.png
+  tim sample "a red circle left of a blue square" --steps 4 -o circle.png
+  tim sample "three squares" --batch 4 -o squares.png        numbered from 0
   tim sample "a circle" --size 96x64 --seed 2 --cfg 1
   tim sample "a circle" --times "1, 0.6, 0.2, 0"             custom times"""
 

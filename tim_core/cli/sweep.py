@@ -12,12 +12,13 @@ from .image_files import check_output_image, write_image
 SUMMARY = "compare step counts on one labelled sheet"
 
 DESCRIPTION = """\
-Make the same image, from the same noise, at several step counts, and write one labelled sheet."""
+Make the same image, from the same noise, at several step counts, and write
+one labelled sheet."""
 
 EXAMPLES = """\
 examples:
-  tim sweep "a red circle and a blue square" --steps 1,2,4,8,16,32 -o sweep.png
-  tim sweep "a circle" --steps 1,2,4,8 --mode diffusion      run the network as an ordinary flow-matching model"""
+  tim sweep "a red circle and a blue square" --steps 1,2,4,8,16,32
+  tim sweep "a circle" --mode diffusion                      flow matching"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

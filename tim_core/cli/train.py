@@ -8,16 +8,19 @@ from pathlib import Path
 SUMMARY = "train from configurations"
 
 DESCRIPTION = """\
-Train from YAML configurations, one after another: `kind: finetune` (your images; all weights or a LoRA), `kind: tim` and `kind:
-autoencoder` (coloured shapes). To resume an interrupted run, repeat the command.
+Train from YAML configurations, one after another: `kind: finetune` (your
+images; all weights or a LoRA), `kind: tim` and `kind: autoencoder` (coloured
+shapes). To resume an interrupted run, repeat the command.
 
-For several GPUs run `torchrun --nproc-per-node N -m tim_core train CONFIG.yaml`. See docs/training.md for the keys and the files."""
+For several GPUs run
+`torchrun --nproc-per-node N -m tim_core train CONFIG.yaml`.
+See docs/training.md for the keys and the files."""
 
 EXAMPLES = """\
 examples:
-  tim train configs/t2i-lora.yaml                            a LoRA on a folder of images with captions
-  tim train configs/tim-shapes/lora.yaml                     a LoRA of the demo model, in minutes on a CPU
-  tim train configs/tim-shapes/[1-5]-*.yaml                  a model like the demo model, from scratch
+  tim train configs/t2i-lora.yaml            a LoRA of the released model
+  tim train configs/tim-shapes/lora.yaml     a LoRA of the demo model, minutes
+  tim train configs/tim-shapes/[1-5]-*.yaml  a model like it, from scratch
 
 docs/research/tim-shapes.md lists all runs that made the included model."""
 

@@ -12,15 +12,18 @@ from .image_files import check_output_image, write_image
 SUMMARY = "re-render an image at a larger size"
 
 DESCRIPTION = """\
-Re-render an image at a larger size, without tiles: enlarge it, add noise up to the time --strength, and sample it with the same prompt.
-A low strength keeps the image, a high one redraws more of it; all steps run either way."""
+Re-render an image at a larger size, without tiles: enlarge it, add noise up
+to the time --strength, and sample it with the same prompt. A low strength
+keeps the image, a high one redraws more of it; all steps run either way."""
 
 EXAMPLES = """\
 examples:
-  tim upscale small.png "a red circle left of a blue square" --strength 0.3 -o large.png    twice as large
-  tim upscale small.png "a red circle left of a blue square" --size 128x128 --strength 0.3 --steps 8 -o large.png
+  tim upscale small.png "three squares" --strength 0.3       twice as large
+  tim upscale small.png "three squares" --size 128x128 --strength 0.3 \\
+    --steps 8 -o large.png
 
-For the demo model keep the strength at or below 0.3 and the size at or below 128x128."""
+For the demo model keep the strength at or below 0.3 and the size at or below
+128x128."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text that describes the image")
     parser.add_argument("--size", type=options.size, metavar="WxH",
                         help="target size in pixels; cropped if the aspect ratio differs (default: --factor)")
-    parser.add_argument("--factor", type=float, default=2.0, metavar="F", help="enlargement, without --size (default: 2)")
+    parser.add_argument("--factor", type=float, default=2.0, metavar="F", help="enlargement factor, ignored with --size (default: 2)")
     parser.add_argument("--steps", default="4", metavar="N", help="number of steps, or one per stage: 8,4 (default: 4)")
     parser.add_argument("--stages", type=int, default=1, metavar="K", help="number of enlargements, by equal factors (default: 1)")
     parser.add_argument("--strength", type=float, default=0.5, metavar="T",

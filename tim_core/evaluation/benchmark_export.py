@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..errors import TimError
 from ..files import atomic_write, make_folder, parse_json, read_text
 from ..images import to_pil
@@ -125,8 +123,7 @@ def export_images(
             for start in range(0, images, batch):
                 numbers = range(start, min(images, start + batch))
                 seeds = [(seed * 1_000_003 + record.number * images + k) % 2**63 for k in numbers]
-                noise = torch.cat([pipe.noise(1, width, height, one) for one in seeds])
-                made += pipe([record.prompt] * len(numbers), steps=steps, cfg=cfg, width=width, height=height, noise=noise, **options)
+                made += pipe([record.prompt] * len(numbers), steps=steps, cfg=cfg, width=width, height=height, seed=seeds, **options)
             write(folder, record, [to_pil(image) for image in made])
             bar.update()
     processes.wait()

@@ -14,6 +14,7 @@ import torch
 from ..errors import TimError
 from ..files import atomic_write, make_folder, parse_json, read_text
 from ..processes import ALONE, Processes
+from ..sampler import check_guidance, check_seed
 from ..shapes.detector import is_correct
 from ..shapes.scenes import TASKS, Prompt, scoring_prompts
 
@@ -53,9 +54,8 @@ def score(
     shard = processes.shard(order)
     for start in range(0, len(shard), batch):
         indices = shard[start : start + batch]
-        noise = torch.cat([pipe.noise(1, width, height, samples[i].seed) for i in indices])
-        prompts = [samples[i].prompt.text for i in indices]
-        images = pipe(prompts, steps=steps, cfg=cfg, width=width, height=height, noise=noise, **options)
+        prompts, seeds = [samples[i].prompt.text for i in indices], [samples[i].seed for i in indices]
+        images = pipe(prompts, steps=steps, cfg=cfg, width=width, height=height, seed=seeds, **options)
         for i, image in zip(indices, images.numpy()):
             correct[i] = float(is_correct(samples[i].prompt, image))
         if bar is not None:
@@ -101,6 +101,7 @@ def pack(correct: np.ndarray) -> str:
 
 
 def unpack(text: str) -> np.ndarray:
+    """The inverse of `pack` -> (N,) bool."""
     return np.array([letter == "1" for letter in text])
 
 
@@ -125,7 +126,7 @@ def evaluate(
 ) -> dict:
     """Score `pipe` at several step counts -> the content of report.json.
 
-    All step counts share prompts and noise; 1 step runs without guidance (cfg 1).
+    All step counts share prompts and noise. A point's "cfg" is 1 where no step was guided, as for 1 step by default.
     output: folder for report.json and curve.png, written after every step count. Points that its report holds of the same weights,
     protocol and sampling are kept.
     baseline: report.json of another model, same protocol; compared image by image and drawn in the same chart.
@@ -136,13 +137,13 @@ def evaluate(
 
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
-        raise TimError(f"tasks: {', '.join(unknown) or 'none given'}; choose from {', '.join(TASKS)}")
+        problem = f"{', '.join(map(repr, unknown))} {'is' if len(unknown) == 1 else 'are'} unknown" if unknown else "none given"
+        raise TimError(f"tasks: {problem}; choose from {', '.join(TASKS)}")
     for name, values in (("steps", steps), ("prompts per task", [prompts_per_task]), ("images", [images]), ("batch", [batch])):
         if not values or any(value < 1 for value in values):
             raise TimError(f"{name}: {', '.join(map(str, values)) or 'none given'}; use whole numbers of at least 1")
-    for name, value in (("seed", seed), ("cfg", cfg)):
-        if not (math.isfinite(value) and value >= 0):
-            raise TimError(f"{name}: {value} is not a number of at least 0")
+    check_seed(seed)
+    check_guidance(cfg)
     protocol = {"seed": seed, "prompts_per_task": prompts_per_task, "images": images, "width": width, "height": height,
                 "tasks": [task for task in TASKS if task in tasks]}
     other = None if baseline is None else read_report(baseline, protocol)
@@ -168,9 +169,9 @@ def evaluate(
     left = [count for count in steps if count not in {point["steps"] for point in report["curve"]}]
     with tqdm(total=len(processes.shard(samples)) * len(left), unit="image", disable=not (progress and processes.is_main)) as bar:
         for count in left:
-            scale = cfg if count > 1 else 1.0
             bar.set_description(f"{count} step{'s' if count > 1 else ''}")
-            correct = score(pipe, samples, count, scale, width, height, batch, bar, processes, **options)
+            correct = score(pipe, samples, count, cfg, width, height, batch, bar, processes, **options)
+            scale = cfg if pipe.nfe > count else 1.0
             point = {"steps": count, "cfg": scale, "nfe": pipe.nfe, **summarise(samples, correct), "correct": pack(correct)}
             report["curve"] = sorted([*report["curve"], point], key=lambda point: point["steps"])
             save()

@@ -118,6 +118,8 @@ class GatedConv(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
+    """Multi-scale linear attention, then a gated convolution; x (B, C, H, W) keeps its shape."""
+
     def __init__(self, channels: int, head_dim: int, kernels: tuple[int, ...], norm: str, operations, device=None, dtype=None):
         super().__init__()
         self.attn = LinearAttention(channels, head_dim, kernels, norm, operations, device, dtype)
@@ -229,6 +231,9 @@ class Decoder(nn.Module):
         return self.conv_out(self.activation(self.norm_out(x)))
 
 
+TILE, STRIDE = 1024, 896  # pixels; smaller tiles show, because attention in the deep stages spans the tile
+
+
 class Autoencoder(nn.Module):
     """DC-AE with its latent scale: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / factor, W / factor) of unit variance.
 
@@ -248,12 +253,22 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z / self.config.scaling_factor)
 
-    def tiled_encode(self, x: Tensor, tile: int | Pair = 1024, stride: int | Pair = 896) -> Tensor:
+    def peak_bytes(self, height: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes that one image (height, width in pixels) takes at its peak.
+
+        Live tensors were counted in a CPU run: as wide as the first stage 5 of float32, or 7 of bfloat16, whose norms compute in float32;
+        and three float32 copies of the image.
+        """
+        config = self.config
+        channels = max(config.encoder[0].width, config.decoder[0].width, config.decoder[1].width // 4)
+        return ((5 if dtype == torch.float32 else 7) * channels * dtype.itemsize + 3 * 3 * 4) * height * width
+
+    def tiled_encode(self, x: Tensor, tile: int | Pair = TILE, stride: int | Pair = STRIDE) -> Tensor:
         """Encodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""
         self._check(x)
         return _tiled(self.encode, x, *self._tiles(tile, stride), lambda pixels: pixels, lambda pixels: pixels // self.config.factor)
 
-    def tiled_decode(self, z: Tensor, tile: int | Pair = 1024, stride: int | Pair = 896) -> Tensor:
+    def tiled_decode(self, z: Tensor, tile: int | Pair = TILE, stride: int | Pair = STRIDE) -> Tensor:
         """Decodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""
         return _tiled(self.decode, z, *self._tiles(tile, stride), lambda pixels: pixels // self.config.factor, lambda pixels: pixels)
 

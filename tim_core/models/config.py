@@ -68,7 +68,7 @@ class TransformerConfig:
         return self.mlp_hidden_size or 4 * self.hidden_size * 2 // 3
 
     def record(self) -> dict[str, Any]:
-        """What shapes cannot tell: the `metadata` of from_state_dict."""
+        """The settings that tensor shapes do not determine, as from_state_dict takes them in metadata."""
         names = ("num_heads", "new_condition", "null_class") + (("encoder_depth",) if self.z_dim is not None else ())
         return {name: getattr(self, name) for name in names}
 
@@ -76,8 +76,8 @@ class TransformerConfig:
     def from_state_dict(cls, state_dict: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> TransformerConfig:
         """Reads the architecture from key names and shapes.
 
-        metadata: what they cannot tell: num_heads (without qk-norm), new_condition, null_class, encoder_depth. TimError naming the tensor
-        or key if this is no TiM transformer.
+        metadata: settings that these do not determine: num_heads (without qk-norm), new_condition, null_class, encoder_depth.
+        TimError naming the tensor or key if this is not a TiM transformer.
         """
         metadata = {name: value for name, value in (metadata or {}).items() if value is not None}
 
@@ -219,7 +219,7 @@ class AutoencoderConfig:
         return [stage.activation for stage in self.decoder]
 
     def record(self) -> dict[str, Any]:
-        """What shapes cannot tell: the `metadata` of from_state_dict."""
+        """The settings that tensor shapes do not determine, as from_state_dict takes them in metadata."""
         return {name: getattr(self, name) for name in self.RECORD}
 
     @property
@@ -265,7 +265,7 @@ class AutoencoderConfig:
         """Reads the architecture from key names and shapes.
 
         metadata: what `record` writes. Without it, both shortcuts are on, batch-norm stages use relu, as in every released DC-AE, and the
-        scaling factor is 0.41407 for 32 channels (dc-ae-f32c32-sana), else 1. TimError if this is no DC-AE.
+        scaling factor is 0.41407 for 32 channels (dc-ae-f32c32-sana), else 1. TimError if this is not a DC-AE.
         """
         metadata = metadata or {}
         shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}

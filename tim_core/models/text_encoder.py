@@ -47,7 +47,7 @@ class Tokenizer:
         import tokenizers
 
         if re.search(rb'"type"\s*:\s*"Precompiled"', data):  # where it is damaged, the library prints pages before it raises
-            raise TimError(f"{name}: has a Precompiled normaliser, which Gemma 3 has not; use the tokenizer.json of Gemma 3")
+            raise TimError(f"{name}: not Gemma 3's tokenizer (it has a Precompiled normaliser); use the tokenizer.json of Gemma 3")
         with _rust_errors(f"{name}: not a valid tokenizer.json"):
             model = tokenizers.Tokenizer.from_str(bytes(data).decode("utf-8"))
         model.no_padding()
@@ -88,6 +88,7 @@ class Tokenizer:
 
     @property
     def is_json(self) -> bool:
+        """Whether it was read from a tokenizer.json, not from a SentencePiece model."""
         return is_json(self.data)
 
     def __deepcopy__(self, memo) -> "Tokenizer":
@@ -115,7 +116,7 @@ class Tokenizer:
 
 @contextmanager
 def _rust_errors(message: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises into a TimError: bare Exceptions, and PanicException, which is no Exception."""
+    """Turns what the tokenizers library raises into a TimError: bare Exceptions, and PanicException, which is not an Exception."""
     try:
         yield
     except BaseException as error:
@@ -197,7 +198,7 @@ class TextEncoder(nn.Module):
     def load(self, state_dict: dict, dtype=None) -> "TextEncoder":
         """Takes over the tensors of `state_dict` (names of Gemma3TextModel). TimError unless every name and shape agrees."""
         if wrong := state_dict_mismatch(self.transformer.state_dict(), state_dict):
-            raise TimError(f"text encoder: not the Gemma-3 text model of its config: {wrong}")
+            raise TimError(f"text encoder: tensors do not match config.json: {wrong}; download both again")
         tensors = {name: value if dtype is None else value.to(dtype) for name, value in state_dict.items()}
         self.transformer.load_state_dict(tensors, assign=True)
         self._round_embed_scale()
@@ -258,7 +259,7 @@ def normalise_config(config: dict) -> dict:
     """A Gemma-3 text config with both spellings of its rotary fields, so that every supported transformers builds the same model.
 
     Old: rope_theta, rope_local_base_freq, rope_scaling, sliding_window_pattern. New: rope_parameters, layer_types; these win. TimError
-    if it is no Gemma-3 text config.
+    if it is not a Gemma-3 text config.
     """
     config = copy.deepcopy(dict(config.get("text_config") or config))
     if config.get("model_type", "gemma3_text") != "gemma3_text":
@@ -327,7 +328,7 @@ def _build(config: dict, device: torch.device) -> nn.Module:
     sliding = [bool(layer.self_attn.is_sliding) for layer in model.layers]
     if sliding != [kind == "sliding_attention" for kind in kinds]:
         raise TimError(
-            f'text encoder: this transformers cannot build the layer order {kinds}; run: pip install -U "transformers>=5"'
+            f'text encoder: this version of transformers cannot build the layer order {kinds}; run: pip install -U "transformers>=5"'
         )
     if device.type == "meta":
         for name, module in list(model.named_modules()):
@@ -337,7 +338,7 @@ def _build(config: dict, device: torch.device) -> nn.Module:
             model.embed_tokens.embed_scale = torch.tensor(float(config["hidden_size"]) ** 0.5)
         left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
         if left:
-            raise TimError(f"text encoder: this transformers has an unknown table ({left[0]}); use a version from 4.50 to 5.x")
+            raise TimError(f"text encoder: this version of transformers is not supported (unknown buffer '{left[0]}'); install 4.50 to 5.x")
     return model
 
 

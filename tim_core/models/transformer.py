@@ -17,6 +17,7 @@ FREQUENCIES = 256
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Scale x by 1 + scale, then shift it (adaLN)."""
     return x * (1 + scale) + shift
 
 
@@ -301,4 +302,5 @@ class TransitionTransformer(nn.Module):
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the dtype in which times and angles are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,1 +1,1 @@
-"""Coloured shapes: scenes, renderer, detector, tokenizer, batches."""
+"""Coloured shapes, the demo model's data: scenes, renderer, detector, tokenizer, batches."""

@@ -1,4 +1,4 @@
-"""Batches of coloured shapes, drawn anew for every step."""
+"""Batches of coloured shapes, drawn again for every step."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class ShapesBatches(torch.utils.data.Dataset):
         self.forms, self.relations, self.batch, self.seed, self.shards = sizes.forms, sizes.relations, batch, seed, shards
         for (width, height), count in zip(self.sizes, map(self.count, self.sizes)):
             if count < shards[0].count:
-                raise TimError(f"loop.batch: {count} images of {width}x{height} cannot be split over {shards[0].count} parts (processes x "
-                               "loop.accumulate); increase it")
+                raise TimError(f"training config: loop.batch: {count} images of {width}x{height} cannot be split over "
+                               f"{shards[0].count} parts (processes x loop.accumulate); increase it")
 
     def count(self, size: tuple[int, int]) -> int:
         """The number of images in a batch. Batches of all sizes have about as many tokens."""

@@ -13,7 +13,7 @@ from .scenes import RELATIONS, TRAINING_FORMS
 
 @dataclass(config=CONFIG, frozen=True)
 class SizesConfig:
-    """What is drawn: image sizes "WIDTHxHEIGHT" and caption forms with their weights, and relations."""
+    """Coloured shapes to draw: image sizes "WIDTHxHEIGHT" and caption forms with their weights, and relations."""
 
     sizes: Annotated[dict[str, Positive], Field(min_length=1)] = Field(default_factory=lambda: {"64x64": 1.0})
     forms: Annotated[dict[str, Positive], Field(min_length=1)] = Field(default_factory=lambda: dict(TRAINING_FORMS))

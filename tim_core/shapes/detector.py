@@ -10,7 +10,7 @@ SPECK = 8 / (64 * 64)  # components below this fraction of the image are ignored
 def detect(image: np.ndarray) -> list[Placed]:
     """Finds every component of an image (height, width, 3; float in [0, 1] or uint8) larger than a speck.
 
-    A component that is no clean object (a foreign or mixed colour, no shape that fits) has shape or color None.
+    A component that is not a clean object (a foreign or mixed colour, no shape that fits) has shape or color None.
     """
     from scipy import ndimage
 
@@ -63,7 +63,7 @@ def _shape(alpha, x, y, radius) -> str | None:
 
 
 def is_correct(prompt: Prompt, image: np.ndarray) -> bool:
-    """Whether the image holds exactly what the prompt asks for."""
+    """Whether the image holds exactly the objects of the prompt, with the right colours and relation."""
     found = detect(image)
     if len(found) != len(prompt.things) or any(f.shape is None or f.color is None for f in found):
         return False

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes, their captions and a renderer."""
+"""Coloured shapes: scenes, captions and a renderer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption, taken apart."""
+    """A caption of coloured shapes, taken apart."""
     task: str
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -54,7 +54,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Placed:
-    """One object in an image: centre and radius (half the bounding box) in pixels; shape or color None where it is no clean object."""
+    """One object in an image: centre and radius (half the bounding box) in pixels; shape or color None where it is not a clean object."""
     shape: str | None
     color: str | None
     x: float
@@ -107,6 +107,7 @@ def _apart(x, y, r, gap: float) -> np.ndarray:
 
 
 def relation_holds(relation: str, x, y, margin):
+    """Whether the first two centres x, y (..., N) have the relation by at least `margin` pixels -> (...,) bool."""
     dx, dy = x[..., 1] - x[..., 0], y[..., 1] - y[..., 0]
     return {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation] >= margin
 

@@ -1,4 +1,4 @@
-"""The tokenizer for captions of coloured shapes: one token per word that they use, bytes for every other word."""
+"""The tokenizer of coloured shapes: one token per word that their captions use, bytes for every other word."""
 
 import json
 
@@ -22,7 +22,7 @@ def vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def small_world_tokenizer() -> bytes:
+def shapes_tokenizer() -> bytes:
     """The tokenizer.json, as bytes: case, white space and punctuation are ignored, no input is ever <unk>."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE

@@ -21,7 +21,7 @@ from ..models.transformer import TransitionTransformer
 from ..processes import Shard, find_processes
 from ..shapes import scenes
 from ..shapes.batches import ShapesBatches, ShapesPart, render_samples
-from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, small_world_tokenizer, vocabulary
+from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, shapes_tokenizer, vocabulary
 from ..transport import OTFM
 from ..weights import previews
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
@@ -43,7 +43,7 @@ class TextToImage(nn.Module):
 
     def __init__(self, config: TransitionTraining, latent_channels: int):
         super().__init__()
-        tokenizer = Tokenizer.from_json(small_world_tokenizer())
+        tokenizer = Tokenizer.from_json(shapes_tokenizer())
         self.text = TextEncoder(gemma_config(config.text), tokenizer, escape=False)
         shape = config.transformer
         self.transformer = TransitionTransformer(TransformerConfig(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TimError
+from .parts import TRANSFORMER, Parts
 
 RECORD = ("native_size", "steps", "cfg", "guidance_interval")  # keys of a transformer's record
 RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
@@ -44,21 +45,32 @@ def find_defaults(
         size = (math.ceil(side / multiple) * multiple,) * 2
     elif not (isinstance(size, (list, tuple)) and len(size) == 2
               and all(_is_whole(side, MOST_SIDE) and side % multiple == 0 for side in size)):
-        raise TimError(f"native_size: {size!r} is not [width, height] in multiples of {multiple} up to {MOST_SIDE}; correct the record")
+        wanted = f"[width, height] in multiples of {multiple} up to {MOST_SIDE}"
+        raise TimError(f"native_size: {size!r} is not {wanted}; correct the file's metadata")
     if (steps := record.get("steps")) is not None:
         if not _is_whole(steps, MOST_STEPS):
-            raise TimError(f"steps: {steps!r} is not a whole number from 1 to {MOST_STEPS}; correct the record")
+            raise TimError(f"steps: {steps!r} is not a whole number from 1 to {MOST_STEPS}; correct the file's metadata")
         found["steps"] = steps
     if (cfg := record.get("cfg")) is not None:
         if not _is_number(cfg) or cfg > MOST_CFG:
-            raise TimError(f"cfg: {cfg!r} is not a number from 0 to {MOST_CFG}; correct the record")
+            raise TimError(f"cfg: {cfg!r} is not a number from 0 to {MOST_CFG}; correct the file's metadata")
         found["cfg"] = float(cfg)
     if (interval := record.get("guidance_interval")) is not None:
         pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(_is_number, interval))
         if not (pair and interval[0] < interval[1]):
-            raise TimError(f"guidance_interval: {interval!r} is not [low, high] with 0 <= low < high; correct the record")
+            raise TimError(f"guidance_interval: {interval!r} is not [low, high] with 0 <= low < high; correct the file's metadata")
         found["guidance_interval"] = (float(interval[0]), float(interval[1]))
     return Defaults(int(size[0]), int(size[1]), **found)
+
+
+def read_defaults(parts: Parts) -> Defaults:
+    """The settings that a checkpoint is made for; TimError naming the source if its record cannot be used."""
+    transformer = parts[TRANSFORMER]
+    config = transformer.config
+    try:
+        return find_defaults(transformer.record, config.in_channels, parts.latent_factor, config.patch_size, config.text_dim is None)
+    except TimError as error:
+        raise TimError(f"{transformer.source}: {error}") from None
 
 
 def _is_whole(value: Any, most: int) -> bool:

@@ -10,6 +10,7 @@ from ..errors import TimError, printable
 from ..files import parse_json
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .load import load_autoencoder, load_text_encoder, load_transformer
+from .lora import read_lora
 from .open import open_state_dict
 from .parts import GEMMA_1B_WIDTH, Parts, read_parts, resolve
 
@@ -66,7 +67,7 @@ class Description:
             lines.append(f"  format: {json.dumps(self.metadata['format'])}")
         training = self.metadata.get("training")
         if isinstance(training, dict) and isinstance(training.get("configuration"), dict):
-            lines.append(f"  training, {json.dumps(training.get('step'))} steps of:")
+            lines.append(f"  trained for {json.dumps(training.get('step'))} steps; its configuration, in the key names of that version:")
             lines += [f"    {key}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(training["configuration"].items())]
             if isinstance(changed := training.get("changed"), dict):
                 lines.append("  changed during training, at step: key: before, since")
@@ -87,7 +88,8 @@ def describe(path: str | Path) -> Description:
         tensors, metadata = open_state_dict(place)
         if any(find_part(tensors, part) for part in TITLES):
             raise
-        return Description(str(path), describe_unknown(tensors), (), None, None, False, {**metadata, **_lora_record(metadata)})
+        kind = _lora_kind(place, tensors)
+        return Description(str(path), kind, (), None, None, False, {**metadata, **_lora_record(metadata)})
     described = tuple(_describe_part(parts, kind) for kind in TITLES if kind in parts)
     kind = "TiM checkpoint" if TRANSFORMER in parts and len(described) > 1 else " + ".join(part.title for part in described)
     if TRANSFORMER in parts:
@@ -104,6 +106,16 @@ def describe(path: str | Path) -> Description:
         (parts[TRANSFORMER].record.get("preview") or {}).get("r2") if TRANSFORMER in parts else None,
         tuple(parts.rest),
     )
+
+
+def _lora_kind(path: Path, tensors: Mapping) -> str:
+    """What a LoRA adapts and where it loads; else what kind of state dict it looks like."""
+    try:
+        lora = read_lora(path)
+    except TimError:
+        return describe_unknown(tensors)
+    where = "load it with LoraLoaderModelOnly (models/loras) or --lora"
+    return f"{lora.title}; {where if lora.core_names else 'rename its keys for ComfyUI with tim convert, or use --lora'}"
 
 
 def _lora_record(metadata: Mapping[str, str]) -> dict:

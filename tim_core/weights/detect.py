@@ -1,6 +1,6 @@
 """Recognises the parts of a TiM checkpoint, and other models, by their key names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -24,7 +24,9 @@ SIGNATURES = {
 ROOTS = {TEXT_ENCODER: ("embed_tokens.", "layers.", "norm."), AUTOENCODER: ("encoder.", "decoder.")}
 BYTE_KEYS = ("config_json", "tokenizer_json", "spiece_model")
 
-LORA_SIGNATURES = ("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight")  # a key that ends so
+# Endings of the keys of a LoRA's two matrices, as PEFT, ComfyUI, kohya's scripts and diffusers write them.
+LORA_DOWN = ("lora_A.weight", "lora_A.default.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
+LORA_UP = ("lora_B.weight", "lora_B.default.weight", "lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight")
 # All of these keys, with or without one or two words before them.
 FOREIGN_SIGNATURES = (
     (("input_blocks.0.0.weight", "label_emb.0.0.weight"), "an SDXL UNet-like state dict"),
@@ -73,13 +75,19 @@ def _is_optimizers(prefix: str) -> bool:
     return any(word.startswith(("exp_avg", "optim", "momentum")) for word in prefix.split("."))
 
 
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is a LoRA of any model."""
+    endings = tuple(f".{name}" for name in (*LORA_DOWN, *LORA_UP))
+    return any(key.endswith(endings) for key in keys)
+
+
 def describe_unknown(tensors: Mapping[str, Tensor]) -> str:
     """Names the kind of a state dict that holds no part of a TiM checkpoint."""
     names = set(tensors)
     suffixes = {key.partition(".")[2] for key in names} | {key.split(".", 2)[-1] for key in names} | names
     if any(key.startswith("optimizers.state") for key in names):
         title = "the state of a training run, for resuming only"
-    elif any(key.endswith(LORA_SIGNATURES) for key in names):
+    elif is_lora(names):
         title = "a LoRA"
     else:
         titles = (title for keys, title in FOREIGN_SIGNATURES if all(key in suffixes for key in keys))

@@ -2,7 +2,7 @@
 
 Files come through huggingface_hub, which transformers installs. A file is fetched under a hidden name beside its destination, where a
 second run resumes it, is checked, and then renamed. hf_hub_download is not used: since huggingface_hub 1.0 it starts an interrupted file
-anew. File names, sizes, hashes and licences: docs/released-weights.md.
+again. File names, sizes, hashes and licences: docs/released-weights.md.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def plan(release: str, to: str | Path | None = None, comfyui: str | Path | None 
     """The files of a release with their destinations and the sizes that the Hub announces.
 
     Exactly one of `to` (a folder for `--model`, made if it is not there) and `comfyui` (a ComfyUI folder) is given. TimError for an unknown
-    release, a folder that is no ComfyUI, a file in the way, and what the Hub refuses.
+    release, a folder that is not ComfyUI's, a file in the way, and what the Hub refuses.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -135,7 +135,7 @@ def plan(release: str, to: str | Path | None = None, comfyui: str | Path | None 
     found = []
     for asset in assets:
         repository = _repository(asset.source, mirror)
-        with _explained(repository, asset):
+        with _explained(repository, asset, "cannot reach the server"):
             url = hf_hub_url(repository, asset.name, endpoint=_endpoint())
             answer = get_hf_file_metadata(url)
         announced = answer.etag if answer.etag and re.fullmatch(r"[0-9a-f]{64}", answer.etag) else None
@@ -164,6 +164,7 @@ def fetch(downloads: list[Download], report: Callable[[str], None] = lambda line
 
 
 def sha256_of(file: Path) -> str:
+    """The sha256 of a file, in hexadecimal; reads it in chunks."""
     found = hashlib.sha256()
     with open(file, "rb") as opened:
         while chunk := opened.read(CHUNK):
@@ -192,7 +193,7 @@ def _root(to: str | Path | None, comfyui: str | Path | None) -> Path:
         return Path(to).expanduser()
     folder = Path(comfyui).expanduser()
     if not (folder / "models").is_dir():
-        raise TimError(f"{folder}: no ComfyUI folder (it has no models folder); name the one that holds main.py and models")
+        raise TimError(f"{folder}: not a ComfyUI folder: it has no models folder; name the one that holds main.py and models")
     return folder / "models"
 
 
@@ -225,15 +226,16 @@ def _fetch_one(download: Download) -> None:
     make_folder(download.target.parent)
     partial = download.partial
     lock = FileLock(partial.with_suffix(".lock"), timeout=0)
+    deleted = "so the file was deleted; repeat the command"
     try:
         with lock:
             _resume(download, partial)
             if (size := partial.stat().st_size) != download.size:
                 partial.unlink()
-                raise TimError(f"{download.name}: {size} bytes instead of {download.size}; deleted, repeat the command")
+                raise TimError(f"{download.name}: got {size} bytes instead of {download.size}, {deleted}")
             if download.sha256 is not None and (sha256 := sha256_of(partial)) != download.sha256:
                 partial.unlink()
-                raise TimError(f"{download.name}: sha256 {sha256} instead of {download.sha256}; deleted, repeat the command")
+                raise TimError(f"{download.name}: got sha256 {sha256} instead of {download.sha256}, {deleted}")
             os.replace(partial, download.target)
     except Timeout:
         raise TimError(f"{download.target}: another download of this file is running; wait for it") from None
@@ -255,8 +257,8 @@ def _resume(download: Download, partial: Path) -> None:
 class _explained:
     """Turns the errors of huggingface_hub, the network and the disk into one line that says what to do."""
 
-    def __init__(self, repository: str, asset: Asset):
-        self.name, self.source = f"{repository}/{asset.name}", asset.source
+    def __init__(self, repository: str, asset: Asset, interrupted: str = "the download was interrupted"):
+        self.name, self.source, self.interrupted = f"{repository}/{asset.name}", asset.source, interrupted
 
     def __enter__(self):
         return self
@@ -286,7 +288,7 @@ class _explained:
             return f"{one_line(error)}; check the disk, then repeat the command to resume"
         if status is not None:
             return f"the server answered {status}; repeat the command to resume"
-        return f"the download broke off ({one_line(error)}); repeat the command to resume"
+        return f"{self.interrupted} ({one_line(error)}); check the network, then repeat the command to resume"
 
 
 def _gigabytes(size: int) -> str:

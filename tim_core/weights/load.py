@@ -58,7 +58,7 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
     model.tokenize([""])  # the ids of <bos> and <pad>, too, must be the model's
     try:
-        # .to() moves what is no weight: rotary tables and the embedding scale
+        # .to() moves what is not a weight: rotary tables and the embedding scale
         return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
@@ -68,7 +68,7 @@ def check_tensors(part: Part, model: torch.nn.Module) -> None:
     """TimError unless the part has the model's names and shapes. `model` may be on the meta device."""
     expected = model.state_dict()
     if wrong := state_dict_mismatch(expected, part.tensors, _counters(expected)):
-        raise TimError(f"{part.source}: not a complete {TITLES[part.kind]}: {wrong}")
+        raise TimError(f"{part.source}: not a complete {TITLES[part.kind]}: {wrong}; download the file again")
 
 
 def _counters(names: Iterable[str]) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TimError
-from .detect import TEXT_ENCODER, TRANSFORMER
+from .detect import LORA_DOWN, LORA_UP, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .open import open_state_dict
 
 # Key prefixes that ComfyUI, PEFT, diffusers and kohya's scripts write for the two networks.
@@ -24,9 +23,8 @@ PREFIXES = {
         "base_model.model.diffusion_model.", "module.", "lora_unet_", "lora_transformer_", "",
     ),
 }
+CORE_READS = ("diffusion_model.", "lora_unet_", "text_encoders.transformer.")  # prefixes that ComfyUI's LoRA loaders map
 CORE_PREFIXES = {TRANSFORMER: "diffusion_model.", TEXT_ENCODER: "text_encoders.transformer."}
-DOWN = ("lora_A.weight", "lora_A.default.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
-UP = ("lora_B.weight", "lora_B.default.weight", "lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight")
 OTHER_KINDS = {
     "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "oft_blocks": "OFT", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
     "lora_magnitude_vector.weight": "DoRA", "lora_mid.weight": "a LoRA of convolutions (LoCon)", "diff": "a full difference",
@@ -48,11 +46,20 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """source: the file. layers: the adapters of each network, by the names of its linear layers."""
+    """source: the file. layers: the adapters of each network, by the names of its linear layers. core_names: whether ComfyUI reads it."""
 
     source: str
     layers: dict[str, dict[str, Adapter]]
     metadata: dict[str, str]
+    core_names: bool = True
+
+    @property
+    def title(self) -> str:
+        """What it adapts, and its ranks."""
+        ranks = sorted({adapter.down.shape[0] for layers in self.layers.values() for adapter in layers.values()})
+        parts = " and a ".join(TITLES[part] for part in self.layers)
+        layers = sum(map(len, self.layers.values()))
+        return f"LoRA of a {parts}, {layers} layer{'s' if layers > 1 else ''}, rank {' and '.join(map(str, ranks))}"
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors under the names that ComfyUI reads."""
@@ -64,10 +71,6 @@ class Lora:
                 if adapter.alpha is not None:
                     tensors[f"{key}.alpha"] = torch.tensor(float(adapter.alpha))
         return tensors
-
-
-def is_lora(keys: Iterable[str]) -> bool:
-    return any(key.endswith(tuple(f".{name}" for name in (*DOWN, *UP))) for key in keys)
 
 
 def read_lora(path: str | Path) -> Lora:
@@ -82,7 +85,7 @@ def read_lora(path: str | Path) -> Lora:
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in tensors.items():
-        for role, endings in (("down", DOWN), ("up", UP), ("alpha", ("alpha",))):
+        for role, endings in (("down", LORA_DOWN), ("up", LORA_UP), ("alpha", ("alpha",))):
             if ending := next((ending for ending in endings if key.endswith(f".{ending}")), None):
                 found.setdefault(key[: -len(ending) - 1], {})[role] = value
                 break
@@ -96,7 +99,8 @@ def read_lora(path: str | Path) -> Lora:
         if layer in layers[part]:
             raise TimError(f"{path}: layer '{layer}' is there twice, the second time as '{name}'")
         layers[part][layer] = _adapter(roles, f"{path}: '{name}'")
-    return Lora(str(path), {part: some for part, some in layers.items() if some}, metadata)
+    core_names = all(key.startswith(CORE_READS) and not key.endswith(".default.weight") for key in tensors)
+    return Lora(str(path), {part: some for part, some in layers.items() if some}, metadata, core_names)
 
 
 def merge_lora(lora: Lora, networks: dict[str, nn.Module | None], strength: float = 1.0) -> int:

@@ -79,9 +79,9 @@ def _open_torch(path: Path):
 
 
 def flatten(value, name: str) -> StateDict:
-    """Flattens nested dicts to dotted keys; keeps tensors alone. TimError naming the source if it is no dict, or a key occurs twice."""
+    """Flattens nested dicts to dotted keys; keeps tensors alone. TimError naming the source if it is not a dict or repeats a key."""
     if not isinstance(value, Mapping):
-        raise TimError(f"{name}: holds a {type(value).__name__}, not a state dict")
+        raise TimError(f"{name}: holds a {type(value).__name__}, not a state dict; give a file of weights")
     return _unique(leaves(value, Tensor, name), name)
 
 
@@ -90,7 +90,7 @@ def _unique(items: Iterable[tuple[str, Tensor]], name: str) -> StateDict:
     tensors: StateDict = {}
     for key, tensor in items:
         if (key := _unwrapped(key)) in tensors:
-            raise TimError(f"{name}: tensor '{key}' occurs twice, once under a wrapper's name; save the file anew")
+            raise TimError(f"{name}: tensor '{key}' occurs twice, once under a wrapper's name; save the file again")
         tensors[key] = tensor
     return tensors
 

@@ -7,9 +7,9 @@ The one-file layout (safetensors):
     text_encoders.tokenizer_json                 uint8, the tokenizer.json (or spiece_model, a SentencePiece tokenizer.model)
     vae.<diffusers AutoencoderDC name>
 
-Each part also has a `config_json` (uint8), a record of what shapes cannot tell; that of the text encoder is its Gemma config. The
-safetensors metadata "tim" repeats these records and adds how the model was trained. A file without metadata, as ComfyUI's
-CheckpointSave writes it, loads the same.
+Each part also has a `config_json` (uint8), a record of the settings that tensor shapes do not determine; that of the text encoder is its
+Gemma config. The safetensors metadata "tim" repeats these records and adds how the model was trained. A file without metadata, as
+ComfyUI's CheckpointSave writes it, loads the same.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Part:
     """One model of a checkpoint.
 
     tensors: under their official names, as the file stores them; the REPA projector of a transformer is kept apart.
-    record: what shapes cannot tell. A key comes from the part's own `config_json`, else from the file's metadata; where neither has any,
-    the record is read from a config.json in the same folder.
+    record: the settings that tensor shapes do not determine. A key comes from the part's own `config_json`, else from the file's
+    metadata; where neither has any, the record is read from a config.json in the same folder.
     """
 
     kind: str
@@ -122,7 +122,7 @@ class Parts:
             raise TimError(f"{self.source}: the autoencoder has {channels} latent channels, {own}")
         factor = self.latent_factor if latent_factor is None else latent_factor
         if AUTOENCODER in self and (pixels := self[AUTOENCODER].config.factor) != factor:
-            advice = "use the autoencoder it was trained with, or correct the record"
+            advice = "use the autoencoder it was trained with, or correct the file's metadata"
             raise TimError(f"{self.source}: the transformer's latent_factor is {factor}, the autoencoder has {pixels}; {advice}")
         if TEXT_ENCODER in self and (width := self[TEXT_ENCODER].tensors["embed_tokens.weight"].shape[1]) != config.text_dim:
             if config.text_dim is None:
@@ -219,7 +219,7 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
         if config is not None:
             record |= _json(_bytes(config), f"{source}: {prefix}config_json")
         if kind == TRANSFORMER and "preview" in record and not _is_preview(record["preview"], own["x_embedder.proj.weight"]):
-            logging.warning(f"{source}: the record's preview is malformed and ignored; tim previews makes a new one")
+            logging.warning(f"{source}: the preview in the metadata is malformed and ignored; tim previews makes a new one")
             del record["preview"]
             metadata.pop("preview", None)
         parts.parts[kind] = _part(kind, source, own, record, prefix)
@@ -277,7 +277,7 @@ def _from_module(module: torch.nn.Module, kind: str) -> Part:
     source = type(module).__name__
     found = find_part(flatten(module.state_dict(), source), kind)  # a compiled or distributed module wraps its names
     if found is None:
-        raise TimError(f"{source}: this module is no {TITLES[kind]}")
+        raise TimError(f"{source}: this module is not a {TITLES[kind]}")
     inner: Any = getattr(module, "module", module)
     if kind == TEXT_ENCODER:
         record = {**inner.gemma_config, "escape_prompts": inner.escape}
@@ -294,7 +294,7 @@ def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
         if weight_map:
             return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()})), {}, folder
     files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
-    files = [file for file in files if is_file(file)] or sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if is_file(file)] or sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if len(files) > 1 and files[0].stem not in WEIGHT_FILES:
         raise TimError(f"{folder}: holds {len(files)} weight files; name one ({', '.join(f.name for f in files[:3])}, ...)")
     if not files:

@@ -11,10 +11,11 @@ from ..errors import TimError, printable
 from ..files import atomic_write
 from ..models.text_encoder import is_json
 from .defaults import RECORD
-from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
+from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .load import cast
-from .open import StateDict
-from .parts import CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
+from .lora import Lora, read_lora
+from .open import StateDict, open_state_dict
+from .parts import BUNDLED, CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
 
 
 def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_projector: bool = False) -> Path:
@@ -42,10 +43,12 @@ def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_
 
 
 def convert(src, dst: str | Path, dtype=None, metadata: dict | None = None) -> Path:
-    """Writes a weight file as safetensors: several parts in the one-file layout, a single part under its official names.
+    """Writes a weight file as safetensors: several parts in the one-file layout, one part under its official names, a LoRA as ComfyUI's.
 
     The projector is kept; tensors that belong to no part are left out with a warning. dtype, metadata and errors as in `pack`.
     """
+    if (lora := _open_lora(src)) is not None:
+        return _write_lora(lora, dst, dtype)
     parts, extra = read_parts(src), metadata or {}
     check_output_path(dst)
     if parts.rest:
@@ -58,13 +61,27 @@ def convert(src, dst: str | Path, dtype=None, metadata: dict | None = None) -> P
     return _write(_cast(part.tensors, dtype), dst, _whole_record(parts, records, extra))
 
 
+def _open_lora(src) -> Lora | None:
+    """The LoRA in a file; None if `src` is not the name of one."""
+    if not isinstance(src, (str, Path)) or str(src) in BUNDLED or not Path(src).expanduser().is_file():
+        return None
+    return read_lora(src) if is_lora(open_state_dict(Path(src).expanduser())[0]) else None
+
+
+def _write_lora(lora: Lora, dst: str | Path, dtype) -> Path:
+    """Writes a LoRA under the names that ComfyUI reads; its alphas keep their dtype."""
+    tensors = lora.state_dict()
+    alphas = {key: value for key, value in tensors.items() if key.endswith(".alpha")}
+    return _save(_cast(tensors, dtype) | alphas, dst, lora.metadata)
+
+
 def json_tensor(record: dict) -> Tensor:
     """A record as a uint8 tensor, which survives programs that copy tensors alone."""
     return torch.frombuffer(bytearray(json.dumps(record, sort_keys=True).encode("utf-8")), dtype=torch.uint8)
 
 
 def _record_of(part: Part, parts: Parts, extra: dict) -> dict:
-    """The record to write with a part: what its shapes cannot tell. `extra` overrides what its file says."""
+    """The record to write with a part: the settings that its shapes do not determine. `extra` overrides what its file says."""
     config = part.config
     if part.kind == TEXT_ENCODER:
         return {**config, "escape_prompts": bool(extra.get("escape_prompts", parts.escape))}
@@ -106,17 +123,21 @@ def check_output_path(dst: str | Path) -> Path:
     if dst.suffix != ".safetensors":
         raise TimError(f"{dst}: the name must end in .safetensors")
     if not dst.parent.is_dir():
-        raise TimError(f"{dst}: folder {dst.parent} does not exist")
+        raise TimError(f"{dst}: folder {dst.parent} does not exist; create it first")
     return dst
 
 
 def _write(tensors: StateDict, dst: str | Path, record: dict) -> Path:
+    return _save(tensors, dst, {"tim": json.dumps(record, sort_keys=True)})
+
+
+def _save(tensors: StateDict, dst: str | Path, metadata: dict[str, str]) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     def save(tmp: Path) -> None:
         try:
-            save_file(tensors, tmp, metadata={"format": "pt", "tim": json.dumps(record, sort_keys=True)})
+            save_file(tensors, tmp, metadata={**metadata, "format": "pt"})
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
 

@@ -82,7 +82,7 @@ def check_torch_file(path: Path) -> None:
 
 
 def leaves(value: Mapping, kind: type, name: str) -> Iterator[tuple[str, Any]]:
-    """The objects of a kind in nested dicts, with their dotted keys. TimError naming the source if there is no end of them."""
+    """The objects of a kind in nested dicts, with their dotted keys. TimError if there are too many or they are nested too deeply."""
     names = characters = 0
     stack: list[tuple[str, Iterator]] = [("", iter(value.items()))]
     while stack:
@@ -93,7 +93,7 @@ def leaves(value: Mapping, kind: type, name: str) -> Iterator[tuple[str, Any]]:
             key = f"{prefix}{key}"
             names, characters = names + 1, characters + len(key)
             if names > MOST_NAMES or characters > MOST_NAME_CHARACTERS or len(stack) > MOST_DEPTH:
-                raise TimError(f"{name}: its dicts are nested without end; this is no state dict")
+                raise TimError(f"{name}: too many or too deeply nested keys; this is not a state dict")
             if not isinstance(item, Mapping):
                 yield key, item
             else:
@@ -169,14 +169,14 @@ def _check_old(file: IO[bytes], path: Path) -> None:
 
 
 def _check_tensors(value: Any, tensors: list[_Tensor], path: Path) -> dict[str, str]:
-    """TimError for a tensor that is not what its storage holds -> a tensor's name for each storage."""
+    """Check that every tensor lies inside its storage -> one tensor name per storage."""
     named = list(leaves(value, _Tensor, str(path))) if isinstance(value, Mapping) else []
     for name, tensor in [*named, *(("a tensor", tensor) for tensor in tensors)]:
         if tensor.problem:
-            raise TimError(f"{path}: {name}: {tensor.problem}; download the file again, or save it anew from contiguous tensors")
+            raise TimError(f"{path}: {name}: {tensor.problem}; download the file again, or save it again from contiguous tensors")
     total = sum(storage.size for storage in {tensor.storage for tensor in tensors})
     if sum(tensor.size for _, tensor in named) > MOST_SHARED * total + 2**26:
-        raise TimError(f"{path}: the same {total / 2**20:.0f} MiB under {len(named)} names; this is no state dict")
+        raise TimError(f"{path}: {len(named)} names share the same {total / 2**20:.0f} MiB; this is not a state dict")
     return {tensor.storage.key: name for name, tensor in reversed(named)}
 
 
@@ -239,7 +239,7 @@ class _Reader(pickle._Unpickler):  # in Python: the one in C allocates whatever 
 
     def call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, _Global) or function.name not in CALLS or not isinstance(arguments, tuple):
-            raise ValueError("calls what is no function")
+            raise ValueError("calls something that is not a function")
         return CALLS[function.name](self, *arguments)
 
     def load_reduce(self) -> None:
@@ -277,7 +277,7 @@ def _key(key: Any) -> Any:
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
-        raise ValueError("a size that is no whole number")
+        raise ValueError("a size that is not a whole number")
     return value
 
 
@@ -337,7 +337,7 @@ def _make_tensor(reader: _Reader, storage: _Storage, offset: Any, size: Any, str
 
 def _parameter(reader: _Reader, data: Any, *others: Any) -> _Tensor:
     if not isinstance(data, _Tensor):
-        raise ValueError("a parameter that is no tensor")
+        raise ValueError("a parameter that is not a tensor")
     return data
 
 

@@ -1,8 +1,8 @@
 """Distillation of guided steps into the first jumps from noise (after arXiv 2210.03142); not in the TiM paper.
 
 Guidance is off at t = 1, so the first of few steps places objects without it, and later steps cannot move them. Here the jumps that start
-at t = 1 learn where a teacher arrives that takes several steps from the same noise, guided from the first one on. Other jumps are not
-trained; the objective's target "teacher" keeps the network as it is there.
+at t = 1 learn the end point of several teacher steps from the same noise, guided from the first one on. Other jumps are not trained; the
+objective's target "teacher" keeps the network as it is there.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """Distribution matching for jumps (DMD, arXiv 2311.18828, and DMD2, arXiv 2405.14867); not in the TiM paper.
 
 The regression target of a transition is one point. Where the network cannot reach it, it predicts a mean, and a single step is blurred.
-Distribution matching gives the result of a jump a gradient towards likelier results instead. The result is noised to a time t, and two
-networks predict what it was noised from. The teacher is a guided flow (r = t), of the EMA network or of the weights in `start`. The critic
-is a copy of the network that is trained on results of jumps only. The difference of the two predictions is the gradient.
+Distribution matching gives the result of a jump a gradient towards results of higher likelihood instead. The result is noised to a time
+t, and two networks predict what it was noised from. The teacher is a guided flow (r = t), of the EMA network or of the weights in `start`.
+The critic is a copy of the network that is trained on results of jumps only. The difference of the two predictions is the gradient.
 
 A jump may end at any time r. The origin of a noised result is then x_r; the teacher predicts a clean latent, from which
 `Transport.posterior_mean` gives x_r. A jump may start where the network's own steps end (backward simulation of DMD2), so that it learns to

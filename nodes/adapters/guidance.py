@@ -1,0 +1,55 @@
+"""The guidance interval: at which times CFG acts."""
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...tim_core.errors import TimError
+
+INTERVAL = "tim_interval"  # key of the guidance interval's wrapper
+UNGUIDED = {"cfg": 1.0, "cfg1": 1.0, "cfg2": 1.0, "neg_scale": 0.0}  # attributes of core's guiders, at values without guidance
+
+
+class IntervalWrapper:
+    """PREDICT_NOISE wrapper: guidance only at times low < t < high, for the guiders CFG, Dual CFG and Perp-Neg.
+
+    Outside the interval the negatives have no weight and are not evaluated, except by nested Dual CFG, which always does.
+    """
+
+    def __init__(self, low: float, high: float):
+        self.low, self.high = torch.tensor([low, high], dtype=torch.float32).tolist()  # the precision of the times
+
+    def __call__(self, executor, x, timestep, *args, **kwargs):
+        guider = executor.class_obj
+        if self.low < float(timestep.flatten()[0]) < self.high:
+            return executor(x, timestep, *args, **kwargs)
+        strengths = {name: getattr(guider, name) for name in UNGUIDED if hasattr(guider, name)}
+        try:
+            for name in strengths:
+                setattr(guider, name, UNGUIDED[name])
+            return executor(x, timestep, *args, **kwargs)
+        finally:
+            for name, strength in strengths.items():
+                setattr(guider, name, strength)
+
+
+def with_interval(model: comfy.model_patcher.ModelPatcher, low: float, high: float) -> comfy.model_patcher.ModelPatcher:
+    """A clone with guidance only at times low < t < high, instead of the model's own interval. TimError if low >= high."""
+    if low >= high:
+        raise TimError(f"guidance_low: {low:g} is not below guidance_high {high:g}; to turn CFG off, set cfg to 1")
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, INTERVAL)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, INTERVAL, IntervalWrapper(low, high))
+    return model
+
+
+def with_limits(model: comfy.model_patcher.ModelPatcher, low: float, high: float) -> comfy.model_patcher.ModelPatcher:
+    """A clone with the guidance interval of a sampler node: a low of 0 and a high of 1, its defaults, keep the model's own limits.
+
+    TimError if the limits leave no interval.
+    """
+    (own,) = model.get_wrappers(WrappersMP.PREDICT_NOISE, INTERVAL)
+    if low > 0 and high >= 1 and low >= own.high or low <= 0 and high < 1 and high <= own.low:
+        raise TimError(f"guidance_low, guidance_high: {low:g}, {high:g} leave nothing of the model's {own.low:g} to {own.high:g}; "
+                       "set both limits, or to turn CFG off, set cfg to 1")
+    return with_interval(model, low if low > 0 else own.low, high if high < 1 else own.high)

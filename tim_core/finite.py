@@ -1,0 +1,71 @@
+"""Errors that name where NaN or infinite values arose, so that no black image comes without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TimError
+
+
+class StepRecorder:
+    """A network that remembers, on its device, at which steps its output was finite.
+
+    `finite` is the flag of every call so far; nothing is moved to the host until `first_bad` is asked.
+    """
+
+    def __init__(self, model: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]):
+        self.model = model
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
+        F = self.model(x, t, r, y)
+        self.calls.append((t[0], r[0], F.isfinite().all()))
+        return F
+
+    def first_bad(self) -> str:
+        """The first step with values that are not finite, with its t and r; "sampling" if the network gave none."""
+        for number, (t, r, finite) in enumerate(self.calls, 1):
+            if not bool(finite):
+                return f"transformer, step {number} (t = {float(t):.4g}, r = {float(r):.4g})"
+        return "sampling"
+
+
+def check_finite(
+    values: Tensor | Sequence[Tensor],
+    stage: str | Callable[[], str],
+    network: nn.Module | None = None,
+    advice: Sequence[str] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    float32: str = "dtype float32",
+    repair: str = "download or convert its file again",
+) -> None:
+    """TimError naming the stage, the network's dtype and what helps if a value is NaN or infinite.
+
+    values: one tensor, or several of one device. stage: its name, or a function that finds it, called only for the error.
+    network: whose weights are searched for the damage, only for the error. advice: what may help, besides another dtype.
+    dtype: what the network computes in, by default what its weights are in. float32: how to compute in it. repair: for a damaged weight.
+    """
+    flags = [value.isfinite().all() for value in ([values] if isinstance(values, Tensor) else values)]
+    if bool(flags[0] if len(flags) == 1 else torch.stack(flags).all()):
+        return
+    name = stage if isinstance(stage, str) else stage()
+    if network is not None:
+        dtype = dtype or next(network.parameters()).dtype
+        name = f"{name} in {str(dtype).removeprefix('torch.')}"
+        if damaged := _damaged_tensor(network):
+            raise TimError(f"{name}: NaN or infinite values, which the weight '{damaged}' has too; {repair}")
+        advice = [*advice, *([float32] if dtype.itemsize < 4 else [])]
+    help_ = f"try {' or '.join(advice)}" if advice else "the checkpoint's weights or settings are wrong"
+    raise TimError(f"{name}: NaN or infinite values; {help_}")
+
+
+def _damaged_tensor(network: nn.Module) -> str | None:
+    """The name of a weight with values that are not finite."""
+    for name, value in network.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.float().isfinite().all()):
+            return name
+    return None

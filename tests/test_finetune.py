@@ -409,6 +409,19 @@ def test_other_encoders_are_noticed_at_a_resume(tmp_path, tiny, data, which):
     run([config])
 
 
+@pytest.mark.parametrize("part, named", [("autoencoder", "latent"), ("text_encoder", "text model")])
+def test_encoders_with_damaged_weights_are_named(tmp_path, tiny, data, part, named):
+    """No latents or features that are not finite are kept."""
+    parts = load_all(tiny)
+    with torch.no_grad():
+        next(getattr(parts, part).parameters()).fill_(torch.nan)
+    networks = {"transformer": parts.transformer, "text_encoder": parts.text_encoder, "vae": parts.autoencoder}
+    model = pack(networks, tmp_path / "m.safetensors")
+    with pytest.raises(TimError) as error:
+        run([yaml(tmp_path, model, data)])
+    assert mentions(str(error.value), named, "not finite") and not list((tmp_path / "images.cache").glob("*.safetensors"))
+
+
 def test_another_text_model_does_not_share_the_cache(tmp_path, tiny, data):
     for escape in (False, True):
         parts = load_all(tiny)

@@ -339,6 +339,13 @@ def test_forward_mode_and_muon_in_two_processes(launch, folder, change):
     assert apart.max() < 1e-4 if name == "jvp" else apart.mean() < 3e-4
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_an_environment_without_numbers_is_one_line(monkeypatch, name):
+    monkeypatch.setenv(name, "many")
+    with pytest.raises(TimError, match=f"{name} is 'many'.*torchrun"):
+        find_processes()
+
+
 def test_processes_that_cannot_connect_are_one_line(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -140,7 +140,7 @@ def load(file: Path) -> SavedState:
     try:
         state = SavedState(**values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise TimError(f"{file}: is no checkpoint of a run ({where}: {first['msg']}); {advice}") from None
     if state.step != step_of(file):

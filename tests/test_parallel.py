@@ -239,7 +239,7 @@ def test_matching_and_distillation_in_two_processes_and_in_parts(launch, folder,
 def test_fewer_trajectories_than_parts_are_an_error(folder):
     config = configuration(folder, "few", "teacher", ", accumulate: 2")
     config.write_text("distillation: {batch_fraction: 0.1}\n" + config.read_text())
-    with pytest.raises(TimError, match="distillation.batch_fraction is 0.1, 1 of 2 items, for 2 "):
+    with pytest.raises(TimError, match="distillation.batch_fraction is 0.1: 1 of 2 items .* 2 parts"):
         run([config])
 
 
@@ -272,7 +272,7 @@ def test_shards_of_a_batch():
     assert sum(shard.loss_weight(7) for shard in shards) == pytest.approx(3)
     means = [sum(shard.take(list(range(7)))) / len(shard.take(list(range(7)))) for shard in shards]
     assert sum(mean * shard.loss_weight(7) for mean, shard in zip(means, shards)) / 3 == pytest.approx(3)
-    with pytest.raises(TimError, match="batch of 2 for 3"):
+    with pytest.raises(TimError, match="loop.batch: 2 items .* 3 parts .*loop.accumulate"):
         shards[0].loss_weight(2)
 
 
@@ -337,6 +337,13 @@ def test_forward_mode_and_muon_in_two_processes(launch, folder, change):
     apart = (weights(two) - weights(one)).abs()
     # Muon makes directions that a batch of four has no gradient in, but for rounding, as long as the others: compared in the mean
     assert apart.max() < 1e-4 if name == "jvp" else apart.mean() < 3e-4
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_an_environment_without_numbers_is_one_line(monkeypatch, name):
+    monkeypatch.setenv(name, "many")
+    with pytest.raises(TimError, match=f"{name} is 'many'.*torchrun"):
+        find_processes()
 
 
 def test_processes_that_cannot_connect_are_one_line(monkeypatch):

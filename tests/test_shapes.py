@@ -40,7 +40,7 @@ FORMS = {
 
 
 def scene(*things: tuple, width: int = 64, height: int = 64) -> np.ndarray:
-    """A picture of (shape, colour, x, y, radius)s, in 64ths of the width."""
+    """An image of (shape, colour, x, y, radius)s, in 64ths of the width."""
     scale = width / 64
     return render([Placed(s, c, x * scale, y * scale, r * scale) for s, c, x, y, r in things], width, height)
 
@@ -113,9 +113,9 @@ def test_scenes_keep_the_rules(width, height):
 
 
 def test_pixels():
-    picture = scene(("square", "red", 32, 32, 10))
-    assert picture.dtype == np.float32 and picture.shape == (64, 64, 3)
-    assert np.allclose(picture[32, 32] * 255, COLORS["red"], atol=0.01) and np.allclose(picture[0, 0] * 255, BACKGROUND, atol=0.01)
+    image = scene(("square", "red", 32, 32, 10))
+    assert image.dtype == np.float32 and image.shape == (64, 64, 3)
+    assert np.allclose(image[32, 32] * 255, COLORS["red"], atol=0.01) and np.allclose(image[0, 0] * 255, BACKGROUND, atol=0.01)
     assert render([], 40, 24).shape == (24, 40, 3)
 
 
@@ -192,27 +192,27 @@ WRONG = {
 
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("asked, things", RIGHT.values(), ids=RIGHT)
-def test_right_pictures(asked, things, width):
+def test_right_images(asked, things, width):
     assert is_correct(asked, scene(*things, width=width, height=width))
 
 
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("asked, things", WRONG.values(), ids=WRONG)
-def test_wrong_pictures(asked, things, width):
+def test_wrong_images(asked, things, width):
     assert not is_correct(asked, scene(*things, width=width, height=width))
 
 
-def with_patch(picture: np.ndarray, color: tuple, width: int, height: int, x: int = 50, y: int = 50) -> np.ndarray:
-    picture = picture.copy()
-    picture[y:y + height, x:x + width] = np.float32(color) / 255
-    return picture
+def with_patch(image: np.ndarray, color: tuple, width: int, height: int, x: int = 50, y: int = 50) -> np.ndarray:
+    image = image.copy()
+    image[y:y + height, x:x + width] = np.float32(color) / 255
+    return image
 
 
 def test_specks_are_ignored_and_larger_blots_are_not():
     asked, things = RIGHT["colors"]
-    picture = scene(*things)
-    assert is_correct(asked, with_patch(picture, COLORS["green"], 7, 1))  # 7 pixels
-    assert not is_correct(asked, with_patch(picture, COLORS["green"], 4, 2))  # 8 pixels
+    image = scene(*things)
+    assert is_correct(asked, with_patch(image, COLORS["green"], 7, 1))  # 7 pixels
+    assert not is_correct(asked, with_patch(image, COLORS["green"], 4, 2))  # 8 pixels
     large = scene(*things, width=128, height=128)
     assert is_correct(asked, with_patch(large, COLORS["green"], 31, 1, 90, 90))  # scaled with the area: 31 of 32
     assert not is_correct(asked, with_patch(large, COLORS["green"], 8, 4, 90, 90))
@@ -230,9 +230,9 @@ def test_foreign_colours_are_wrong(color):
 
 def test_an_object_of_two_colours_is_wrong():
     asked = prompt("single", "square")
-    picture = scene(("square", "red", 32, 32, 14))
-    assert is_correct(asked, picture)
-    assert not is_correct(asked, with_patch(picture, COLORS["blue"], 14, 28, 32, 18))
+    image = scene(("square", "red", 32, 32, 14))
+    assert is_correct(asked, image)
+    assert not is_correct(asked, with_patch(image, COLORS["blue"], 14, 28, 32, 18))
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.04])
@@ -241,13 +241,13 @@ def test_a_little_noise_does_no_harm(noise):
     right = []
     for task in TASKS:
         for asked in scoring_prompts(task, 20, 7):
-            picture = render(place(rng, asked))
-            right.append(is_correct(asked, np.clip(picture + rng.normal(0, noise, picture.shape), 0, 1).astype(np.float32)))
+            image = render(place(rng, asked))
+            right.append(is_correct(asked, np.clip(image + rng.normal(0, noise, image.shape), 0, 1).astype(np.float32)))
     assert np.mean(right) >= 0.95
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_flat_and_noisy_pictures_are_wrong(value):
+def test_flat_and_noisy_images_are_wrong(value):
     rng = np.random.default_rng(8)
-    for picture in (np.full((64, 64, 3), value, np.float32), rng.uniform(0, 1, (64, 64, 3)).astype(np.float32)):
-        assert not any(is_correct(asked, picture) for asked, _ in RIGHT.values())
+    for image in (np.full((64, 64, 3), value, np.float32), rng.uniform(0, 1, (64, 64, 3)).astype(np.float32)):
+        assert not any(is_correct(asked, image) for asked, _ in RIGHT.values())

@@ -30,6 +30,7 @@ from tim_core.training import resume as resuming
 from tim_core.training.config import LoopConfig, read
 from tim_core.training.transition import TransitionTask
 from tim_core.weights.describe import describe
+from tim_core.weights.load import load_autoencoder
 from tim_core.weights.open import open_state_dict
 from tim_core.weights.parts import read_parts
 
@@ -117,7 +118,7 @@ def test_a_shard_renders_only_its_own_images(monkeypatch):
 def test_a_batch_has_an_image_for_every_shard():
     sizes = SizesConfig({"32x32": 0.9, "32x64": 0.1})
     assert ShapesBatches(sizes, 4, 0, [Shard(0, 2)]).count((32, 64)) == 2
-    with pytest.raises(TimError, match="loop.batch: 2 images of 32x64 for 3 processes"):
+    with pytest.raises(TimError, match="loop.batch: 2 images of 32x64 .* 3 parts"):
         ShapesBatches(sizes, 4, 0, [Shard(0, 3)])
 
 
@@ -741,6 +742,33 @@ def test_a_path_that_cannot_be_written_is_an_error_before_the_first_step(tmp_pat
     with pytest.raises(TimError, match=message):
         run([path])
     assert not (tmp_path / "tim").exists()
+
+
+def test_a_folder_where_a_file_is_to_be_written_is_an_error_before_the_first_step(tmp_path):
+    """For every kind: `checkpoint` at the end, a name in `output` until then."""
+    for name in ("autoencoder/autoencoder.safetensors", "tim/model.safetensors", "tuned/lora.safetensors"):
+        (tmp_path / name).mkdir(parents=True)
+    tuned = tmp_path / "tuned.yaml"
+    tuned.write_text(f"kind: finetune\noutput: {tmp_path}/tuned\nmodel: none\ndata: {{path: none}}\nlora: {{rank: 2}}")
+    for config in (autoencoder_yaml(tmp_path), tim_yaml(tmp_path), tuned):
+        with pytest.raises(TimError, match="is a folder"):
+            run([config])
+        (tmp_path / "file").touch()
+        text = config.read_text()
+        for key, value in (("checkpoint", tmp_path / "tim" / "model.safetensors"), ("output", tmp_path / "file"),
+                           ("output", tmp_path / "file" / "inside")):
+            config.write_text(text.replace(f"output: {tmp_path}", f"output: {tmp_path}/new") + f"\ncheckpoint: {value}\n"
+                              if key == "checkpoint" else text.replace(f"output: {tmp_path}/{config.stem}", f"output: {value}"))
+            with pytest.raises(TimError) as error:
+                run([config])
+            assert mentions(str(error.value), value if key == "checkpoint" else tmp_path / "file", "is a")
+    assert not list(tmp_path.rglob("step-*"))
+
+
+def test_an_autoencoder_may_be_written_elsewhere(tmp_path):
+    config = autoencoder_yaml(tmp_path)
+    config.write_text(config.read_text() + f"checkpoint: {tmp_path}/last.safetensors\n")
+    assert run([config]) == [tmp_path / "last.safetensors"] and load_autoencoder(tmp_path / "last.safetensors").config.factor == 8
 
 
 def test_widths_that_fit_no_autoencoder_are_one_line(tmp_path):

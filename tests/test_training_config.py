@@ -12,6 +12,7 @@ import yaml
 from tim_core.errors import TimError
 from tim_core.models.attention import BACKENDS
 from tim_core.training.config import FineTuning, FolderConfig, TransformerTraining, read, recorded
+from tim_core.training.yaml_file import read_values
 
 ROOT = Path(__file__).parent.parent
 TIM = "kind: tim\noutput: x\nautoencoder: y\n"
@@ -47,7 +48,7 @@ def message(path) -> str:
     ("kind: tim\noutput: x\nautoencoder: y\nmatching: {teacher: start}", "matching.teacher"),
     ("kind: tim\noutput: x\nautoencoder: y\nmatching: {critic_warmup_steps: 9}\nloop: {steps: 9}", "matching.critic_warmup_steps"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\nmatching: {teacher: none}", "teacher"),
-    ("kind: tim\noutput: x\nautoencoder: y\ndistillation: {}", "start is None"),
+    ("kind: tim\noutput: x\nautoencoder: y\ndistillation: {}", "start is null"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\ncheckpoint: z\ndistillation: {}", "checkpoint"),
     ("kind: tim\noutput: x\nautoencoder: y\nstart: z\nfreeze_text: true\nadd_embedding: {above: left}", "freeze_text"),
     ("kind: tim\noutput: x\nautoencoder: y\nobjective_from: {20: {target: teacher}}", "objective_from.20.target"),
@@ -110,14 +111,14 @@ def test_bad_configurations_name_the_key(tmp_path, text, named):
 
 @pytest.mark.parametrize("text, key, value", [
     (TIM + "loop: {lr: -1}", "loop.lr", "-1"), (TIM + "loop: {seed: -3}", "loop.seed", "-3"), (TIM + "loop: 7", "loop", "7"),
-    (TIM + "loop: {compile: 1}", "loop.compile", "1"), (TIM + "loop: {lr: '0.1'}", "loop.lr", "'0.1'"),
-    (TIM + "loop: {steps: true}", "loop.steps", "True"), (TIM + "p_mean: 1e3", "p_mean", "1000.0"),
+    (TIM + "loop: {compile: 1}", "loop.compile", "1"), (TIM + "loop: {lr: '0.1'}", "loop.lr", '"0.1"'),
+    (TIM + "loop: {steps: true}", "loop.steps", "true"), (TIM + "p_mean: 1e3", "p_mean", "1000.0"),
     (TIM + "loop: {steps: 99999999999999}", "loop.steps", "99999999999999"),
-    (TIM + "data: {forms: {single: 0}}", "data.forms.single", "0"), (TIM + "data: {sizes: {64: 1}}", "data.sizes", "'64'"),
+    (TIM + "data: {forms: {single: 0}}", "data.forms.single", "0"), (TIM + "data: {sizes: {64: 1}}", "data.sizes", '"64"'),
     (TIM + "objective_from: {20: {target: x}}", "objective_from.20.target", "'x'"),
     (TIM + "objective: {epsilon: 7}", "objective.epsilon", "7"),
     (TIM + "matching: {paths: [[0, 1]]}", "matching.paths", "[0.0, 1.0]"), (TIM + "text: {head_dim: 3}", "text.head_dim", "3"),
-    (FINETUNE + "lora: {targets: [attn, '(']}", "lora.targets", "'('"), (FINETUNE + "loop: {batch: 2.5}", "loop.batch", "2.5"),
+    (FINETUNE + "lora: {targets: [attn, '(']}", "lora.targets", '"("'), (FINETUNE + "loop: {batch: 2.5}", "loop.batch", "2.5"),
     (FINETUNE + "text_encoder: 2026", "text_encoder", "2026"),
 ])
 def test_an_error_has_the_key_its_value_and_advice(tmp_path, text, key, value):
@@ -183,6 +184,34 @@ def test_values_are_taken_as_they_are_written(tmp_path):
     text = "\ufeff" + FINETUNE.replace("output: x", "output: 2026-01-01") + "shift_base: null"
     config = read(written(tmp_path, "good.yaml", text))
     assert config.output == "2026-01-01" and config.shift_base is None
+
+
+@pytest.mark.parametrize("written_as, value", [
+    ("010", 10), ("-07", -7), ("0o17", 15), ("0x1F", 31), ("+3", 3), ("1:30", "1:30"), ("1_000", "1_000"), ("0b11", "0b11"), ("yes", "yes"),
+    ("no", "no"), ("on", "on"), ("Off", "Off"), ("y", "y"), ("true", True), ("FALSE", False), ("tRue", "tRue"), ("~", None), ("Null", None),
+    ("", None), ("nULL", "nULL"), ("1e3", 1000.0), ("1E-3", 0.001), (".5", 0.5), ("5.", 5.0), ("1_0.5", "1_0.5"),
+    ("190:20:30.15", "190:20:30.15"),
+    ("2026-01-01", "2026-01-01"), ("=", "="), ("'010'", "010"), ("!!str 010", "010"), ("!!float 1", 1.0), ("!!int 010", 10),
+])
+def test_plain_values_are_those_of_yaml_1_2(tmp_path, written_as, value):
+    found = read_values(written(tmp_path, "a.yaml", f"a: {written_as}"))[0]["a"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("tagged", ["!!bool yes", "!!int 1:30", "!!int 1_000", "!!float 1:30", "!!null x", "!!int 0o9"])
+def test_a_tag_does_not_bring_back_yaml_1_1(tmp_path, tagged):
+    assert "not YAML" in message(written(tmp_path, "a.yaml", f"{FINETUNE}lora: {tagged}"))
+
+
+@pytest.mark.parametrize("text, key, value", [
+    (TIM + "loop: {steps: true}", "loop.steps", "true"), ("kind: tim\noutput: null\nautoencoder: y", "output", "null"),
+    ("kind: null", "kind", "null"),
+    (TIM + "loop: {compile: no}", "loop.compile", '"no"'), (TIM + "base: false", "base", "false"),
+    (FINETUNE + "lora: [true, null]", "lora", "[true, null]"), (TIM + "freeze_text: true", "freeze_text", "true"),
+])
+def test_an_error_writes_values_as_yaml_does(tmp_path, text, key, value):
+    said = message(written(tmp_path, "bad.yaml", text))
+    assert f"{key} is {value};" in said and not any(word in said for word in ("True", "None", "False"))
 
 
 def test_attention_is_one_of_the_backends():

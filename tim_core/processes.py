@@ -72,9 +72,9 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 def find_processes() -> Processes:
     """The processes that torchrun started with this one; else this one alone. TimError if they cannot connect."""
     has_gpu = torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    count, local = (_from_environment(name, default) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if count == 1:
         return Processes(0, 1, torch.device("cuda" if has_gpu else "cpu"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if has_gpu and local >= torch.cuda.device_count():
         raise TimError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}; start as many processes as it has GPUs")
     device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
@@ -87,3 +87,11 @@ def find_processes() -> Processes:
             raise TimError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot connect ({one_line(error)}); "
                            "start them with torchrun") from error
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _from_environment(name: str, default: int) -> int:
+    """A whole number in an environment variable. TimError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdecimal():
+        raise TimError(f"{name} is {text!r}; unset it, or start the processes with torchrun")
+    return int(text)

@@ -67,9 +67,9 @@ def validate(cls: type, values: dict, source: Callable[[tuple[str, ...]], object
     if isinstance(context.get("error"), TimError):  # of an objective's own check, whose first word names the objective
         raise TimError(f"{where}.{str(context['error']).partition('.')[2]}")
     if first["type"] == RULE:
-        raise TimError(f"{where} is {context['value']!r}; use {context['use']}")
+        raise TimError(f"{where} is {shown(context['value'])}; use {context['use']}")
     use = ADVICE[first["type"]].format_map(context) if first["type"] in ADVICE else f"another value ({first['msg']})"
-    raise TimError(f"{where} is {first['input']!r}; use {use}")
+    raise TimError(f"{where} is {shown(first['input'])}; use {use}")
 
 
 def _nearest(location: tuple[str, ...], cls: type) -> str:

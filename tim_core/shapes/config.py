@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import TimError
-from ..settings import CONFIG, Positive, require
+from ..settings import CONFIG, Positive, require, shown
 from .scenes import RELATIONS, TRAINING_FORMS
 
 
@@ -53,4 +53,4 @@ class SizesConfig:
     def check_multiples(self, pixels: int) -> None:
         """TimError for a size whose sides are not multiples of `pixels`."""
         if size := self.misfit(pixels):
-            raise TimError(f"training config: data.sizes is {size!r}; use multiples of {pixels} pixels")
+            raise TimError(f"training config: data.sizes is {shown(size)}; use multiples of {pixels} pixels")

@@ -4,7 +4,7 @@ import numpy as np
 
 from .scenes import BACKGROUND, COLORS, SHAPES, Placed, Prompt, Thing, coverage, relation_holds
 
-SPECK = 8 / (64 * 64)  # components below this share of the image are ignored
+SPECK = 8 / (64 * 64)  # components below this fraction of the image are ignored
 
 
 def detect(image: np.ndarray) -> list[Placed]:

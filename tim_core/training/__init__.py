@@ -22,15 +22,17 @@ def run(configs: list[str | Path], image_encoder: Callable[[Tensor], Tensor] | N
 
 
 def _train(config, image_encoder: Callable[[Tensor], Tensor] | None) -> Path | None:
-    """Runs one configuration. Fine-tuning loads nothing of the small world."""
-    from .config import FineTuning
+    """Runs one configuration. TimError, before any work, if its files cannot be written."""
+    from ..weights.save import check_output_path
+    from .kinds import kind_of
+    from .loop import train
 
-    if isinstance(config, FineTuning):
-        from .finetune import train_finetuning
-
-        return train_finetuning(config, image_encoder)
-    from .autoencoder import train_autoencoder
-    from .shapes_config import AutoencoderTraining
-    from .transition import train_transition
-
-    return train_autoencoder(config) if isinstance(config, AutoencoderTraining) else train_transition(config, image_encoder)
+    folder = Path(config.output).expanduser()
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise TimError(f"output: {above} is a file; name a folder")
+    if config.checkpoint:
+        check_output_path(config.export_path(config.loop.steps))
+    if folder.is_dir():
+        check_output_path(config.export_path(0))
+    return train(config.loop, kind_of(config).make_task(config, image_encoder))

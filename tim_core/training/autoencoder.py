@@ -15,7 +15,7 @@ from ..processes import Shard, find_processes
 from ..shapes.batches import ShapesBatches, ShapesPart
 from ..weights.load import load_autoencoder
 from .config import recorded
-from .loop import Task, train
+from .loop import Task
 from .resume import init_from
 from .samples import grid
 from .shapes_config import AutoencoderTraining
@@ -45,7 +45,7 @@ def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderT
 
 
 class AutoencoderTask(Task[Autoencoder]):
-    """Trains a DC-AE on images of the small world, `kind: autoencoder`."""
+    """Trains a DC-AE on images of coloured shapes, `kind: autoencoder`."""
 
     def __init__(self, config: AutoencoderTraining):
         self.config, loop = config, config.loop
@@ -83,13 +83,8 @@ class AutoencoderTask(Task[Autoencoder]):
         return grid([held_out, decoded])
 
     def export(self, average: dict[str, Tensor], record: dict) -> Path:
-        path = self.folder / "autoencoder.safetensors"
+        path = self.config.export_path(record["step"])
         tensors = {name: value.contiguous() for name, value in average.items()}
         metadata = {"tim": json.dumps({"format": 1, **self.model.config.record()})}
         write_tensors(path, tensors, metadata)
         return path
-
-
-def train_autoencoder(config: AutoencoderTraining, image_encoder=None) -> Path:
-    """Runs a `kind: autoencoder` configuration; returns the safetensors file of the EMA. `image_encoder` is not used."""
-    return train(config.loop, AutoencoderTask(config))

@@ -9,11 +9,10 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import TimError
-from ..settings import CONFIG, Count, Fraction, FractionBelowOne, NotNegative, Positive, Text, WholeNumber, require, validate
+from ..settings import CONFIG, Count, Fraction, FractionBelowOne, NotNegative, Positive, Text, WholeNumber, require, shown, validate
+from .kinds import KINDS
 from .objectives.transition import ObjectiveConfig
 from .yaml_file import read_values
-
-KINDS = ("finetune", "tim", "autoencoder")
 
 
 @dataclass(config=CONFIG, frozen=True)
@@ -51,17 +50,33 @@ class LoopConfig:
 
 
 @dataclass(config=CONFIG, frozen=True, kw_only=True)
-class TransformerTraining:
+class RunConfig:
+    """What all kinds share."""
+
+    output: Text                                 # folder of the run
+    checkpoint: Text | None = None               # path of the result (default: export_name in output)
+    loop: LoopConfig = LoopConfig()
+
+    @property
+    def export_name(self) -> str:
+        """The name of the result in `output`."""
+        return "model.safetensors"
+
+    def export_path(self, step: int) -> Path:
+        """The file that a run writes at a step: `checkpoint` at the end, if set, else one in its folder."""
+        ended = self.checkpoint and step >= self.loop.steps
+        return Path(self.checkpoint).expanduser() if ended else Path(self.output).expanduser() / self.export_name
+
+
+@dataclass(config=CONFIG, frozen=True, kw_only=True)
+class TransformerTraining(RunConfig):
     """What `kind: tim` and `kind: finetune` share."""
 
-    output: Text
-    checkpoint: Text | None = None               # path of the result (default: model.safetensors or lora.safetensors in output)
     p_mean: Annotated[float, Field(ge=-20, le=20)] = 0.0   # mean of the logit-normal times, on the OT-FM transport
     p_std: Annotated[float, Field(gt=0, le=20)] = 1.6
     shift_base: Count | None = None              # image side at which times are not shifted (Eq. 50: 1024); null: no shift
     objective: ObjectiveConfig = ObjectiveConfig()
     attention: Literal["eager", "sdpa", "flash"] = "eager"   # flash on a GPU; eager is the fastest on a CPU
-    loop: LoopConfig = LoopConfig()
 
     @property
     def objectives(self) -> dict[str, ObjectiveConfig]:
@@ -122,14 +137,18 @@ class FineTuning(TransformerTraining):
     p_mean and p_std: 0 and 1.6 for text to image, -0.4 and 1 for classes.
     """
 
-    model: Text                                  # one-file checkpoint, or file of the transformer
+    model: Text                                  # one-file checkpoint, folder of parts, bundled name, or file of the transformer
     data: FolderConfig
-    text_encoder: Text | None = None             # these two where `model` does not hold them
+    text_encoder: Text | None = None             # these two take the place of those in `model`
     autoencoder: Text | None = None
     lora: LoraConfig | None = None               # null: train all weights of the transformer
     shift_base: Count | None = 1024
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
     dropout: FractionBelowOne = 0.1              # probability of dropping a caption or a class
+
+    @property
+    def export_name(self) -> str:
+        return "lora.safetensors" if self.lora else super().export_name
 
     @model_validator(mode="after")
     def _check(self) -> "FineTuning":
@@ -140,12 +159,6 @@ class FineTuning(TransformerTraining):
 def time_shift(height: int, width: int, base: int | None) -> float:
     """s of the resolution-dependent time shift (paper Eq. 50) for images of this size; 1 without a base."""
     return 1.0 if base is None else (height * width) ** 0.5 / base
-
-
-def export_path(config: TransformerTraining, step: int, name: str = "model.safetensors") -> Path:
-    """The file that a run writes at a step: `checkpoint` at the end, if set, else `name` in its folder."""
-    ended = config.checkpoint and step >= config.loop.steps
-    return Path(config.checkpoint).expanduser() if ended else Path(config.output).expanduser() / name
 
 
 def recorded(config: Any) -> dict:
@@ -160,15 +173,6 @@ def recorded(config: Any) -> dict:
     return {name: plain(value) for name, value in asdict(config).items() if name not in ("output", "checkpoint")}
 
 
-def class_of(kind: str) -> type:
-    """The dataclass of a kind. That of fine-tuning is here, so that it loads nothing of the small world."""
-    if kind == "finetune":
-        return FineTuning
-    from .shapes_config import AutoencoderTraining, TransitionTraining
-
-    return {"autoencoder": AutoencoderTraining, "tim": TransitionTraining}[kind]
-
-
 def read(path: str | Path) -> Any:
     """Reads a YAML file into the dataclass of its `kind`. TimError naming the file and the key."""
     values, sources = read_values(path)
@@ -178,5 +182,5 @@ def read(path: str | Path) -> Any:
 
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise TimError(f"{source(('kind',))}: kind is {kind!r}; use {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-    return validate(class_of(kind), values, source)
+        raise TimError(f"{source(('kind',))}: kind is {shown(kind)}; use one of {', '.join(KINDS)}")
+    return validate(KINDS[kind].config_class(), values, source)

@@ -21,10 +21,10 @@ from ..transport import OTFM
 from ..weights.detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
 from ..weights.parts import Parts, read_parts
-from ..weights.save import check_output_path, pack
-from .config import FineTuning, export_path, recorded, time_shift
+from ..weights.save import pack
+from .config import FineTuning, recorded, time_shift
 from .folder import VERSION, Encoder, FolderBatches, FolderPart, class_folders, digest_data, prepare
-from .loop import Task, train
+from .loop import Task
 from .lora import add_lora, round_base, save_lora
 from .noise import draw_noise
 from .objectives.transition import transition_loss
@@ -132,11 +132,12 @@ class FineTuningTask(Task[Conditional]):
         self.config, self.processes, parts = config, find_processes(), read_sources(config)
         self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
         self.metadata = {**parts[TRANSFORMER].record, "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
-        self.architecture = parts[TRANSFORMER].config
-        self.has_null = self.architecture.text_dim is not None or self.architecture.null_class
+        plain = parts[TRANSFORMER].config
+        self.has_null = plain.text_dim is not None or plain.null_class
         self.check_null()
         self.model = Conditional(
             load_transformer(parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
+        self.architecture = self.model.transformer.config
         check_projector(self.model.transformer, image_encoder, config.objective)
         self.autoencoder = load_autoencoder(parts, dtype=torch.float32).to(self.processes.device).requires_grad_(False)
         self.factor = self.autoencoder.config.factor
@@ -229,17 +230,10 @@ class FineTuningTask(Task[Conditional]):
         """Writes the LoRA, or the transformer in bfloat16."""
         config = self.config
         weights = {name.removeprefix("transformer."): value for name, value in average.items()}
-        path = export_path(config, record["step"], "lora.safetensors" if config.lora else "model.safetensors")
+        path = config.export_path(record["step"])
         if config.lora:
             return save_lora(weights, config.lora, path, json.dumps(record))
         made = self.plain.to_empty(device="cpu")
         made.load_state_dict(weights)
         metadata = {**self.metadata, "training": record}
         return pack({"transformer": made}, path, dtype=torch.bfloat16, metadata=metadata, keep_projector=True)
-
-
-def train_finetuning(config: FineTuning, image_encoder: ImageEncoder | None = None) -> Path:
-    """Runs a `kind: finetune` configuration; returns the safetensors file of the transformer, or of the LoRA."""
-    if config.checkpoint:
-        check_output_path(config.checkpoint)
-    return train(config.loop, FineTuningTask(config, image_encoder))

@@ -225,7 +225,10 @@ class Encoder:
 
     @torch.no_grad()
     def keep(self, items: list[Item]) -> None:
-        """Encodes items of one size into the cache. Unreadable images are skipped with a warning."""
+        """Encodes items of one size into the cache. Unreadable images are skipped with a warning.
+
+        TimError if what an encoder returns is not finite.
+        """
         images = {}
         for item in items:
             try:
@@ -238,6 +241,10 @@ class Encoder:
         conditions = self.encode_conditions([item.caption_or_label for item in images])
         for k, (item, condition) in enumerate(zip(images, conditions, strict=True)):
             tensors = {**{name: value[k].clone() for name, value in encoded.items()}, "condition": condition.cpu().contiguous()}
+            for name, value in tensors.items():
+                if not value.isfinite().all():
+                    source = {"latent": "the autoencoder's latent", "condition": "the text model's features"}.get(name, name)
+                    raise TimError(f"{item.file}: {source} has values that are not finite; the weights may be damaged, download them again")
             write_tensors(self.cache_path(item), tensors, {IMAGE_DIGEST: digest([("image", images[item])])})
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TimError
+from ..settings import shown
 from ..weights.detect import TRANSFORMER
 from ..weights.lora import Adapter, Lora
 from .config import LoraConfig
@@ -37,7 +38,7 @@ def add_lora(network: nn.Module, config: LoraConfig) -> None:
     found = [name for name, module in network.named_modules()
              if isinstance(module, nn.Linear) and any(re.search(target, name) for target in config.targets)]
     if not found:
-        raise TimError(f"training config: lora.targets is {list(config.targets)}, which matches no layer; use patterns such as attn.qkv")
+        raise TimError(f"training config: lora.targets is {shown(config.targets)}, which matches no layer; use patterns such as attn.qkv")
     for name in found:
         parent, _, leaf = name.rpartition(".")
         holder = network.get_submodule(parent)

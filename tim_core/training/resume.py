@@ -132,14 +132,15 @@ def load(file: Path) -> SavedState:
     except MemoryError:
         raise
     except Exception as error:  # whatever a damaged file provokes
-        raise DamagedCheckpoint(f"{file}: damaged checkpoint ({one_line(error).removeprefix(f'{file}: ')})") from None
+        reason = one_line(error, limit=None).removeprefix(f"{file}: ")[:160]
+        raise DamagedCheckpoint(f"{file}: damaged checkpoint ({reason})") from None
     advice = "remove it to resume from the one before, or choose another output"
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise TimError(f"{file}: is no checkpoint of a run; {advice}")
     try:
         state = SavedState(**values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise TimError(f"{file}: is no checkpoint of a run ({where}: {first['msg']}); {advice}") from None
     if state.step != step_of(file):
@@ -149,16 +150,16 @@ def load(file: Path) -> SavedState:
 
 def newest(folder: Path, processes: Processes) -> tuple[Path, SavedState] | None:
     """The newest checkpoint that is not damaged; None in a folder without checkpoints. TimError if all are damaged."""
-    damaged: list[DamagedCheckpoint] = []
+    damaged: list[str] = []
     for file in reversed(checkpoints(folder)):
         try:
             state = load(file)
         except DamagedCheckpoint as error:
-            damaged.append(error)
+            damaged.append(str(error))
             continue
         if processes.is_main:
-            for found in damaged:
-                tqdm.write(f"{found}; resuming from {file.name}", file=sys.stderr)
+            for line in damaged:
+                tqdm.write(f"{line}; resuming from {file.name}", file=sys.stderr)
         return file, state
     if damaged:
         raise TimError(f"{damaged[0]}, and none before it is whole; restore one, or choose another output")

@@ -1,4 +1,4 @@
-"""Configurations of the kinds that train on images of the small world: `autoencoder` and `tim`."""
+"""Configurations of the kinds that train on images of coloured shapes: `autoencoder` and `tim`."""
 
 from typing import Annotated
 
@@ -8,20 +8,20 @@ from pydantic.dataclasses import dataclass
 from ..settings import CONFIG, Count, FractionBelowOne, NotNegative, Text, WholeNumber, require
 from ..shapes.config import SizesConfig
 from ..shapes.tokenizer import WORDS
-from .config import LoopConfig, TransformerTraining
+from .config import RunConfig, TransformerTraining
 from .objectives.distillation import DistillationConfig
 from .objectives.matching import MatchingConfig
 from .objectives.transition import ObjectiveConfig
 
 Widths = Annotated[tuple[Count, ...], Field(min_length=1)]
 Layers = Annotated[tuple[WholeNumber, ...], Field(min_length=1)]
+NOT_START = "another file than start, whose weights are needed to resume the run"
 
 
 @dataclass(config=CONFIG, frozen=True, kw_only=True)
-class AutoencoderTraining:
-    """`kind: autoencoder`: a DC-AE on images of the small world."""
+class AutoencoderTraining(RunConfig):
+    """`kind: autoencoder`: a DC-AE on images of coloured shapes."""
 
-    output: Text
     start: Text | None = None                    # weights to initialise from, of the same architecture
     freeze_encoder: bool = False                 # train the decoder alone, so that latents stay as they are
     encoder_widths: Widths = (32, 32, 64, 128)
@@ -33,11 +33,15 @@ class AutoencoderTraining:
     latent_channels: Count = 16
     latent_noise: NotNegative = 0.3              # maximal standard deviation of the noise added to latents before decoding
     latent_weight: NotNegative = 0.05            # weight of the distance from mean 0 and variance 1 per channel
-    loop: LoopConfig = LoopConfig()
     data: SizesConfig = SizesConfig()
+
+    @property
+    def export_name(self) -> str:
+        return "autoencoder.safetensors"
 
     @model_validator(mode="after")
     def _check(self) -> "AutoencoderTraining":
+        require(not self.checkpoint or self.checkpoint != self.start, "checkpoint", self.checkpoint, NOT_START)
         stages = len(self.encoder_widths)
         for name in ("encoder_layers", "decoder_widths", "decoder_layers"):
             found = list(getattr(self, name))
@@ -76,7 +80,7 @@ class TransformerShape:
 
 @dataclass(config=CONFIG, frozen=True)
 class TextShape:
-    """The Gemma-3 text model to train, with the small world's tokenizer; every second layer has global attention."""
+    """The Gemma-3 text model to train, with the tokenizer of tim_core.shapes; every second layer has global attention."""
 
     hidden_size: Count = 128
     layers: Count = 2
@@ -87,7 +91,7 @@ class TextShape:
 
 @dataclass(config=CONFIG, frozen=True, kw_only=True)
 class TransitionTraining(TransformerTraining):
-    """`kind: tim`: a transformer and its text model, trained together on images of the small world."""
+    """`kind: tim`: a transformer and its text model, trained together on images of coloured shapes."""
 
     autoencoder: Text                            # safetensors file of the DC-AE, which is not trained
     start: Text | None = None                    # checkpoint to initialise both from, of the same architecture
@@ -113,7 +117,7 @@ class TransitionTraining(TransformerTraining):
     @classmethod
     def _check_words(cls, words: dict[str, str]) -> dict[str, str]:
         for word, other in words.items():
-            require(word in WORDS and other in WORDS and word != other, "", f"{word}: {other}", "two words of the small world")
+            require(word in WORDS and other in WORDS and word != other, "", f"{word}: {other}", "two words of the vocabulary")
         return words
 
     @model_validator(mode="after")
@@ -127,8 +131,7 @@ class TransitionTraining(TransformerTraining):
             require(self.matching.critic_warmup_steps < self.loop.steps, "matching.critic_warmup_steps", self.matching.critic_warmup_steps,
                     f"less than loop.steps, {self.loop.steps}")
         require(self.start or not self.interpolate_start, "interpolate_start", self.interpolate_start, "0 without start")
-        require(not (self.interpolate_start or self.needs_start) or not self.checkpoint or self.checkpoint != self.start, "checkpoint",
-                self.checkpoint, "another file than start, whose weights are needed until the end")
+        require(not self.checkpoint or self.checkpoint != self.start, "checkpoint", self.checkpoint, NOT_START)
         for name, objective in self.objectives.items():
             require(self.start or objective.target != "teacher", f"{name}.target", "teacher",
                     "differential or composed, or set start, the checkpoint whose predictions are the target")

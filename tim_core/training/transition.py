@@ -25,9 +25,9 @@ from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, shapes_tokenizer, vo
 from ..transport import OTFM
 from ..weights import previews
 from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
-from ..weights.save import check_output_path, pack
-from .config import LoopConfig, export_path, recorded, time_shift
-from .loop import ParamGroup, Task, compile_blocks, make_ema, train
+from ..weights.save import pack
+from .config import LoopConfig, recorded, time_shift
+from .loop import ParamGroup, Task, compile_blocks, make_ema
 from .noise import draw_noise
 from .objectives.distillation import DistillationNoise, distillation_loss, draw_distillation_noise
 from .objectives.matching import MatchingNoise, draw_matching_noise, matching_losses
@@ -68,13 +68,13 @@ def subset_size(key: str, fraction: float, total: int, shard: Shard) -> int:
     """The number of a batch's items that a fraction is. TimError if it is smaller than the number of shards."""
     count = max(1, round(fraction * total))
     if count < shard.count:
-        raise TimError(f"training config: {key} is {fraction}, {count} of {total} items, for {shard.count} processes or accumulated parts; "
-                       "use at least one each")
+        raise TimError(f"training config: {key} is {fraction}: {count} of {total} items cannot be split over {shard.count} parts "
+                       "(processes x loop.accumulate); increase it")
     return count
 
 
 def gemma_config(shape: TextShape) -> dict:
-    """A Gemma-3 config for the small world's vocabulary, with alternating local and global layers; the last one is global."""
+    """A Gemma-3 config for the vocabulary of tim_core.shapes, with alternating local and global layers; the last one is global."""
     kinds = ["full_attention" if (shape.layers - 1 - i) % 2 == 0 else "sliding_attention" for i in range(shape.layers)]
     return {
         "model_type": "gemma3_text", "vocab_size": VOCABULARY_SIZE, "hidden_size": shape.hidden_size,
@@ -122,7 +122,7 @@ class Conditions:
 
 
 class TransitionTask(Task[TextToImage]):
-    """Trains a transformer together with its text model on images of the small world, `kind: tim`."""
+    """Trains a transformer together with its text model on images of coloured shapes, `kind: tim`."""
 
     not_averaged = ("critic",)
 
@@ -283,11 +283,4 @@ class TransitionTask(Task[TextToImage]):
                     "preview": self.preview, "training": record}
         return pack(
             {"transformer": made.transformer, "text_encoder": made.text, "vae": self.autoencoder},
-            export_path(config, record["step"]), dtype=torch.bfloat16, metadata=metadata, keep_projector=True)
-
-
-def train_transition(config: TransitionTraining, image_encoder: ImageEncoder | None = None) -> Path:
-    """Runs a `kind: tim` configuration; returns the one-file checkpoint of the EMA."""
-    if config.checkpoint:
-        check_output_path(config.checkpoint)
-    return train(config.loop, TransitionTask(config, image_encoder))
+            config.export_path(record["step"]), dtype=torch.bfloat16, metadata=metadata, keep_projector=True)

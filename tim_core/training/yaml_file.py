@@ -3,26 +3,33 @@
 import math
 import os
 import re
-import stat
 from pathlib import Path
 
 import yaml
 
 from ..errors import TimError, one_line
+from ..files import read_text
+from ..settings import shown
 
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 65_536, 32, 10_000  # values: aliases count as often as they are used
 TOO_LARGE = f"more than {MAX_VALUES} values or {MAX_DEPTH} levels, aliases included; write fewer"
-TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
-TEXT, FLOAT, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "float", "merge"))
+TEXT, INT, FLOAT, BOOL, NULL, SEQUENCE, MAPPING, MERGE = TAGS = tuple(
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge"))
+CORE = {  # the plain scalars of YAML 1.2's core schema (section 10.3.2), and their first characters
+    NULL: (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    BOOL: (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    INT: (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    FLOAT: (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+    MERGE: (r"<<", ["<"]),  # of YAML 1.1
+}
 
 Location = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values: numbers such as 1e-3 as in YAML 1.2, dates as text, keys as text."""
+    """Plain values as in the core schema of YAML 1.2, and merge keys; everything else, such as dates, is text. Keys are text."""
 
-    yaml_implicit_resolvers = {first: [(tag, pattern) for tag, pattern in found if tag in TAGS]
-                               for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    yaml_implicit_resolvers = {}
     depth = count = 0
 
     def compose_node(self, parent, index):
@@ -35,7 +42,22 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.add_implicit_resolver(FLOAT, re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float | bool | None:
+    """The value of a scalar that is tagged as number, truth value or null. ValueError if its text is none."""
+    text = loader.construct_scalar(node)
+    if not re.fullmatch(CORE[node.tag][0], text):
+        raise ValueError(f"{text!r} is no {node.tag.rpartition(':')[2]}")
+    if node.tag == FLOAT:
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if node.tag == INT:
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    return text.lower() == "true" if node.tag == BOOL else None
+
+
+for tag, (pattern, first) in CORE.items():
+    _Loader.add_implicit_resolver(tag, re.compile(f"(?:{pattern})$"), first)
+for tag in (INT, FLOAT, BOOL, NULL):
+    _Loader.add_constructor(tag, _number)
 
 
 def read_values(path: str | Path) -> tuple[dict, dict[Location, Path]]:
@@ -51,12 +73,12 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict, dict[Location, Pat
         return values, sources
     base = values.pop("base")
     if not isinstance(base, str) or not base:
-        raise TimError(f"{path}: base is {base!r}; use the name of one YAML file")
+        raise TimError(f"{path}: base is {shown(base)}; use the name of one YAML file")
     other, chain = path.parent / os.path.expanduser(base), (*above, path)
     if not os.path.isfile(other):
-        raise TimError(f"{path}: base is {base!r}, and there is no file {other}; name a YAML file, relative to the folder of this one")
+        raise TimError(f"{path}: base is {shown(base)}, and there is no file {other}; name a YAML file, relative to the folder of this one")
     if any(os.path.realpath(other) == os.path.realpath(file) for file in chain):
-        raise TimError(f"{path}: base is {base!r}, which leads back to {other}; remove one `base` of {', '.join(map(str, chain))}")
+        raise TimError(f"{path}: base is {shown(base)}, which leads back to {other}; remove one `base` of {', '.join(map(str, chain))}")
     inherited, inherited_sources = _read(other, chain)
     return _merge(inherited, values), inherited_sources | sources
 
@@ -76,16 +98,13 @@ def _locations(values: dict, above: Location = ()) -> list[Location]:
 
 def _load(path: Path) -> dict:
     """The mapping in a file."""
+    text = read_text(path, MAX_BYTES)
     try:
-        loader = _Loader(_text(path))
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
             _check(loader, node)
         values = None if node is None else loader.construct_document(node)
-    except OSError as error:
-        raise TimError(f"{path}: cannot be read ({error.strerror or error}); name a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise TimError(f"{path}: not UTF-8; save it as UTF-8") from error
     except yaml.MarkedYAMLError as error:
         advice = "indent with spaces" if "'\\t'" in str(error.problem) else "correct it"
         raise TimError(f"{path}: not YAML at line {error.problem_mark.line + 1} ({error.problem}); {advice}") from error
@@ -94,19 +113,8 @@ def _load(path: Path) -> dict:
     except (yaml.YAMLError, ValueError, TypeError, LookupError) as error:  # the last three for a tag on a value of another type
         raise TimError(f"{path}: not YAML ({one_line(error)}); correct it") from error
     if not isinstance(values, dict):
-        raise TimError(f"{path}: holds {'nothing' if values is None else one_line(repr(values))}; write keys and values")
+        raise TimError(f"{path}: holds {'nothing' if values is None else shown(values)[:160]}; write keys and values")
     return values
-
-
-def _text(path: Path) -> str:
-    """TimError for what is no regular file, which could block, and for a large one."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise TimError("not a regular file; name a YAML file")
-    with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise TimError(f"larger than {MAX_BYTES} bytes; name a training configuration")
-    return data.decode("utf-8-sig")
 
 
 def _check(loader: _Loader, root: yaml.Node) -> None:
@@ -122,7 +130,7 @@ def _check(loader: _Loader, root: yaml.Node) -> None:
             raise TimError(f"{where or 'the file'} has the tag {node.tag}; use plain values")
         if isinstance(node, yaml.ScalarNode):
             node.value.encode()  # fails for half of a surrogate pair
-            if node.tag == FLOAT and not math.isfinite(loader.construct_yaml_float(node)):
+            if node.tag == FLOAT and not math.isfinite(_number(loader, node)):
                 raise TimError(f"{where} is {node.value}; use a finite number")
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):

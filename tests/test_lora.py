@@ -150,7 +150,7 @@ def bad(adapters, kind):
 @pytest.mark.parametrize("kind, named", [
     ("no LoRA", "is not a LoRA"), ("another model", "another model's LoRA"), ("LoKr", "is LoKr"), ("LoHa", "is LoHa"), ("DoRA", "is DoRA"),
     ("half", "lora_up tensor is missing"), ("ranks", "(rank, in) and (out, rank)"), ("integers", "not floating-point"), ("alpha", "alpha"),
-    ("alphas", "alpha"), ("twice", "there twice"), ("more", ".bias'"),
+    ("alphas", "alpha"), ("twice", "occurs twice"), ("more", ".bias'"),
 ])
 def test_what_is_no_lora_of_ours_is_named(adapters, tmp_path, kind, named):
     save_file({key: value.clone() for key, value in bad(adapters, kind).items()}, tmp_path / "a.safetensors")

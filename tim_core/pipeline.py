@@ -109,7 +109,7 @@ class Pipeline:
     def load_lora(self, lora: str | Path | Lora, strength: float = 1.0) -> None:
         """Add a LoRA to the weights, as ComfyUI's LoRA loaders do; several add up. To remove one, load the pipeline again.
 
-        TimError naming the file if it is no LoRA, or one of another model; the weights are unchanged then.
+        TimError naming the file if it is not a LoRA, or one of another model; the weights are unchanged then.
         """
         lora = lora if isinstance(lora, Lora) else read_lora(lora)
         text_model = None if self.text_encoder is None else self.text_encoder.transformer

@@ -11,7 +11,7 @@ def check_latent(latent: Tensor, channels: int) -> None:
     """TimError unless the latent is (B, channels, H, W)."""
     if latent.ndim != 4 or latent.shape[1] != channels:
         shape = "x".join(map(str, latent.shape))
-        raise TimError(f"latent: {shape} is not one of this model, which has 4 dimensions, {channels} of them channels; "
+        raise TimError(f"latent: shape {shape} does not fit this model, which needs (batch, {channels}, height, width); "
                        "use Empty TiM Latent, or VAE Encode with the VAE of the same checkpoint")
 
 

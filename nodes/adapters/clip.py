@@ -28,7 +28,7 @@ class Tokens(dict):
     """The tokens of a prompt, under the one name of our text encoder; nodes for other text encoders ask for other names."""
 
     def __missing__(self, name):
-        raise TimError(f"CLIP: TiM's has no text encoder '{name}'; use CLIP Text Encode")
+        raise TimError(f"CLIP: this TiM CLIP has no text encoder '{name}'; use CLIP Text Encode")
 
 
 class TiMTokenizer:
@@ -39,9 +39,9 @@ class TiMTokenizer:
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict[str, list]:
         if extra := sorted(name for name, value in kwargs.items() if value and name != "tokenizer_options"):
-            raise TimError(f"CLIP: TiM's takes text alone, not {', '.join(extra)}; use CLIP Text Encode")
+            raise TimError(f"CLIP: this TiM CLIP takes text only, not {', '.join(extra)}; use CLIP Text Encode")
         if kwargs.get("tokenizer_options"):
-            logging.warning("TiM: tokenizer options have no effect: prompts are as long as they are")
+            logging.warning("TiM: tokenizer options have no effect: prompts are not padded to a minimum length")
         ids, mask = self.encoder.tokenize([plain_text(text)])
         word = (0,) if return_word_ids else ()
         return Tokens(tim=[[(token, 1.0, *word) for token in ids[0, mask[0]].tolist()]])
@@ -86,7 +86,7 @@ class TiMTextModel(torch.nn.Module):
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None, dict[str, Tensor]]:
         """-> features of the prompt (1, M, D), no pooled output, and all 256 rows for _fit_conditionings. TimError if not finite."""
         if other := sorted(tokens.keys() - {"tim"}):
-            raise TimError(f"CLIP: TiM's has no text encoder '{other[0]}'; use CLIP Text Encode")
+            raise TimError(f"CLIP: this TiM CLIP has no text encoder '{other[0]}'; use CLIP Text Encode")
         ids = [token[0] for token in tokens["tim"][0]]
         length = len(ids)
         ids = (ids + [self.encoder.tokenizer.pad_id])[:MAX_LENGTH]  # one pad row: all are equal

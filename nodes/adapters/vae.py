@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ...tim_core.finite import check_finite
-from ...tim_core.models.autoencoder import Autoencoder
-from ...tim_core.weights.load import load_autoencoder
+from ...tim_core.models.autoencoder import STRIDE, TILE, Autoencoder
+from ...tim_core.weights.load import cast, check_tensors
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
 from ...tim_core.weights.save import json_tensor
 from .checks import check_latent
 from .model import WholePatcher, is_dynamic, patcher_class
 
-TILE, OVERLAP = 1024, 128  # pixels; smaller tiles show, because attention in the deep stages spans the tile
+OVERLAP = TILE - STRIDE  # pixels
 
 
 class CheckedAutoencoder(Autoencoder):
@@ -52,29 +52,28 @@ class TiMVAE(comfy.sd.VAE):
         self.device = device or mm.vae_device()
         self.working_dtypes = [torch.bfloat16, torch.float32]
         dtype = dtype or mm.vae_dtype(self.device, self.working_dtypes)
-        self.needs_float32 = parts[AUTOENCODER].config.force_upcast
+        part = parts[AUTOENCODER]
+        config = part.config
+        self.needs_float32 = config.force_upcast
         self.vae_dtype = torch.float32 if dtype == torch.float16 or self.needs_float32 else dtype
         self.output_device = mm.intermediate_device()
 
-        # Loaded once into plain layers, which checks names and shapes, then into core's, which can be offloaded.
-        loaded = load_autoencoder(parts, dtype=self.vae_dtype)
-        config = loaded.config
+        check_tensors(part, Autoencoder(config, device="meta"))  # plain layers: core's may be without weights until they load
         network = CheckedAutoencoder(config, comfy.ops.disable_weight_init, dtype=self.vae_dtype)
         self.first_stage_model = network.eval().requires_grad_(False)
         # Batch norm is not one of core's layers, so its tensors would not move when the rest is offloaded.
         self.disable_offload = any(stage.norm == "batch_norm" for stage in (*config.encoder, *config.decoder))
         self.latent_channels = config.latent_channels
         self.downscale_ratio = self.upscale_ratio = config.factor
-        # Estimated, not measured on a GPU: a block at full resolution holds about eight tensors as wide as the first stage.
-        width = 8 * max(config.encoder[0].width, config.decoder[0].width, config.decoder[1].width // 4)
-        self.memory_used_encode = lambda shape, dtype: width * shape[2] * shape[3] * mm.dtype_size(dtype)
-        self.memory_used_decode = lambda shape, dtype: width * shape[2] * shape[3] * config.factor**2 * mm.dtype_size(dtype)
+        self.memory_used_encode = lambda shape, dtype: network.peak_bytes(shape[2], shape[3], dtype)
+        self.memory_used_decode = lambda shape, dtype: network.peak_bytes(shape[2] * config.factor, shape[3] * config.factor, dtype)
 
         if hasattr(mm, "archive_model_dtypes"):
             mm.archive_model_dtypes(self.first_stage_model)
         chosen = WholePatcher if self.disable_offload else patcher_class(disable_dynamic)
         self.patcher = chosen(self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device())
-        self.first_stage_model.load_state_dict(loaded.state_dict(), strict=False, assign=is_dynamic(self.patcher))
+        weights = {name: cast(name, tensor, self.vae_dtype, "cpu") for name, tensor in part.tensors.items()}
+        self.first_stage_model.load_state_dict(weights, strict=False, assign=is_dynamic(self.patcher))
         self.patcher.cached_patcher_init = reload
         if hasattr(self, "model_size"):
             self.model_size()

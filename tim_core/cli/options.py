@@ -65,10 +65,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", default="tim-shapes", metavar="M",
                        help="bundled name, one-file checkpoint or folder of parts (default: tim-shapes)")
     group.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:STRENGTH]",
-                       help="LoRA to add to the model; may be repeated (default: none, strength 1)")
+                       help="add a LoRA (default strength: 1); may be repeated (default: none)")
     group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 or mps (default: auto, the GPU if there is one)")
     group.add_argument("--dtype", default="auto", metavar="T",
-                       help="float32, bfloat16 or float16 (default: auto, float32 on a CPU, bfloat16 on a GPU)")
+                       help="float32 (fp32), bfloat16 (bf16) or float16 (fp16) (default: auto, float32 on a CPU, bfloat16 on a GPU)")
     group.add_argument("--tile", type=tile, default="auto", metavar="T",
                        help="decode in tiles: auto (where memory is short), off, or their side in pixels (default: auto)")
     group.add_argument("--attention", default="auto", choices=["auto", "sdpa", "flash"],
@@ -93,7 +93,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
+    parser.add_argument("--dtype", metavar="D", help="float32 (fp32), bfloat16 (bf16) or float16 (fp16) (default: as stored)")
 
 
 # Values

@@ -81,7 +81,7 @@ def read_lora(path: str | Path) -> Lora:
         if kind:
             raise TimError(f"{path}: is {kind} ('{key}'), which only ComfyUI's loaders apply; give a plain LoRA")
     if not is_lora(tensors):
-        raise TimError(f"{path}: is not a LoRA; it has no lora_A or lora_down tensors")
+        raise TimError(f"{path}: is not a LoRA; it has no lora_A or lora_down tensors; give a LoRA file")
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in tensors.items():
@@ -92,12 +92,12 @@ def read_lora(path: str | Path) -> Lora:
         else:
             unknown.append(key)
     if unknown:
-        raise TimError(f"{path}: '{unknown[0]}' is no part of a LoRA; {len(unknown)} such keys")
+        raise TimError(f"{path}: {len(unknown)} unknown keys, such as '{unknown[0]}'; give a plain LoRA of a TiM model")
     layers: dict[str, dict[str, Adapter]] = {TRANSFORMER: {}, TEXT_ENCODER: {}}
     for name, roles in found.items():
         part, layer = _place(name, str(path))
         if layer in layers[part]:
-            raise TimError(f"{path}: layer '{layer}' is there twice, the second time as '{name}'")
+            raise TimError(f"{path}: layer '{layer}' occurs twice, also as '{name}'; save the file again with one")
         layers[part][layer] = _adapter(roles, f"{path}: '{name}'")
     core_names = all(key.startswith(CORE_READS) and not key.endswith(".default.weight") for key in tensors)
     return Lora(str(path), {part: some for part, some in layers.items() if some}, metadata, core_names)
@@ -136,12 +136,12 @@ def _adapter(roles: dict[str, Tensor], name: str) -> Adapter:
     if down.ndim == 4 and up.ndim == 4 and down.shape[2:] == up.shape[2:] == (1, 1):
         down, up = down[:, :, 0, 0], up[:, :, 0, 0]
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or 0 in down.shape or 0 in up.shape:
-        raise TimError(f"{name}: shapes {list(down.shape)} and {list(up.shape)} are not (rank, in) and (out, rank)")
+        raise TimError(f"{name}: shapes {list(down.shape)} and {list(up.shape)} are not (rank, in) and (out, rank); the file is damaged")
     if not (down.is_floating_point() and up.is_floating_point()):
-        raise TimError(f"{name}: {down.dtype} and {up.dtype} are not floating-point")
+        raise TimError(f"{name}: {down.dtype} and {up.dtype} are not floating-point; the file is damaged, or of another format")
     alpha = roles.get("alpha")
     if alpha is not None and (alpha.numel() != 1 or not bool(alpha.float().isfinite())):
-        raise TimError(f"{name}: its alpha is not one finite number")
+        raise TimError(f"{name}: its alpha is not one finite number; the file is damaged")
     return Adapter(down, up, None if alpha is None else float(alpha))
 
 

@@ -17,7 +17,7 @@ import tim_core
 
 ROOT = Path(__file__).parent.parent
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
-SETTINGS = {"settings.py", "shapes/config.py", "training/config.py", "training/shapes_config.py"}
+SETTINGS = {"settings.py", "shapes/config.py", "training/config.py", "training/resume.py", "training/shapes_config.py"}
 
 
 @pytest.fixture(scope="module")

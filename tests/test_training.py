@@ -268,7 +268,7 @@ def test_flash_attention_runs_where_its_numbers_are_half(tmp_path, monkeypatch):
     monkeypatch.setitem(attention.BACKENDS, "flash", halves_only)
     assert run([path])[0].is_file() and (tmp_path / "tim" / "sample-00000006.png").is_file()
     path.write_text(path.read_text().replace("steps: 6", "autocast: false, steps: 6"))
-    with pytest.raises(TimError, match="attention is 'flash'; use eager or sdpa without loop.autocast"):
+    with pytest.raises(TimError, match='attention is "flash"; use eager or sdpa without loop.autocast'):
         run([path])
 
 
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path):
 
 
 @pytest.mark.parametrize("change, named", [
-    ("sizes: {32x32: 0.5, 32x64: 0.5}", "data.sizes is '40x32'; use multiples of 24 pixels"),
+    ("sizes: {32x32: 0.5, 32x64: 0.5}", 'data.sizes is "40x32"; use multiples of 24 pixels'),
     ("num_heads: 2", "3 heads"),
 ])
 def test_what_does_not_fit_is_said_before_the_first_step(tmp_path, change, named):

@@ -62,7 +62,7 @@ def latent_of(server, outputs: dict, node: str) -> torch.Tensor:
     return load_file(server.file(outputs[node]["latents"][0]))["latent_tensor"]
 
 
-def pictures_of(server, outputs: dict, node: str) -> torch.Tensor:
+def images_of(server, outputs: dict, node: str) -> torch.Tensor:
     """(B, H, W, 3) in 0..255."""
     from PIL import Image
 
@@ -76,9 +76,9 @@ def run_latents(server, graph: Graph, *latents: list) -> list[torch.Tensor]:
     return [latent_of(server, outputs, node) for node in nodes]
 
 
-def run_pictures(server, graph: Graph, latent: list) -> torch.Tensor:
+def run_images(server, graph: Graph, latent: list) -> torch.Tensor:
     node = graph.picture(latent)
-    return pictures_of(server, server.run(graph.prompt), node)
+    return images_of(server, server.run(graph.prompt), node)
 
 
 def inside(server, function, checkpoint: str = "tiny.safetensors"):
@@ -94,7 +94,7 @@ def close(a: torch.Tensor, b: torch.Tensor, bound: float = 1e-4) -> None:
     assert (a - b).abs().max() <= bound * b.std(), f"{(a - b).abs().max()} against a deviation of {b.std()}"
 
 
-def same_picture(a: torch.Tensor, b: torch.Tensor) -> None:
+def same_image(a: torch.Tensor, b: torch.Tensor) -> None:
     """a from the graph, in 0..255; b from Pipeline, in [0, 1]."""
     assert a.shape == b.shape and (a - 255 * b).abs().max() <= 2
     assert b.std() > 0.02
@@ -110,7 +110,7 @@ def refusal(server, graph: Graph, result: list) -> str:
 
 
 class Template:
-    """A workflow, run: pictures by the SaveImage's prefix, and what its nodes are set to."""
+    """A workflow, run: images by the SaveImage's prefix, and what its nodes are set to."""
 
     def __init__(self, server, stem: str):
         workflow = json.loads((ROOT / "workflows" / f"{stem}.json").read_text())
@@ -119,7 +119,7 @@ class Template:
         self.inputs = {titles[key]: node["inputs"] for key, node in prompt.items()}
         outputs = server.run(prompt)
         saves = {key: node["inputs"]["filename_prefix"] for key, node in prompt.items() if node["class_type"] == "SaveImage"}
-        self.pictures = {prefix: pictures_of(server, outputs, key) for key, prefix in saves.items()}
+        self.pictures = {prefix: images_of(server, outputs, key) for key, prefix in saves.items()}
 
     def settings(self, title: str) -> dict:
         """The sampler's settings as Pipeline names them."""

@@ -119,9 +119,9 @@ def test_overlap_leaves_no_seam(seed):
 
     rng = np.random.default_rng(seed)
     prompt = scenes.sample_prompt(rng, "full counting")
-    picture = torch.from_numpy(scenes.render(scenes.place(rng, prompt, 256, 192), 256, 192)).movedim(-1, 0)[None] * 2 - 1
+    image = torch.from_numpy(scenes.render(scenes.place(rng, prompt, 256, 192), 256, 192)).movedim(-1, 0)[None] * 2 - 1
     model = load_autoencoder("tim-shapes").float()
-    z = model.encode(picture)
+    z = model.encode(image)
     whole, blended, cut = model.decode(z), model.tiled_decode(z, tile=128, stride=96), model.tiled_decode(z, tile=128, stride=128)
     assert 0 < (whole - blended).abs().max() < 0.2 and (whole - blended).abs().mean() < 0.003
     assert (whole - cut).abs().max() > 3 * (whole - blended).abs().max()   # what the overlap is for
@@ -130,7 +130,7 @@ def test_overlap_leaves_no_seam(seed):
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["single", "two", "counting", "colors", "position", "attribution"])
-def test_the_bundled_autoencoder_keeps_pictures_right(task):
+def test_the_bundled_autoencoder_keeps_images_right(task):
     """The detector finds at least 97 % of reconstructed scenes correct. n = 120 per task, seed 5, 64x64."""
     from tim_core.shapes import detector, scenes
     from tim_core.weights.load import load_autoencoder
@@ -140,7 +140,7 @@ def test_the_bundled_autoencoder_keeps_pictures_right(task):
     prompts = [scenes.sample_prompt(rng, task) for _ in range(120)]
     truth = np.stack([scenes.render(scenes.place(rng, prompt)) for prompt in prompts])
     shown = model.decode(model.encode(torch.from_numpy(truth).movedim(-1, 1) * 2 - 1)).add(1).div(2).clamp(0, 1).movedim(1, -1).numpy()
-    assert np.mean([detector.is_correct(prompt, picture) for prompt, picture in zip(prompts, shown)]) >= 0.97
+    assert np.mean([detector.is_correct(prompt, image) for prompt, image in zip(prompts, shown)]) >= 0.97
 
 
 def test_the_wrong_sizes_are_named(pair):

@@ -27,7 +27,7 @@ TROUBLE = """() => [...document.querySelectorAll('[role=dialog], [role=alertdial
     .concat(app.graph._nodes.filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types)).map(node => node.type))"""
 LISTEN = """() => { window.ended = []; for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
     app.api.addEventListener(kind, event => ended.push([kind, event.detail.exception_message ?? ''])) }"""
-PICTURES = """() => { const nodes = app.graph._nodes.filter(node => ['SaveImage', 'PreviewImage'].includes(node.type))
+IMAGES = """() => { const nodes = app.graph._nodes.filter(node => ['SaveImage', 'PreviewImage'].includes(node.type))
     return nodes.length > 0 && nodes.every(node => node.imgs?.[0]?.naturalWidth > 0) }"""
 ALONE = """name => { app.graph._nodes.slice().forEach(node => app.graph.remove(node)); const node = LiteGraph.createNode(name)
     app.graph.add(node); app.canvas.selectNode(node); app.canvas.centerOnNode(node) }"""
@@ -94,12 +94,12 @@ def test_template(request, comfyui, page, file):
     page.get_by_test_id("queue-button").click()
     page.wait_for_function(f"() => ended.length > 0 || ({TROUBLE})().length > 0")
     assert page.evaluate("() => ended") == [["execution_success", ""]], page.evaluate(TROUBLE)
-    page.wait_for_function(PICTURES)
+    page.wait_for_function(IMAGES)
     assert page.evaluate(TROUBLE) == []
 
 
 def test_help(comfyui, page, shoot):
-    """The page's heading, first paragraph and pictures; without a page the editor shows the node's description."""
+    """The page's heading, first paragraph and images; without a page the editor shows the node's description."""
     ours = [name for name, info in comfyui.object_info.items() if info["python_module"] == f"custom_nodes.{FOLDER}"]
     assert ours and all(name.startswith("TiM") for name in ours)
     pages = {name: ROOT / "web" / "docs" / name / "en.md" for name in ours}

@@ -548,12 +548,12 @@ def test_what_shapes_cannot_tell_of_an_autoencoder(modules, tmp_path):
     loaded = pack({**parts, "vae": expected}, tmp_path / "loaded.safetensors")
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        picture = expected.decode(expected.encode(x))
+        image = expected.decode(expected.encode(x))
         for source in (one, tmp_path / "lost.safetensors", lone, again, loaded):
             assert read_parts(source)["autoencoder"].record["force_upcast"] is True
             found = load_autoencoder(source)
             assert asdict(found.config) == asdict(expected.config)
-            assert torch.equal(found.decode(found.encode(x)), picture)
+            assert torch.equal(found.decode(found.encode(x)), image)
 
 
 def test_a_record_of_another_autoencoder_is_refused(modules, tmp_path):

@@ -96,8 +96,8 @@ def test_sample_writes_the_pipelines_image(run, tiny):
     assert code == 0 and out.splitlines()[0] == "picture.png" and "5 NFE" in out and "step" in err
     images = Pipeline.load(tiny, device="cpu")([PROMPT], "a circle", steps=3, cfg=3.0, width=32, height=48, seed=5)
     expected = np.clip(255.0 * images[0].numpy(), 0, 255).astype(np.uint8)
-    with Image.open("picture.png") as picture:
-        assert picture.format == "PNG" and np.abs(np.asarray(picture).astype(int) - expected).max() <= 1
+    with Image.open("picture.png") as image:
+        assert image.format == "PNG" and np.abs(np.asarray(image).astype(int) - expected).max() <= 1
     assert os.listdir() == ["picture.png"]
 
 
@@ -137,8 +137,8 @@ def test_a_batch_is_numbered(run, tiny):
 @pytest.mark.parametrize("name, kind", [("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.b.png", "PNG")])
 def test_the_file_extension_is_the_format(run, tiny, name, kind):
     assert run("sample", "a circle", "--model", tiny, "--size", "16x16", "--steps", 1, "-o", name)[0] == 0
-    with Image.open(name) as picture:
-        assert picture.format == kind and picture.size == (16, 16)
+    with Image.open(name) as image:
+        assert image.format == kind and image.size == (16, 16)
 
 
 def test_out_png_is_the_default_and_is_replaced(run, tiny):
@@ -193,8 +193,8 @@ def test_evaluate_makes_images_for_other_benchmarks(run, fails, tiny):
     options = ("evaluate", "--model", tiny, "--prompts", "prompts.jsonl", "--size", "16x16")
     code, out, _ = run(*options, "--layout", "dpg", "--steps", "1,2", "-o", "dpg")
     assert code == 0 and out.splitlines() == ["dpg/steps-1/pictures", "dpg/steps-2/pictures"]
-    with Image.open("dpg/steps-2/pictures/a7.png") as picture:
-        assert picture.size == (32, 32)
+    with Image.open("dpg/steps-2/pictures/a7.png") as image:
+        assert image.size == (32, 32)
     assert run(*options, "--layout", "geneval", "--steps", 1, "-o", "geneval")[0] == 0
     assert len(list(Path("geneval/steps-1/00000/samples").iterdir())) == 4
     for given in (("--tasks", "two"), ("--prompts-per-task", 3)):
@@ -223,8 +223,8 @@ def test_the_shift_reaches_the_sampler(run, tiny):
     options = ("--model", tiny, "--size", "16x16")
     for name, more in (("shifted", ("--steps", 2, "--shift", 3)), ("own", ("--times", "1, 0.75, 0")), ("even", ("--steps", 2))):
         assert run("sample", "a circle", *options, *more, "-o", f"{name}.png")[0] == 0
-    pictures = {name: Path(f"{name}.png").read_bytes() for name in ("shifted", "own", "even")}
-    assert pictures["shifted"] == pictures["own"] != pictures["even"]
+    images = {name: Path(f"{name}.png").read_bytes() for name in ("shifted", "own", "even")}
+    assert images["shifted"] == images["own"] != images["even"]
     assert run("evaluate", *options, "--steps", 2, "--prompts-per-task", 1, "--images", 1, "--shift", 3, "-o", "scores")[0] == 0
     assert json.loads(Path("scores/report.json").read_text())["sampling"]["shift"] == 3
 

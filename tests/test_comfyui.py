@@ -14,13 +14,13 @@ from tests.comfy_graph import (
     PROMPT,
     Graph,
     close,
+    images_of,
     inside,
     latent_of,
-    pictures_of,
     refusal,
+    run_images,
     run_latents,
-    run_pictures,
-    same_picture,
+    same_image,
 )
 from tests.comfy_support import FOLDER, ROOT, events_of, find, probe
 from tim_core import Pipeline, sampler, schedule
@@ -113,9 +113,9 @@ def test_equals_pipeline(comfyui, pipe, name):
         graph.empty(case["width"], case["height"], case["batch"]), graph.text(case["positive"]), graph.text(case["negative"]),
         steps=case["steps"], cfg=case["cfg"], seed=case["seed"], guidance_low=low, guidance_high=high,
     )
-    pictures = run_pictures(comfyui, graph, sampled)
+    images = run_images(comfyui, graph, sampled)
     settings = {key: case[key] for key in ("negative", "steps", "cfg", "width", "height", "seed")}
-    same_picture(pictures, pipe([case["positive"]] * case["batch"], **settings, guidance_interval=case["interval"]))
+    same_image(images, pipe([case["positive"]] * case["batch"], **settings, guidance_interval=case["interval"]))
 
 
 def test_image_to_image_equals_sampler(comfyui, pipe):
@@ -214,26 +214,26 @@ def test_lora_loader_and_pipeline_agree(comfyui, tiny, tmp_path):
     lora = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.alpha": torch.tensor(2.0)}
     save_file(lora, tmp_path / "agree.safetensors")
     comfyui.add("loras", tmp_path / "agree.safetensors", "agree.safetensors")
-    plain = run_pictures(comfyui, graph := Graph(), graph.tim())
+    plain = run_images(comfyui, graph := Graph(), graph.tim())
     graph = Graph()
     graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name="agree.safetensors", strength_model=0.7)
-    patched = run_pictures(comfyui, graph, graph.tim())
-    same_picture(patched, Pipeline.load(tiny, "cpu", lora={tmp_path / "agree.safetensors": 0.7})(PROMPT))
+    patched = run_images(comfyui, graph, graph.tim())
+    same_image(patched, Pipeline.load(tiny, "cpu", lora={tmp_path / "agree.safetensors": 0.7})(PROMPT))
     assert (patched - plain).abs().max() > 10
 
 
 def test_checkpoint_save_reloads(comfyui, tiny, tmp_path):
     graph = Graph()
     graph.add("CheckpointSave", model=graph.model, clip=graph.clip, vae=graph.vae, filename_prefix="saved/tiny")
-    before = run_pictures(comfyui, graph, graph.tim())
+    before = run_images(comfyui, graph, graph.tim())
     saved = next((comfyui.base / "output" / "saved").glob("tiny*.safetensors"))
     wanted, found = describe(tiny), describe(saved)
     assert [(p.part, p.architecture) for p in found.parts] == [(p.part, p.architecture) for p in wanted.parts]
     assert (found.latent_factor, found.escape_prompts, found.tokenizer) == (wanted.latent_factor, wanted.escape_prompts, True)
     comfyui.add("checkpoints", saved, "saved.safetensors")
     graph = Graph("saved.safetensors")
-    assert torch.equal(before, run_pictures(comfyui, graph, graph.tim()))
-    same_picture(before, Pipeline.load(saved, device="cpu")([PROMPT]))
+    assert torch.equal(before, run_images(comfyui, graph, graph.tim()))
+    same_image(before, Pipeline.load(saved, device="cpu")([PROMPT]))
 
 
 GUIDERS = {
@@ -368,8 +368,8 @@ def test_batch_norm_is_not_offloaded(comfyui, tmp_path):
     assert inside(comfyui, whole_vae)[0] is False
     graph = Graph("norm.safetensors")
     latent = graph.tim()
-    pictures = run_pictures(comfyui, graph, latent)
-    assert pictures.shape == (1, 64, 64, 3) and pictures.std() > 0
+    images = run_images(comfyui, graph, latent)
+    assert images.shape == (1, 64, 64, 3) and images.std() > 0
 
 
 # The full model's layout: 32 channels, factor 32
@@ -403,9 +403,9 @@ def test_layout_of_the_full_model(comfyui, wide_vae):
     nodes = [graph.save(latent), graph.picture(graph.tim(latent)), graph.picture(graph.stock(latent, positive=both))]
     outputs = comfyui.run(graph.prompt)
     assert latent_of(comfyui, outputs, nodes[0]).shape == (2, 32, 2, 4)
-    assert pictures_of(comfyui, outputs, nodes[1]).shape == pictures_of(comfyui, outputs, nodes[2]).shape == (2, 64, 128, 3)
+    assert images_of(comfyui, outputs, nodes[1]).shape == images_of(comfyui, outputs, nodes[2]).shape == (2, 64, 128, 3)
     expected = Pipeline.load(comfyui.base / "models" / "checkpoints" / wide_vae, device="cpu")([PROMPT] * 2, width=128, height=64)
-    same_picture(pictures_of(comfyui, outputs, nodes[1]), expected)
+    same_image(images_of(comfyui, outputs, nodes[1]), expected)
 
 
 @pytest.mark.parametrize("name, size, shape", [("tiny.safetensors", (70, 51), (16, 6, 9)), ("f32.safetensors", (100, 40), (32, 1, 3))])
@@ -498,7 +498,7 @@ def test_interrupt(comfyui):
 
 
 def decode_short_of_memory(model, clip, vae):
-    """The sizes in latent cells that are decoded, the first without memory enough, and how far the picture is from an untiled one."""
+    """The sizes in latent cells that are decoded, the first without memory enough, and how far the image is from an untiled one."""
     import comfy.model_management as mm
     import torch
 
@@ -556,7 +556,7 @@ def test_interrupt_between_tiles(comfyui):
 
 
 def test_progress(comfyui):
-    """The editor is told of the steps."""
+    """The editor receives the steps."""
     graph = Graph()
     sampled = graph.tim(steps=5, seed=123)
     graph.save(sampled)

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, inside, pictures_of, refusal, run_latents
+from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, images_of, inside, refusal, run_latents
 from tests.comfy_support import probe
 from tim_core import Pipeline, schedule
 from tim_core.shapes.detector import is_correct
@@ -38,15 +38,15 @@ def patched(graph: Graph, kind: str, **settings) -> Graph:
 
 
 def count_correct(comfyui, sample, kind: str | None = None, **settings) -> tuple[int, list[torch.Tensor]]:
-    """How many of six prompts the bundled model draws right, with a node between loader and sampler, and the pictures."""
+    """How many of six prompts the bundled model draws right, with a node between loader and sampler, and the images."""
     prompts = [prompt for task in ("single", "position", "attribution") for prompt in scoring_prompts(task, 2, 5)]
     graph = Graph(BUNDLED_NAME)
     if kind:
         patched(graph, kind, **settings)
     saves = [graph.picture(sample(graph, positive=graph.text(prompt.text), seed=seed)) for seed, prompt in enumerate(prompts)]
     outputs = comfyui.run(graph.prompt)
-    pictures = [pictures_of(comfyui, outputs, save)[0] for save in saves]
-    return sum(is_correct(prompt, (picture / 255).numpy()) for prompt, picture in zip(prompts, pictures)), pictures
+    images = [images_of(comfyui, outputs, save)[0] for save in saves]
+    return sum(is_correct(prompt, (image / 255).numpy()) for prompt, image in zip(prompts, images)), images
 
 
 def ksampler(steps: int, **settings):
@@ -156,9 +156,9 @@ def test_caches_keep_the_quality(comfyui, steps):
     assert wanted >= 4
     settings = dict(reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
     for kind, sample in (("EasyCache", ksampler(steps)), ("EasyCache", tim_sampler(steps)), ("LazyCache", ksampler(steps))):
-        found, pictures = count_correct(comfyui, sample, kind, **settings)
+        found, images = count_correct(comfyui, sample, kind, **settings)
         assert found >= wanted - 1, kind
-        assert any((a - b).abs().max() > 2 for a, b in zip(pictures, plain)), "nothing was skipped"
+        assert any((a - b).abs().max() > 2 for a, b in zip(images, plain)), "nothing was skipped"
 
 
 ACTING = {

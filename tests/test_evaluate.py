@@ -1,4 +1,4 @@
-"""Scores: what is drawn, how it is summed up, the report and its curve. The pictures come from a painter that knows the truth."""
+"""Scores: what is drawn, how it is summed up, the report and its curve. The images come from a painter that knows the truth."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from tim_core.shapes.scenes import TASKS, place, render, scoring_prompts
 
 
 class Painter:
-    """Stands in for a pipeline: paints what is asked in a share of the pictures that grows with the steps."""
+    """Stands in for a pipeline: paints what is asked in a share of the images that grows with the steps."""
 
     def __init__(self, share=lambda steps: 1.0):
         self.share, self.calls, self.nfe = share, [], 0
@@ -40,12 +40,12 @@ class Painter:
         noise = torch.cat([self.noise(1, width, height, one) for one in seed])
         self.calls.append((prompts, steps, cfg, noise, options))
         self.nfe = steps if cfg == 1 else 2 * steps - 1
-        pictures = []
+        images = []
         for prompt, start in zip(prompts, noise):
             luck = (int(start[0, 0, 0] * 1000) % 1000) / 1000
             scene = place(np.random.default_rng(0), self.prompts[prompt], width, height) if luck < self.share(steps) else []
-            pictures.append(torch.from_numpy(render(scene, width, height)))
-        return torch.stack(pictures)
+            images.append(torch.from_numpy(render(scene, width, height)))
+        return torch.stack(images)
 
 
 def test_draws_are_fixed_and_each_has_its_own_noise():
@@ -87,8 +87,8 @@ def test_the_report(tmp_path):
     assert one["overall"] < four["overall"] and report["regressions"] == []
     noises = {steps: torch.cat([n for _, s, _, n, _ in painter.calls if s == steps]) for steps in (1, 4)}
     assert torch.equal(noises[1], noises[4])
-    with Image.open(tmp_path / "new" / "scores" / "curve.png") as picture:
-        assert picture.size == (900, 600) and len(picture.convert("RGB").getcolors(900 * 600)) > 10
+    with Image.open(tmp_path / "new" / "scores" / "curve.png") as image:
+        assert image.size == (900, 600) and len(image.convert("RGB").getcolors(900 * 600)) > 10
     assert sorted(p.name for p in (tmp_path / "new" / "scores").iterdir()) == ["curve.png", "report.json"]
 
 
@@ -105,9 +105,9 @@ def test_points_of_the_same_model_are_kept(tmp_path):
     assert ["vs_baseline" in point for point in second["curve"]] == [True, False, True]
     assert json.loads((tmp_path / "report.json").read_text()) == second
     same = {"model": {"weights": "a"}}
-    for other, told in (({"model": {"weights": "b"}}, "weights is a, .* b;"), ({**same, "seed": 1}, "seed is 0, .* 1;"),
+    for other, named in (({"model": {"weights": "b"}}, "weights is a, .* b;"), ({**same, "seed": 1}, "seed is 0, .* 1;"),
                         ({**same, "shift": 2.0}, "shift is None, .* 2.0;"), ({**same, "cfg": 1.5}, "cfg is 2.5, .* 1.5;")):
-        with pytest.raises(TimError, match=f"report.json: its {told} write to another folder"):
+        with pytest.raises(TimError, match=f"report.json: its {named} write to another folder"):
             evaluate(painter, (8,), **{**few, **other})
     assert json.loads((tmp_path / "report.json").read_text()) == second
 
@@ -135,18 +135,18 @@ def test_a_real_pipeline(tiny):
 
     watch.noise = pipe.noise
     score(watch, samples, 4, 2.5)
-    for draw, picture in zip(samples, seen[0]):  # what `tim sample` makes of the draw's prompt and seed
-        assert torch.allclose(pipe(draw.prompt.text, seed=draw.seed)[0], picture, atol=1e-5)
+    for draw, image in zip(samples, seen[0]):  # what `tim sample` makes of the draw's prompt and seed
+        assert torch.allclose(pipe(draw.prompt.text, seed=draw.seed)[0], image, atol=1e-5)
 
 
 def test_bad_values_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for change, told in (({"steps": []}, "steps: none"), ({"steps": [0]}, "steps: 0"),
+    for change, named in (({"steps": []}, "steps: none"), ({"steps": [0]}, "steps: 0"),
                          ({"tasks": ["drawing"]}, "tasks: 'drawing' is unknown; .*single"), ({"tasks": []}, "tasks: none"),
                          ({"images": 0}, "images: 0"), ({"prompts_per_task": 0}, "prompts per task: 0"), ({"batch": 0}, "batch: 0"),
                          ({"seed": -1}, "seed: -1"), ({"cfg": math.nan}, "cfg: nan"), ({"cfg": 0.0}, "cfg: 0 "),
                          ({"output": tmp_path / "file" / "folder"}, "file")):
-        with pytest.raises(TimError, match=told):
+        with pytest.raises(TimError, match=named):
             evaluate(Painter(), **{"steps": [1], "progress": False, **change})
 
 
@@ -159,7 +159,7 @@ def test_a_curve_of_any_length(steps):
 # Contact sheets
 
 
-def test_a_sheet_holds_crisp_pictures_and_labels():
+def test_a_sheet_holds_crisp_images_and_labels():
     images = torch.rand(6, 64, 64, 3)
     sheet = contact_sheet(images, [step_label(s, 2 * s - 1, 0.1) for s in (1, 2, 4, 8, 16, 32)])
     pixels = np.asarray(sheet)
@@ -174,20 +174,20 @@ def test_columns(columns, across):
     assert contact_sheet(torch.rand(3, 32, 200, 3), ["a", "b", "c"], columns).width == across * 200 + (across + 1) * 8
 
 
-def test_long_labels_are_broken_and_large_pictures_kept():
+def test_long_labels_are_broken_and_large_images_kept():
     tall = contact_sheet(torch.rand(1, 64, 64, 3), ["a red circle left of a blue square and a good deal more"]).height
     assert tall > contact_sheet(torch.rand(1, 64, 64, 3), ["a circle"]).height + 20
     assert contact_sheet(torch.rand(1, 300, 500, 3), [""]).width == 516
 
 
-def test_labels_and_pictures_go_together():
+def test_labels_and_images_go_together():
     with pytest.raises(ValueError, match="2 images and 1 labels"):
         contact_sheet(torch.rand(2, 8, 8, 3), ["one"])
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([], [])
 
 
-def test_pictures_have_8_bits_as_comfyui_saves_them():
+def test_images_have_8_bits_as_comfyui_saves_them():
     image = torch.tensor([[[0.0, 0.5, 1.0], [0.999, 0.1, 1 / 255]]])
     assert np.asarray(to_pil(image)).tolist() == [[[0, 127, 255], [254, 25, 1]]]
     assert step_label(1, 1, 0.126) == "1 step · 1 NFE · 0.13 s" and step_label(4, 7, 2).startswith("4 steps · 7 NFE")
@@ -223,8 +223,8 @@ def test_a_baseline_is_compared_image_by_image(tmp_path):
     assert "vs_baseline" not in report["curve"][1]
     grey = []
     for name in ("own", "baseline"):
-        with Image.open(tmp_path / name / "curve.png") as picture:
-            grey.append((np.asarray(picture.convert("RGB")) == 153).all(-1).sum())
+        with Image.open(tmp_path / name / "curve.png") as image:
+            grey.append((np.asarray(image.convert("RGB")) == 153).all(-1).sum())
     assert grey[0] > grey[1] + 1000  # the baseline's line
     with pytest.raises(TimError, match="report.json: .*seed.* 0.* 1"):
         evaluate(Painter(), [1], seed=1, baseline=baseline, **options)
@@ -233,7 +233,7 @@ def test_a_baseline_is_compared_image_by_image(tmp_path):
         evaluate(Painter(), [1], baseline=tmp_path / "other.json", **options)
 
 
-def test_processes_share_the_pictures(tmp_path):
+def test_processes_share_the_images(tmp_path):
     """Two processes' parts, added up as all_reduce would, are the whole."""
     samples = eval_samples(("single", "position"), 5, 2)
     painter = Painter(lambda steps: 0.5)

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests import hostile
-from tests.comfy_graph import BUNDLED_NAME, Graph, run_pictures
+from tests.comfy_graph import BUNDLED_NAME, Graph, run_images
 from tests.support import load_all, mentions
 from tim_core.errors import TimError
 from tim_core.images import to_pil
@@ -192,7 +192,7 @@ def test_16_bit_and_transparent_images(tmp_path):
 
 
 def test_the_decoder_is_that_of_every_other_image(tmp_path):
-    """12-bit and float grey as their 8-bit twins, files of every listed ending, upright by their EXIF orientation."""
+    """12-bit and float grey as their 8-bit versions, files of every listed ending, upright by their EXIF orientation."""
     grey = np.add.outer(np.arange(32), 3 * np.arange(64)).astype(np.uint8)
     (tmp_path / "deep.pgm").write_bytes(b"P5\n64 32\n4095\n" + np.rint(grey / 255 * 4095).astype(">u2").tobytes())
     Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "float.tif")
@@ -608,7 +608,7 @@ def test_the_bundled_model_learns_a_word_by_lora(comfyui, tmp_path):
         graph = Graph(BUNDLED_NAME)
         if strength is not None:
             graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=name, strength_model=strength)
-        images = run_pictures(comfyui, graph, graph.stock(graph.empty(batch_size=32), graph.text(prompt), seed=3, steps=8))
+        images = run_images(comfyui, graph, graph.stock(graph.empty(batch_size=32), graph.text(prompt), seed=3, steps=8))
         found = [detector.detect(image.numpy().astype(np.uint8)) for image in images]
         return [max(objects, key=lambda one: one.radius).color if objects else None for objects in found]
 

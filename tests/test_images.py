@@ -1,4 +1,4 @@
-"""Reading images: every mode against its 8-bit twin, orientation, transparency, and files that harm."""
+"""Reading images: every mode against its 8-bit version, orientation, transparency, and files that harm."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def pgm(values: np.ndarray, white: int) -> bytes:
 
 
 wide = GREY.astype(np.uint16)
-TWINS = {  # name -> file of GREY in more than 8 bits: bytes, or an image to save
+EIGHT_BIT = {  # name -> file of GREY in more than 8 bits: bytes, or an image to save
     "16.png": Image.fromarray(wide * 257),
     "shifted.png": Image.fromarray(wide * 256 + 128),
     "16.tif": Image.fromarray(wide * 257),
@@ -45,10 +45,10 @@ TWINS = {  # name -> file of GREY in more than 8 bits: bytes, or an image to sav
 }
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", EIGHT_BIT)
 def test_grey_of_many_bits_equals_its_8_bit_twin(name, tmp_path):
-    path, twin = tmp_path / name, TWINS[name]
-    path.write_bytes(twin) if isinstance(twin, bytes) else twin.save(path)
+    path, expected = tmp_path / name, EIGHT_BIT[name]
+    path.write_bytes(expected) if isinstance(expected, bytes) else expected.save(path)
     found = np.asarray(open_image(path))
     assert found.shape == (48, 64, 3) and np.abs(found.astype(int) - GREY[..., None]).max() <= 1
 

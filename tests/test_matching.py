@@ -89,7 +89,7 @@ def test_a_pull_is_as_long_whatever_the_length_of_the_jump(end):
     critic = Gaussian(0.5, 0.5) if end == 0 else Origin(0.5, 0.5, end)
     loss, _ = losses(Answers(), Gaussian(2.0, 0.5), critic, config)
     loss.sum().backward()
-    # half the square of `made - goal`, over the length, through a result that moves by minus the length
+    # half the square of `made - target`, over the length, through a result that moves by minus the length
     assert torch.allclose(answers[0].grad.flatten().abs(), (2 * loss * (1 - end)).sqrt().detach(), rtol=1e-4)
 
 

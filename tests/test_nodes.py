@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.comfy_graph import PROMPT, Graph, close, inside, latent_of, pictures_of, refusal, run_latents, run_pictures, same_picture
+from tests.comfy_graph import PROMPT, Graph, close, images_of, inside, latent_of, refusal, run_images, run_latents, same_image
 from tests.comfy_support import events_of, probe
 from tim_core import Pipeline, schedule
 from tim_core.weights.load import load_text_encoder
@@ -62,20 +62,20 @@ def test_stochasticity_equals_pipeline(comfyui, pipe):
     graph = Graph()
     ours, parts = graph.tim(steps=5, stochasticity=0.4), custom(graph, steps=5, stochasticity=0.4)
     close(*run_latents(comfyui, graph, ours, parts))
-    pictures = run_pictures(comfyui, graph := Graph(), graph.tim(steps=5, stochasticity=0.4))
-    same_picture(pictures, pipe(PROMPT, steps=5, stochasticity=0.4))
-    assert (pictures - 255 * pipe(PROMPT, steps=5)).abs().max() > 2
+    images = run_images(comfyui, graph := Graph(), graph.tim(steps=5, stochasticity=0.4))
+    same_image(images, pipe(PROMPT, steps=5, stochasticity=0.4))
+    assert (images - 255 * pipe(PROMPT, steps=5)).abs().max() > 2
 
 
 def test_diffusion_mode_equals_pipeline(comfyui, pipe):
     graph = Graph()
-    same_picture(run_pictures(comfyui, graph, custom(graph, mode="diffusion", steps=6)), pipe(PROMPT, steps=6, mode="diffusion"))
+    same_image(run_images(comfyui, graph, custom(graph, mode="diffusion", steps=6)), pipe(PROMPT, steps=6, mode="diffusion"))
 
 
 def test_shifted_times(comfyui, pipe):
     graph = Graph()
-    pictures = run_pictures(comfyui, graph, custom(graph, steps=5, shift=3.0))
-    same_picture(pictures, pipe(PROMPT, times=schedule.shifted(5, 3.0).tolist()))
+    images = run_images(comfyui, graph, custom(graph, steps=5, shift=3.0))
+    same_image(images, pipe(PROMPT, times=schedule.shifted(5, 3.0).tolist()))
 
 
 @pytest.mark.parametrize("times, said", [
@@ -127,7 +127,7 @@ def test_conditioning_nodes(comfyui):
         assert latent.isfinite().all() and (latent - plain).abs().max() > 1e-3, name
 
 
-def test_masks_divide_the_picture(comfyui):
+def test_masks_divide_the_image(comfyui):
     """In one step without guidance every cell is what its own prompt makes of it."""
     graph = Graph()
     a, b = graph.text("three red squares"), graph.text("two yellow triangles")  # as long: neither is padded for the other
@@ -217,10 +217,10 @@ def test_parts_are_listed(comfyui, parts):
     assert options("TiMModelLoader", "weight_dtype") == ["default", "bf16", "fp8_e4m3fn", "fp8_e4m3fn_fast"]
 
 
-def test_parts_make_the_same_picture(comfyui, parts):
-    whole = run_pictures(comfyui, graph := Graph(), graph.tim())
+def test_parts_make_the_same_image(comfyui, parts):
+    whole = run_images(comfyui, graph := Graph(), graph.tim())
     graph = separately()
-    assert torch.equal(run_pictures(comfyui, graph, graph.tim()), whole)
+    assert torch.equal(run_images(comfyui, graph, graph.tim()), whole)
 
 
 def test_a_folder_of_hugging_face(comfyui, parts):
@@ -236,7 +236,7 @@ def test_the_bundled_parts(comfyui):
     graph.clip, graph.vae = graph.add("TiMTextEncoderLoader", text_encoder_name=name), graph.add("TiMVAELoader", vae_name=name)
     parts = graph.picture(graph.tim())
     outputs = comfyui.run(graph.prompt)
-    assert torch.equal(*(pictures_of(comfyui, outputs, node) for node in (whole, parts)))
+    assert torch.equal(*(images_of(comfyui, outputs, node) for node in (whole, parts)))
 
 
 def weight_kinds(model):
@@ -326,8 +326,8 @@ def test_upscale_equals_pipeline(comfyui, pipe, settings):
     latent = graph.save([result[0], 1])
     outputs = comfyui.run(graph.prompt)
     expected = pipe.upscale(pipe(PROMPT), PROMPT, **settings)
-    same_picture(pictures_of(comfyui, outputs, save), expected)
-    same_picture(255 * pipe.decode(latent_of(comfyui, outputs, latent)), expected)
+    same_image(images_of(comfyui, outputs, save), expected)
+    same_image(255 * pipe.decode(latent_of(comfyui, outputs, latent)), expected)
 
 
 def test_upscale_takes_a_latent_or_an_image(comfyui):
@@ -342,7 +342,7 @@ def test_upscale_takes_a_latent_or_an_image(comfyui):
         assert found in refusal(comfyui, fresh, [upscaled(fresh, **links)[0], 1])
 
 
-def test_upscale_keeps_the_noise_of_a_picture_of_a_batch(comfyui):
+def test_upscale_keeps_the_noise_of_a_image_of_a_batch(comfyui):
     graph = Graph()
     batch = graph.tim(graph.empty(batch_size=2))
     second = graph.add("LatentFromBatch", samples=batch, batch_index=1, length=1)
@@ -351,7 +351,7 @@ def test_upscale_keeps_the_noise_of_a_picture_of_a_batch(comfyui):
 
 
 def one_channel(model, clip, vae):
-    """The shape of an upscaled picture that had one channel, as masks and depth maps of some packs have."""
+    """The shape of an upscaled image that had one channel, as masks and depth maps of some packs have."""
     import sys
 
     import torch
@@ -363,7 +363,7 @@ def one_channel(model, clip, vae):
     return list(done.result[0].shape)
 
 
-def test_upscale_takes_a_picture_of_one_channel(comfyui):
+def test_upscale_takes_a_image_of_one_channel(comfyui):
     assert inside(comfyui, one_channel) == [1, 32, 32, 3]
 
 
@@ -388,8 +388,8 @@ def test_sweep_equals_pipeline(comfyui, pipe):
     sheet = graph.add("SaveImage", images=sweep, filename_prefix="sheet")[0]
     each = graph.add("SaveImage", images=[sweep[0], 1], filename_prefix="each")[0]
     outputs = comfyui.run(graph.prompt)
-    same_picture(pictures_of(comfyui, outputs, each), torch.cat([pipe(PROMPT, steps=n, seed=3) for n in (1, 2, 5)]))
-    found = pictures_of(comfyui, outputs, sheet)
+    same_image(images_of(comfyui, outputs, each), torch.cat([pipe(PROMPT, steps=n, seed=3) for n in (1, 2, 5)]))
+    found = images_of(comfyui, outputs, sheet)
     assert found.shape[0] == 1 and found.shape[2] > 3 * 192
     graph = Graph()
     assert "steps: '1, x'" in refusal(comfyui, graph, sweep_latent(graph, "1, x"))
@@ -436,8 +436,8 @@ def test_progress_covers_all_samplings(comfyui, kind):
     assert values == sorted(values) and values[-1] == 7 and {step["max"] for step in steps} == {7}
 
 
-def test_previews_look_like_the_picture(comfyui, tmp_path):
-    """The last preview of the bundled model is the picture, small."""
+def test_previews_look_like_the_image(comfyui, tmp_path):
+    """The last preview of the bundled model is the image, small."""
     import io
 
     from PIL import Image
@@ -498,7 +498,7 @@ def test_a_name_and_its_number_are_one_class(comfyui, classes):
 
 
 def test_classes_equal_pipeline(comfyui, classes, class_files):
-    """Every way through the graph guides where Pipeline does: in the interval of the checkpoint's defaults, unless told otherwise."""
+    """Every way through the graph guides where Pipeline does: in the interval of the checkpoint's defaults, unless set."""
     models = comfyui.base / "models"
     model, vae = models / "diffusion_models" / "c2i_model_512.safetensors", models / "vae" / "dc-ae-f32c32-sana-1.1.safetensors"
     pipe = Pipeline.load({"model": model, "vae": vae}, device="cpu")
@@ -521,14 +521,14 @@ def test_classes_equal_pipeline(comfyui, classes, class_files):
     ways["whole, TiM Sampler"] = graph.tim(empty, label, null, **given)
     nodes = [graph.picture(way) for way in ways.values()]
     outputs = comfyui.run(graph.prompt)
-    found = {name: pictures_of(comfyui, outputs, node) for name, node in zip(ways, nodes)}
+    found = {name: images_of(comfyui, outputs, node) for name, node in zip(ways, nodes)}
     expected = {interval: pipe([207], **settings, guidance_interval=interval) for interval in (None, below, above, (0.0, 1.0))}
     for name in ("KSampler", "TiM Sampler", "SamplerCustom"):
-        same_picture(found[name], expected[None])
-    same_picture(found["below"], expected[below])
-    same_picture(found["above"], expected[above])
+        same_image(found[name], expected[None])
+    same_image(found["below"], expected[below])
+    same_image(found["above"], expected[above])
     for name in ("whole", "whole, TiM Sampler"):
-        same_picture(found[name], expected[0.0, 1.0])
+        same_image(found[name], expected[0.0, 1.0])
     pairs = [(a, b) for a in expected for b in expected if a != b]
     assert all((255 * (expected[a] - expected[b])).abs().max() > 2 for a, b in pairs), "the intervals make no difference"
 
@@ -554,7 +554,7 @@ def test_the_interval_of_a_record(comfyui, tiny, tmp_path):
     expected = pipe(PROMPT, steps=4, cfg=4.0)
     assert pipe.nfe == 7  # at the times 1, 0.75 and 0.5
     for node in nodes:
-        same_picture(pictures_of(comfyui, outputs, node), expected)
+        same_image(images_of(comfyui, outputs, node), expected)
     assert (255 * (expected - pipe(PROMPT, steps=4, cfg=4.0, guidance_interval=(0.0, 1.0)))).abs().max() > 2
 
 

@@ -48,7 +48,7 @@ def refused(call, *arguments, **keywords) -> str:
 # The contract
 
 
-def test_pictures(pipe):
+def test_images(pipe):
     images = pipe([PROMPT] * 3, negative="", steps=4, cfg=2.5, width=64, height=48, seed=0)
     assert images.shape == (3, 48, 64, 3) and images.dtype == torch.float32 and images.device.type == "cpu"
     assert images.min() >= 0 and images.max() <= 1 and not torch.equal(images[0], images[1])
@@ -78,9 +78,9 @@ def test_seed_steps_and_negative_matter(pipe):
         assert not torch.equal(base, pipe(PROMPT, width=32, height=32, **change)), change
 
 
-def test_stochastic_pictures_repeat_with_their_seed(pipe):
-    pictures = [pipe(PROMPT, width=16, height=16, stochasticity=1.0, seed=seed) for seed in (3, 3, 4)]
-    assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+def test_stochastic_images_repeat_with_their_seed(pipe):
+    images = [pipe(PROMPT, width=16, height=16, stochasticity=1.0, seed=seed) for seed in (3, 3, 4)]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
 def test_a_seed_per_prompt_makes_an_image_alone(pipe):
@@ -175,7 +175,7 @@ def test_it_is_the_rooms_in_a_row(pipe):
     assert torch.allclose(pipe([PROMPT] * 2, width=32, height=32, seed=9), pixels, atol=2e-6) and pipe.nfe == nfe
 
 
-def test_a_picture_does_not_depend_on_its_batch(pipe):
+def test_a_image_does_not_depend_on_its_batch(pipe):
     prompts, negatives = ["a circle", PROMPT, "two green triangles", "a circle"], ["", "a square", "", "a white triangle and a circle"]
     together = pipe(prompts, negatives, width=32, height=32, seed=2)
     noise = pipe.noise(4, 32, 32, 2)
@@ -185,7 +185,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipe):
     assert torch.allclose(pipe([prompts[1]] * 4, negatives[1], width=32, height=32, seed=2)[1], together[1], atol=1e-5)
 
 
-def test_odd_prompts_give_pictures(pipe):
+def test_odd_prompts_give_images(pipe):
     prompts = ["", " ", "a cat", "\u4e00\u53ea\u732b \U0001f408", "word " * 400]
     assert pipe(prompts, width=16, height=16, steps=1).isfinite().all()
 
@@ -385,9 +385,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("change, told", BAD.values(), ids=BAD)
-def test_bad_values_are_refused(pipe, change, told):
-    assert told in refused(pipe, **{"prompts": ["a circle"], "width": 64, "height": 64, **change})
+@pytest.mark.parametrize("change, named", BAD.values(), ids=BAD)
+def test_bad_values_are_refused(pipe, change, named):
+    assert named in refused(pipe, **{"prompts": ["a circle"], "width": 64, "height": 64, **change})
 
 
 def test_the_size_message_says_what_to_do(pipe):
@@ -438,14 +438,14 @@ def test_the_readmes_prompt(shapes):
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_every_relation_is_read(shapes, relation):
-    """Models up to 2 million pictures drew above and below alike: 0.41 and 0.47 here, by chance."""
+    """Models up to 2 million images drew above and below alike: 0.41 and 0.47 here, by chance."""
     from benchmarks.words import gaps
 
     assert (gaps(shapes, relation, 48, [0.75, 0.8, 0.85, 0.9]) > 0).mean() >= 0.7
 
 
 def test_the_report_and_the_model_card_are_of_this_file():
-    """And above the bars that docs/research/tim-shapes.md names; every point is computed again from the pictures' marks."""
+    """And above the bars that docs/research/tim-shapes.md names; every point is computed again from the images' marks."""
     report = json.loads((ROOT / "docs" / "research" / "tim-shapes-report.json").read_text())
     assert report["model"]["weights"] == Pipeline.load("tim-shapes", device="cpu", dtype=torch.bfloat16).fingerprint()
     asked = report["protocol"]
@@ -467,7 +467,7 @@ def test_a_small_score(shapes, steps, cfg, least):
     assert result["n"] == 10 * len(TASKS) and result["overall"] >= least, result
 
 
-def test_words_out_of_the_world_give_pictures(shapes):
+def test_words_out_of_the_world_give_images(shapes):
     images = shapes(["a dog", "", "a red circle " * 100, "\u4e00\u53ea\u732b"], steps=2, cfg=2.5, seed=1)
     assert images.shape == (4, 64, 64, 3) and images.isfinite().all()
 

@@ -34,10 +34,10 @@ def test_a_linear_latent_is_fitted_exactly():
     model = Mean()
     preview = previews.fit(model, render_samples(20, 32))
     assert preview["r2"] == 1.0 and len(preview["factors"]) == 5 and len(preview["bias"]) == 3
-    picture = next(iter(render_samples(1, 32, seed=9)))[None]
-    shown = torch.einsum("bkhw,kc->bchw", model.encode(picture), torch.tensor(preview["factors"]))
+    image = next(iter(render_samples(1, 32, seed=9)))[None]
+    shown = torch.einsum("bkhw,kc->bchw", model.encode(image), torch.tensor(preview["factors"]))
     shown = shown + torch.tensor(preview["bias"]).view(3, 1, 1)
-    assert torch.allclose(shown, torch.nn.functional.avg_pool2d(picture, 4), atol=2e-3)
+    assert torch.allclose(shown, torch.nn.functional.avg_pool2d(image, 4), atol=2e-3)
 
 
 def test_the_command_writes_into_the_file_and_nothing_else(tiny, tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_a_name_that_is_no_file_of_weights_is_refused_at_once(capsys):
     assert "must end in .safetensors" in capsys.readouterr().err
 
 
-def test_folders_without_pictures_are_refused(tmp_path):
+def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(TimError, match="no images"):
         list(previews.photographs(tmp_path, 64))
     (tmp_path / "broken.png").write_text("no")

@@ -84,7 +84,7 @@ CUBE = "sigma_d cubed where A and B of the paper have its square, so a jump leav
 TWICE = "c_noise applied to t twice in the EMA passes; for a logarithm that is NaN, which 0 * NaN carries outside the window too"
 STEP = "the finite difference steps below t = 0, where log t or the noise level is NaN"
 WEIGHT = "tan t or t / (1 - t) beyond its pole makes a negative interval, and its root a NaN weight; ours is 0"
-ROUNDED = "the noise level that the network is told, 999 t and the like, is rounded to bfloat16, steps of 4 in 999; ours is float32"
+ROUNDED = "the noise level that the network receives, 999 t and the like, is rounded to bfloat16, steps of 4 in 999; ours is float32"
 ZERO = "log 0 reaches the time embedding and the picture is NaN; ours refuses the grid"
 
 RULES = (
@@ -225,8 +225,8 @@ def paper_objective(case: Case, model: TransitionTransformer, ema: TransitionTra
     )
     out["denoising_loss"], out["time_weight"], out["adaptive_weight"] = loss, weight, 1 / (loss.detach() + 1e-5)
     out["weighted_loss"] = (weight * out["adaptive_weight"] * loss).mean()
-    h, goal = projection.double(), n["in/h_target"].double()
-    proj_loss = (1 - (h * goal).sum(-1) / (h.norm(dim=-1) * goal.norm(dim=-1))).mean()
+    h, target = projection.double(), n["in/h_target"].double()
+    proj_loss = (1 - (h * target).sum(-1) / (h.norm(dim=-1) * target.norm(dim=-1))).mean()
     model.zero_grad()
     (out["weighted_loss"] + entry["proj_coeff"] * proj_loss).backward()
     return {"out/" + name: value.detach() for name, value in out.items()} | gradients(model)
@@ -732,14 +732,14 @@ def replay_sampler(case: Case, deviated) -> None:
     p = paper(name, transport.sigma_d)
     model = build_file(entry["model"], dtype)
     grid = schedule.uniform(entry["num_steps"], entry["T_max"], entry["T_min"])
-    told: list[tuple[Tensor, Tensor, int]] = []
+    calls: list[tuple[Tensor, Tensor, int]] = []
     states: list[dict[str, Any]] = []
     noise = list(n["in/noise"]) if "in/noise" in n else []
     drawn: list[int] = []
 
     def network(x, t, r, y):
         assert x.dtype == dtype and t.dtype == r.dtype and t.dtype in (torch.float32, torch.float64)
-        told.append((t[0], r[0], len(x)))
+        calls.append((t[0], r[0], len(x)))
         return model(x, t, r, y)
 
     def next_noise(t, r):
@@ -771,14 +771,14 @@ def replay_sampler(case: Case, deviated) -> None:
     final, nfe = run()
 
     guided = entry["cfg_applied_per_step"]
-    assert [size == 2 * len(n["in/z"]) for _, _, size in told] == guided
+    assert [size == 2 * len(n["in/z"]) for _, _, size in calls] == guided
     assert nfe == len(guided) + sum(guided)
     assert drawn == entry["noise_drawn_steps"] and len(noise) == len(drawn)
     assert [ratio > 0 for ratio in n.pop("s_ratio").tolist()] == [i in drawn for i in range(len(guided))] or not transport.stochastic
     time_tolerance = 1e-6 if dtype != torch.bfloat16 else 2**-8
     for key, ours in (("t_cur", grid[:-1]), ("t_next", grid[1:])):
         close(key, ours, n.pop(key), time_tolerance, 1.0)
-    for key, ours in (("t_model", [t for t, _, _ in told]), ("r_model", [r for _, r, _ in told])):
+    for key, ours in (("t_model", [t for t, _, _ in calls]), ("r_model", [r for _, r, _ in calls])):
         close(key, torch.stack(ours), n[key], time_tolerance, 1.0)
 
     xs = torch.stack([state["x"] for state in states] + [final])
@@ -893,10 +893,10 @@ def replay_dcae(case: Case, deviated) -> None:
         assert (n["mean"] == 0).all() and (n["std"] * scale - 1).abs().max() < 1e-6
         return
     if case.name == "image_to_uint8":
-        # A picture is (x + 1) / 2 within [0, 1]; 8 bits are its 255-fold, truncated, as ComfyUI saves it.
+        # A image is (x + 1) / 2 within [0, 1]; 8 bits are its 255-fold, truncated, as ComfyUI saves it.
         values = torch.tensor(entry["image_to_uint8"]["values"], dtype=torch.float64)
-        picture = ((values + 1) / 2).clamp(0, 1)[None, :, None].expand(1, -1, 3)
-        bits = torch.from_numpy(np.asarray(to_pil(picture)).copy())[0, :, 0]
+        image = ((values + 1) / 2).clamp(0, 1)[None, :, None].expand(1, -1, 3)
+        bits = torch.from_numpy(np.asarray(to_pil(image)).copy())[0, :, 0]
         assert bits.tolist() == entry["image_to_uint8"]["other_scripts_x_plus_1_half_times_255"]
         return
 

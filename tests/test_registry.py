@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.comfy_graph import Template, same_picture
+from tests.comfy_graph import Template, same_image
 from tests.comfy_support import ROOT
 from tim_core.images import to_tensor
 
@@ -58,8 +58,8 @@ def test_run_a_workflow(comfyui, home, tree):
     made = set((comfyui.base / "output").iterdir()) - before
     assert len(made) == 1
     (expected,) = Template(comfyui, "text-to-image").pictures.values()
-    with Image.open(made.pop()) as picture:
-        same_picture(expected, to_tensor(picture))
+    with Image.open(made.pop()) as image:
+        same_image(expected, to_tensor(image))
 
 
 def test_node_validate(home, tree):
@@ -75,11 +75,11 @@ def test_node_pack(home, tree):
     wanted = [ROOT / name for name in ("__init__.py", "pyproject.toml", "README.md", "LICENSE")]
     for room in ("nodes", "tim_core", "workflows", "locales", "web", "docs"):
         wanted += [file for file in (ROOT / room).rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-    wanted = [file for file in wanted if file.parent != ROOT / "docs" or file.suffix != ".py"]  # makes the pictures, for developers
+    wanted = [file for file in wanted if file.parent != ROOT / "docs" or file.suffix != ".py"]  # makes the images, for developers
     assert {file.relative_to(ROOT).as_posix() for file in wanted} <= set(names)
 
 
-def test_pictures_of_the_registry():
+def test_images_of_the_registry():
     """Icon: square, at most 400 a side. Banner: 21:9. Their addresses end at files of this repository."""
     import tomlkit  # comfy-cli's
 
@@ -88,5 +88,5 @@ def test_pictures_of_the_registry():
         address = project["tool"]["comfy"][name]
         raw = project["project"]["urls"]["Repository"].replace("https://github.com", "https://raw.githubusercontent.com") + "/main/"
         assert address.startswith(raw)
-        with Image.open(ROOT / address.removeprefix(raw)) as picture:
-            assert fits(*picture.size), picture.size
+        with Image.open(ROOT / address.removeprefix(raw)) as image:
+            assert fits(*image.size), image.size

@@ -170,7 +170,7 @@ def test_the_callback_has_k_diffusions_form():
 
 
 @pytest.mark.parametrize(
-    "settings, told",
+    "settings, named",
     [
         ({"times": [0.0, 1.0]}, "'0, 1'"),
         ({"times": [1.0, 0.5, 0.5]}, "'1, 0.5, 0.5'"),
@@ -182,11 +182,11 @@ def test_the_callback_has_k_diffusions_form():
         ({"transport": VE(), "times": [1.0, 0.0]}, "VE cannot condition the network on 0 "),
     ],
 )
-def test_errors_name_the_value_in_one_line(settings, told):
+def test_errors_name_the_value_in_one_line(settings, named):
     settings = {"times": [1.0, 0.0], **settings}
     with pytest.raises(TimError) as error:
         sample(Recorder(), noise(2, 3, 4, 4), settings.pop("times"), COND, **settings)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert named in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_logarithmic_time_may_end_at_zero_where_the_network_does_not_receive_it():

@@ -39,7 +39,7 @@ def test_parse(text):
 
 
 @pytest.mark.parametrize(
-    "call, told",
+    "call, named",
     [
         (lambda: schedule.uniform(0), "steps: 0 "),
         (lambda: schedule.uniform(2.5), "steps: 2.5 "),
@@ -56,7 +56,7 @@ def test_parse(text):
         (lambda: schedule.parse("1, -0.5"), "times: -0.5 "),
     ],
 )
-def test_errors_name_the_value_in_one_line(call, told):
+def test_errors_name_the_value_in_one_line(call, named):
     with pytest.raises(TimError) as error:
         call()
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert named in str(error.value) and "\n" not in str(error.value)

@@ -1,9 +1,9 @@
-"""Every shipped workflow in the real ComfyUI, its pictures against tim_core's."""
+"""Every shipped workflow in the real ComfyUI, its images against tim_core's."""
 
 import pytest
 import torch
 
-from tests.comfy_graph import Template, same_picture
+from tests.comfy_graph import Template, same_image
 from tests.comfy_support import ROOT
 from tim_core import Pipeline, sampler, schedule
 from tim_core.imagenet import class_number
@@ -58,7 +58,7 @@ def native_upscale(run: Template, pipe: Pipeline) -> dict:
 
 
 def again(run: Template, pipe: Pipeline, mask: torch.Tensor | None = None) -> dict:
-    """A first picture, then a second sampler on its latent by a new prompt; core keeps the latent where the mask is 0."""
+    """A first image, then a second sampler on its latent by a new prompt; core keeps the latent where the mask is 0."""
     first, second = run.inputs["First image"], run.inputs["TiMSampler"]
     before = pipe(run.inputs["Positive"]["text"], steps=first["steps"], **run.settings("First image"))
     latent, noise, start = pipe.encode(before), pipe.noise(1, 64, 64, second["seed"]), second["start"]
@@ -121,5 +121,5 @@ def test_template(comfyui, pipe, class_files, stem):
     run = Template(comfyui, stem)
     expected = EXPECTED[stem](run, pipe, **more)
     assert run.pictures.keys() == expected.keys()
-    for prefix, pictures in expected.items():
-        same_picture(run.pictures[prefix], pictures)
+    for prefix, images in expected.items():
+        same_image(run.pictures[prefix], images)

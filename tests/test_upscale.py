@@ -37,7 +37,7 @@ def test_steps_of_the_stages(steps, stages, counts):
     assert stage_steps(steps, stages) == counts
 
 
-@pytest.mark.parametrize("call, told", [
+@pytest.mark.parametrize("call, named", [
     (lambda: stage_steps("4, 4", 3), "steps: '4, 4' .* 3 of them"), (lambda: stage_steps("0", 1), "steps: '0'"),
     (lambda: stage_steps("four", 1), "steps: 'four'"), (lambda: stage_steps("", 1), "steps: ''"),
     (lambda: stage_sizes((64, 64), (128, 128), 0, 8), "stages: 0 .* 1 to 8"),
@@ -45,8 +45,8 @@ def test_steps_of_the_stages(steps, stages, counts):
     (lambda: stage_sizes((1, 1), (0, 4), 1, 8), "size: 0x4 .* 8x8"), (lambda: target_size(64, 64, factor=float("nan")), "factor: nan"),
     (lambda: target_size(64, 64, factor=0.0), "factor: 0.0"), (lambda: target_size(64, 64, -1), "width: -1"),
 ])
-def test_unusable_values_are_named(call, told):
-    with pytest.raises(TimError, match=told):
+def test_unusable_values_are_named(call, named):
+    with pytest.raises(TimError, match=named):
         call()
 
 
@@ -85,7 +85,7 @@ def test_all_steps_run_whatever_the_strength(pipe):
     assert times == pytest.approx([0.2, 0.15, 0.1, 0.05])
 
 
-def test_a_low_strength_keeps_the_picture():
+def test_a_low_strength_keeps_the_image():
     """On the bundled model, whose autoencoder is a real one."""
     pipe = Pipeline.load("tim-shapes", device="cpu")
     image = pipe("a red circle", steps=8)
@@ -94,13 +94,13 @@ def test_a_low_strength_keeps_the_picture():
     assert (little - plain).abs().mean() < 0.03 and (little - plain).abs().mean() < (much - plain).abs().mean()
 
 
-@pytest.mark.parametrize("options, told", [
+@pytest.mark.parametrize("options, named", [
     (dict(strength=0.0), "strength: 0.0"), (dict(strength=1.5), "strength: 1.5"), (dict(prompts=["a", "b"]), "prompts: 2 for 1 images"),
-    (dict(steps="2, 2"), "steps: '2, 2'"), (dict(images=torch.zeros(8, 8, 3)), r"images: shape \[8, 8, 3\]"), (dict(cfg=-1.0), "cfg: -1.0"),
+    (dict(steps="2, 2"), "steps: '2, 2'"), (dict(images=torch.zeros(8, 8, 3)), r"images: shape \[8, 8, 3\]"), (dict(cfg=-1.0), "cfg: -1 "),
 ])
-def test_pipeline_refuses(pipe, options, told):
+def test_pipeline_refuses(pipe, options, named):
     settings = dict(images=torch.rand(1, 64, 64, 3), prompts="a circle") | options
-    with pytest.raises(TimError, match=told):
+    with pytest.raises(TimError, match=named):
         pipe.upscale(**settings)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import TimError
 
-INTERVAL_HELP = "guide only between these times, ends excluded; 0,1.1 guides the first step too (default: the model's, else 0,1)"
+INTERVAL_HELP = "guide only at times above LOW and below HIGH; 0,1.1 guides the first step too (default: the model's, else 0,1)"
 SHIFT_HELP = "above 1: denser steps at high noise (default: 1, equal steps)"
 
 

@@ -77,7 +77,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is the loss to minimise; the rest is for logs and tests. t and r are (B, 1, 1, 1), weights and losses (B,)."""
+    """`total` is the loss to minimise; the rest are the intermediate values that recordings of the official code hold.
+
+    t and r are (B, 1, 1, 1), weights and losses (B,).
+    """
 
     total: Tensor
     weighted_loss: Tensor

@@ -1,4 +1,4 @@
-"""Pictures for other benchmarks: the folders are those that their evaluators read, and a stopped run goes on."""
+"""Images for other benchmarks: the folders are those that their evaluators read, and a stopped run goes on."""
 
 import json
 import re
@@ -19,7 +19,7 @@ DPG = [{"item_id": "partiprompts12", "text": "a bench"}, {"item_id": 7, "text": 
 
 
 class Painter:
-    """Every picture is one grey, that of its prompt, and one column as bright as its noise."""
+    """Every image is one grey, that of its prompt, and one column as bright as its noise."""
 
     def __init__(self):
         self.asked = []
@@ -30,9 +30,9 @@ class Painter:
     def __call__(self, prompts, *, steps, cfg, width, height, seed, **options):
         noise = torch.cat([self.noise(1, width, height, one) for one in seed])
         self.asked += prompts
-        pictures = torch.full((len(prompts), height, width, 3), len(prompts[0]) / 255)
-        pictures[:, :, 0] = noise[:, 0, 0, 0].view(-1, 1, 1)
-        return pictures
+        images = torch.full((len(prompts), height, width, 3), len(prompts[0]) / 255)
+        images[:, :, 0] = noise[:, 0, 0, 0].view(-1, 1, 1)
+        return images
 
 
 def write(folder, lines):
@@ -54,10 +54,10 @@ def test_geneval(tmp_path):
     for name, line in zip(subfolders, GENEVAL):
         with open(folder / name / "metadata.jsonl") as file:
             assert json.load(file) == line
-        pictures = sorted((folder / name / "samples").iterdir())
-        assert len(pictures) == 4 and all(re.match(r"\d+\.png", picture.name) for picture in pictures)
-        shown = [np.asarray(Image.open(picture)) for picture in pictures]
-        assert {picture[0, 5, 0] for picture in shown} == {len(line["prompt"])} and len({picture[0, 0, 0] for picture in shown}) == 4
+        images = sorted((folder / name / "samples").iterdir())
+        assert len(images) == 4 and all(re.match(r"\d+\.png", image.name) for image in images)
+        shown = [np.asarray(Image.open(image)) for image in images]
+        assert {image[0, 5, 0] for image in shown} == {len(line["prompt"])} and len({image[0, 0, 0] for image in shown}) == 4
 
 
 def test_dpg(tmp_path):
@@ -71,7 +71,7 @@ def test_dpg(tmp_path):
     assert json.loads((folder.parent / "metadata" / "7.json").read_text()) == DPG[1]
 
 
-def test_a_prompt_without_all_of_its_pictures_is_made_again(tmp_path):
+def test_a_prompt_without_all_of_its_images_is_made_again(tmp_path):
     folder = make(Painter(), tmp_path, GENEVAL, "geneval")
     (folder / "00001" / "samples" / "00002.png").unlink()
     make(Painter(), tmp_path, GENEVAL, "geneval")

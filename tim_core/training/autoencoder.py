@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,14 +35,25 @@ def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
         latent_channels=config.latent_channels, head_dim=config.head_dim, downsample="pixel_unshuffle", upsample="pixel_shuffle")
 
 
+def edge_map(images: Tensor) -> Tensor:
+    """Contrast (B, 1, H, W) of images (B, 3, H, W): the largest range of a channel within 2 pixels, 0 where it is uniform."""
+    highest, lowest = (F.max_pool2d(signed, 5, stride=1, padding=2) for signed in (images, -images))
+    return (highest + lowest).amax(1, keepdim=True)
+
+
 def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
     """L1 error of the decoded noisy latent, plus the distance of the shard's latents from mean 0 and variance 1 per channel."""
     latent = model.encode(images).float()
     decoded = model.decode(latent + noise.to(latent)).float()
-    error = (decoded - images).abs().mean()
+    difference = (decoded - images).abs()
+    error = difference.mean()
     mean, var = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
     prior = (mean.square() + (var - 1).square()).mean()
-    return {"loss": error + config.latent_weight * prior, "l1": error, "prior": prior}
+    found = {"loss": error + config.latent_weight * prior, "l1": error, "prior": prior}
+    if config.edge_weight:
+        found["edge"] = (difference * edge_map(images)).mean()
+        found["loss"] = found["loss"] + config.edge_weight * found["edge"]
+    return found
 
 
 class AutoencoderTask(Task[Autoencoder]):

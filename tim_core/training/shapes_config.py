@@ -33,6 +33,7 @@ class AutoencoderTraining(RunConfig):
     latent_channels: Count = 16
     latent_noise: NotNegative = 0.3              # maximal standard deviation of the noise added to latents before decoding
     latent_weight: NotNegative = 0.05            # weight of the distance from mean 0 and variance 1 per channel
+    edge_weight: NotNegative = 0.0               # weight of the error near edges, times their contrast; 0 counts all pixels alike
     data: SizesConfig = SizesConfig()
 
     @property

@@ -1,0 +1,118 @@
+"""The autoencoder's loss near edges, and the benchmark of what a trained autoencoder loses."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import autoencoder as benchmark
+from tim_core.errors import TimError
+from tim_core.shapes import scenes
+from tim_core.training.autoencoder import edge_map, losses
+from tim_core.training.config import read
+from tim_core.training.shapes_config import AutoencoderTraining
+
+SIZE = (96, 64)
+
+
+class Blur(nn.Module):
+    """An autoencoder whose latent is the image, or a box blur of it; a latent far from zero is decoded to black."""
+
+    def __init__(self, side=1):
+        super().__init__()
+        self.side = side
+
+    def encode(self, images):
+        return images
+
+    def decode(self, latent):
+        return nn.functional.avg_pool2d(latent, self.side, 1, self.side // 2, count_include_pad=False) if self.side > 1 else latent
+
+
+def step_image():
+    """(1, 3, 16, 16), -1 left of column 8, in the red channel 0.5 from there on."""
+    image = torch.full((1, 3, 16, 16), -1.0)
+    image[:, 0, :, 8:] = 0.5
+    return image
+
+
+def test_edge_map_is_the_contrast_within_two_pixels():
+    found = edge_map(step_image())
+    assert found.shape == (1, 1, 16, 16)
+    near = torch.zeros(16)
+    near[6:10] = 1.5
+    torch.testing.assert_close(found[0, 0], near.expand(16, 16))
+
+
+@pytest.mark.parametrize("column, weight", [(8, 1 + 2 * 1.5), (0, 1)])
+def test_edge_weight_counts_errors_near_edges_more(column, weight):
+    image = step_image()
+
+    class Wrong(Blur):
+        def decode(self, latent):
+            error = torch.zeros_like(latent)
+            error[..., column] = 0.1
+            return latent + error
+
+    config = AutoencoderTraining(output="x", edge_weight=2.0, latent_weight=0.0)
+    plain = losses(Wrong(), image, torch.zeros_like(image), AutoencoderTraining(output="x", latent_weight=0.0))
+    weighted = losses(Wrong(), image, torch.zeros_like(image), config)
+    assert "edge" not in plain
+    torch.testing.assert_close(weighted["loss"], plain["loss"] * weight)
+    torch.testing.assert_close(weighted["l1"], plain["l1"])
+
+
+def test_negative_edge_weight_names_the_key(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("kind: autoencoder\noutput: x\nedge_weight: -1\n")
+    with pytest.raises(TimError, match="edge_weight.*-1"):
+        read(path)
+
+
+def test_lossless_autoencoder_passes_the_bar():
+    found, rows = benchmark.measure(Blur(), SIZE, n=4, noise=0.0, seed=1)
+    assert found["clean"] == found["noised"] == {"mean": 1.0, "stderr": 0.0, "tasks": dict.fromkeys(scenes.TASKS, 1.0)}
+    assert found["edge_width"]["ratio"] == pytest.approx(1, abs=1e-3)
+    circle = found["circle_overlap"]
+    assert circle["n_truth"] == circle["n_reconstructed"] > 4
+    assert circle["reconstructed"] == pytest.approx(circle["truth"], abs=1e-4) and circle["truth"] > 0.96
+    assert benchmark.failures({"96x64": found}) == []
+    assert [row.shape for row in rows] == [(12, 64, 96, 3)] * 3
+
+
+def test_blurred_edges_and_noise_fail_the_bar():
+    blurred, _ = benchmark.measure(Blur(5), SIZE, n=2, noise=0.0, seed=1)
+    assert blurred["edge_width"]["ratio"] > 2
+    assert any("edges" in line for line in benchmark.failures({"96x64": blurred}))
+    noised, _ = benchmark.measure(Blur(), SIZE, n=2, noise=1.0, seed=1)
+    assert noised["clean"]["mean"] == 1 and noised["noised"]["mean"] < 0.5
+    assert [line for line in benchmark.failures({"96x64": noised}) if "noised" in line]
+
+
+def test_overlap_of_a_lumpy_circle_is_smaller():
+    circle = scenes.Placed("circle", "blue", 32.3, 31.6, 15.2)
+    image = scenes.render([circle], 64, 64)
+    lumpy = image.copy()
+    angle = np.arctan2(np.arange(64)[:, None] + 0.5 - circle.y, np.arange(64) + 0.5 - circle.x)
+    distance = np.hypot(np.arange(64) + 0.5 - circle.x, np.arange(64)[:, None] + 0.5 - circle.y)
+    lumpy[(np.cos(8 * angle) < 0) & (distance > 13.5)] = np.array(scenes.BACKGROUND) / 255
+    (perfect,), (worse,) = benchmark.circle_overlaps(image), benchmark.circle_overlaps(lumpy)
+    assert perfect > 0.97 and worse < perfect - 0.04
+    assert benchmark.circle_overlaps(scenes.render([scenes.Placed("square", "blue", 32, 32, 15)], 64, 64)) == []
+
+
+def test_standard_error_is_that_of_the_mean_over_tasks():
+    correct = {"a": [True] * 8, "b": [True, False] * 4}
+    assert benchmark.accuracy(correct) == {"mean": 0.75, "stderr": pytest.approx((0.25 / 8) ** 0.5 / 2), "tasks": {"a": 1.0, "b": 0.5}}
+
+
+def test_benchmark_runs_on_the_bundled_model(tmp_path, monkeypatch, capsys):
+    report, sheet = tmp_path / "report.json", tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "argv", ["autoencoder.py", "--sizes", "128x128", "--n", "2", "--json", str(report), "--sheet", str(sheet)])
+    benchmark.main()
+    found = json.loads(report.read_text())
+    assert found["sizes"]["128x128"]["clean"]["mean"] > 0.9 and "128x128" in capsys.readouterr().out
+    assert found["seed"] == 123 and found["noise"] == 0.2 and sheet.stat().st_size > 1000

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tests import comfy_support  # noqa: E402
-from tests.test_browser import LISTEN, PICTURES, READY, START_EMPTY, TROUBLE  # noqa: E402
+from tests.test_browser import IMAGES, LISTEN, READY, START_EMPTY, TROUBLE  # noqa: E402
 
 SIDE = 400
 LAST = {  # template -> the prefix of the image to show, where there are several
@@ -86,7 +86,7 @@ def photograph_graph(page) -> None:
     page.evaluate(LISTEN)
     page.evaluate("() => app.queuePrompt(0)")
     page.wait_for_function("() => ended.length > 0")
-    page.wait_for_function(PICTURES)
+    page.wait_for_function(IMAGES)
     time.sleep(8)  # until the editor's message about the run is gone
     x, y, w, h = page.evaluate(GRAPH)
     time.sleep(2)

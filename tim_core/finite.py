@@ -1,4 +1,4 @@
-"""Errors that name where NaN or infinite values arose, so that no black image comes without a word."""
+"""Errors that name where NaN or infinite values arose, so that no black image comes silently."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from .errors import TimError
 
 
 class StepRecorder:
-    """A network that remembers, on its device, at which steps its output was finite.
-
-    `finite` is the flag of every call so far; nothing is moved to the host until `first_bad` is asked.
-    """
+    """A network that remembers at which steps its output was finite: one flag per call, on its device until `first_bad` is called."""
 
     def __init__(self, model: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]):
         self.model = model

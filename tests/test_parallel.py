@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.test_training import autoencoder_yaml, tim_yaml
+from tests.test_training import autoencoder_yaml, needs_muon, tim_yaml
 from tim_core.errors import TimError
 from tim_core.processes import Shard, find_processes
 from tim_core.shapes.batches import ShapesBatches
@@ -323,7 +323,7 @@ def test_a_lora_on_a_bfloat16_base_in_two_processes(launch, folder, tmp_path):
 
 @pytest.mark.parametrize("change", [
     ("target: differential", "target: differential, derivative: jvp"),
-    ("optimizer: adamw", "optimizer: muon"),
+    pytest.param(("optimizer: adamw", "optimizer: muon"), marks=needs_muon),
 ])
 def test_forward_mode_and_muon_in_two_processes(launch, folder, change):
     name = change[1].split()[-1]

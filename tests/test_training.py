@@ -39,6 +39,8 @@ START = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver"
 if os.name != "nt":
     START.set_forkserver_preload(["tim_core.training"])  # imported once for all processes that are killed
 LOOP = "loop: {steps: 6, batch: 4, save_every: 2, log_every: 2, workers: 0, warmup: 2, keep: 2, optimizer: %s}\n"
+HAS_MUON = hasattr(torch.optim, "Muon")
+needs_muon = pytest.mark.skipif(not HAS_MUON, reason="torch.optim.Muon came with torch 2.9")
 
 
 def autoencoder_yaml(folder, optimizer="adamw"):
@@ -49,7 +51,7 @@ def autoencoder_yaml(folder, optimizer="adamw"):
     return path
 
 
-def tim_yaml(folder, optimizer="muon", output="tim"):
+def tim_yaml(folder, optimizer="muon" if HAS_MUON else "adamw", output="tim"):
     path = folder / f"{output}.yaml"
     path.write_text(
         f"kind: tim\noutput: {folder}/{output}\nautoencoder: {folder}/autoencoder/autoencoder.safetensors\n"
@@ -159,7 +161,7 @@ def killed(monkeypatch, config, function: str, at: int):
     return steps
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
 def test_a_killed_run_continues_as_if_nothing_happened(tmp_path, monkeypatch, optimizer):
     run([autoencoder_yaml(tmp_path)])
     whole = run([tim_yaml(tmp_path, optimizer)])[0]
@@ -218,6 +220,7 @@ def test_weights_that_are_no_numbers_stop_the_run_and_are_not_kept(tmp_path):
         assert all(value.isfinite().all() for value in torch.load(file, weights_only=True)["ema"].values())
 
 
+@needs_muon
 def test_a_resumed_run_lists_changed_values(tmp_path, monkeypatch, capsys):
     run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])
     path = tim_yaml(tmp_path)
@@ -282,6 +285,7 @@ def test_a_critic_with_nan_weights_is_not_saved(tmp_path, monkeypatch):
         assert all(value.isfinite().all() for value in torch.load(file, weights_only=True)["model"].values())
 
 
+@needs_muon
 def test_a_critic_learns_first_and_by_its_own_optimiser(tmp_path, monkeypatch):
     """While critic_warmup_steps lasts nothing else moves, though Muon's steps are of one size whatever the gradient."""
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
@@ -825,3 +829,10 @@ def test_the_made_file_is_a_whole_model(tmp_path):
 
 def test_the_world_is_the_one_of_the_facts():
     assert set(scenes.TRAINING_FORMS) >= set(scenes.TASKS) and abs(sum(scenes.TRAINING_FORMS.values()) - 1) < 1e-9
+
+
+def test_muon_on_an_older_torch_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    first = autoencoder_yaml(tmp_path)
+    with pytest.raises(TimError, match="muon.* 2.9.*adamw"):
+        run([first, tim_yaml(tmp_path, "muon")])

@@ -118,6 +118,8 @@ def optimizers(config: LoopConfig, groups: list[ParamGroup]) -> list[torch.optim
         if rest:
             made.append(torch.optim.AdamW(rest, group.lr, config.betas, 1e-8, config.weight_decay, fused=True))
         if matrices:
+            if not hasattr(torch.optim, "Muon"):
+                raise TimError(f"loop.optimizer: muon needs torch 2.9, this is {torch.__version__}; update torch, or use adamw")
             made.append(torch.optim.Muon(matrices, lr=group.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
         for options in (options for optimizer in made for options in optimizer.param_groups):
             options["base_lr"], options["start_step"] = options["lr"], group.start_step

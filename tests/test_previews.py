@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.support import mentions
 from tim_core.cli import main
 from tim_core.errors import TimError
 from tim_core.imagenet import NULL_CLASS, class_number, names
@@ -47,8 +48,8 @@ def test_the_command_writes_into_the_file_and_nothing_else(tiny, tmp_path, capsy
     for i in range(3):
         Image.fromarray(rng.integers(0, 255, (40, 70, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     assert main(["previews", str(file), "--images", str(tmp_path)]) == 0
-    assert "% of the variance" in capsys.readouterr().out
     record = read_parts(file)["transformer"].record["preview"]
+    assert mentions(capsys.readouterr().out, "model.safetensors", f"{100 * record['r2']:.1f}")
     assert len(record["factors"]) == 16 and all(len(row) == 3 for row in record["factors"])
     before, after = load_file(tiny), load_file(file)
     assert before.keys() == after.keys()

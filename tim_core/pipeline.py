@@ -77,12 +77,12 @@ class Pipeline:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         attention: str = "auto",
-        lora: str | Path | Mapping[str | Path, float] | None = None,
+        lora: str | Path | Mapping[str | Path, float] | Sequence[tuple[str | Path, float]] | None = None,
     ) -> Pipeline:
         """Load a bundled name, a one-file checkpoint, a folder of parts, a dict {"model": ..., "text-encoder": ..., "vae": ...}, or Parts.
 
         device: "auto" is the GPU if there is one. dtype: "auto" is float32 on a CPU, bfloat16 on a GPU that computes in it.
-        attention: "auto", "sdpa" or "flash". lora: a file, or {file: strength}, see `load_lora`.
+        attention: "auto", "sdpa" or "flash". lora: a file, {file: strength}, or pairs of these, see `load_lora`.
         TimError unless the source has all parts; a class-conditional model has no text encoder.
         """
         device = pick_device(device)
@@ -93,7 +93,7 @@ class Pipeline:
         parts.require(*([TEXT_ENCODER] if reads_text else []), AUTOENCODER)
         parts.check_fit()
         defaults = read_defaults(parts)
-        loras = [(read_lora(file), strength) for file, strength in _strengths(lora).items()]
+        loras = [(read_lora(file), strength) for file, strength in _strengths(lora)]
         needs_float32 = dtype == torch.float16 or parts[AUTOENCODER].config.force_upcast
         pipe = cls(
             load_transformer(parts, attention=kernel, dtype=dtype, device=device),
@@ -121,9 +121,7 @@ class Pipeline:
 
     @tile.setter
     def tile(self, value: str | int) -> None:
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if value not in ("auto", "off") and not (whole and int(value) >= MIN_TILE and int(value) % self.factor == 0):
-            raise TimError(f"tile: {value!r} is not auto, off, or a multiple of {self.factor} of at least {MIN_TILE} pixels")
+        check_tile(value, self.factor)
         self._tile_setting = value
 
     @property
@@ -242,8 +240,8 @@ class Pipeline:
         """Sample latents from grid[0] to grid[-1] -> latents, network evaluations."""
         if condition.null is None and options["cfg"] > 1:
             raise TimError(f"cfg: {options['cfg']:g} needs a null class, which this model lacks; use cfg 1, or a class as the negative")
-        if not isinstance(seed, Integral):
-            self._check_seeds(seed, len(latent))
+        if isinstance(seed, (list, tuple)):
+            check_seed_count(seed, len(latent))
         fresh = fresh_noise(latent.shape, seed)
         network = StepRecorder(condition.model)
         latent, evaluations = sample(
@@ -255,15 +253,10 @@ class Pipeline:
     def noise(self, batch: int, width: int, height: int, seed: int | Sequence[int]) -> Tensor:
         """The noise that ComfyUI draws: (B, C, H / factor, W / factor) float32 on the CPU, the whole batch at once, or one seed each."""
         shape = self._shape(batch, width, height)
-        if not isinstance(seed, (int, Integral)):
-            return torch.cat([self.noise(1, width, height, one) for one in self._check_seeds(seed, batch)])
+        if isinstance(seed, (list, tuple)):
+            check_seed_count(seed, batch)
+            return torch.cat([self.noise(1, width, height, one) for one in seed])
         return torch.randn(shape, generator=torch.Generator().manual_seed(check_seed(seed)))
-
-    @staticmethod
-    def _check_seeds(seeds: Sequence[int], batch: int) -> Sequence[int]:
-        if len(seeds) != batch:
-            raise TimError(f"seed: {len(seeds)} seeds for {batch} images; give one, or one per image")
-        return seeds
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) in [0, 1] -> latents (B, C, H / factor, W / factor) float32, on the CPU; whole or in blended tiles, see `tile`."""
@@ -380,10 +373,11 @@ class Pipeline:
         return Condition(model, *torch.arange(len(rows_of)).chunk(2))
 
 
-def _strengths(lora: str | Path | Mapping[str | Path, float] | None) -> Mapping[str | Path, float]:
-    if lora is None:
-        return {}
-    return lora if isinstance(lora, Mapping) else {lora: 1.0}
+def _strengths(lora: Any) -> list[tuple[str | Path, float]]:
+    """LoRA files and their strengths, from what `Pipeline.load` takes."""
+    if isinstance(lora, (str, Path)):
+        return [(lora, 1.0)]
+    return list(lora.items() if isinstance(lora, Mapping) else lora or ())
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -393,6 +387,19 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def size_multiple(parts: Parts) -> int:
     """`Pipeline.size_multiple` of a checkpoint whose weights are not loaded."""
     return parts.latent_factor * parts[TRANSFORMER].config.patch_size
+
+
+def check_seed_count(seeds: Sequence[int], batch: int) -> None:
+    """TimError unless there are as many seeds as images."""
+    if len(seeds) != batch:
+        raise TimError(f"seed: {len(seeds)} seeds for {batch} images; give one, or one per image")
+
+
+def check_tile(tile: Any, factor: int) -> None:
+    """TimError unless `tile` is "auto", "off", or a multiple of `factor` of at least MIN_TILE pixels."""
+    whole = isinstance(tile, Integral) and not isinstance(tile, bool)
+    if tile not in ("auto", "off") and not (whole and int(tile) >= MIN_TILE and int(tile) % factor == 0):
+        raise TimError(f"tile: {tile!r} is not auto, off, or a multiple of {factor} of at least {MIN_TILE} pixels")
 
 
 def check_size(width: Any, height: Any, multiple: int) -> None:

@@ -114,7 +114,7 @@ def fresh_noise(shape: Sequence[int], seed: int | Sequence[int]) -> Callable[[Te
 
     With one seed per item of the batch, the noise of an item does not depend on the others.
     """
-    seeds = [seed] if isinstance(seed, Integral) else list(seed)
+    seeds = seed if isinstance(seed, (list, tuple)) else [seed]
     generators = [torch.Generator().manual_seed((check_seed(one) + 1) % 2**64) for one in seeds]
     if len(generators) == 1:
         return lambda t, r: torch.randn(tuple(shape), generator=generators[0])

@@ -106,18 +106,15 @@ def warn_of_replacing(path: Path) -> None:
 
 
 def load_pipeline(args: argparse.Namespace, size: tuple[int, int] | None = None):
-    """Load --model; TimError for a `size` that it cannot make, before the weights are loaded."""
-    from ..pipeline import Pipeline, check_size, size_multiple
-    from ..weights.lora import read_lora
+    """Load --model with --lora and --tile; TimError for a `size` or a tile that it cannot make, before the weights are loaded."""
+    from ..pipeline import Pipeline, check_size, check_tile, size_multiple
     from ..weights.parts import read_parts
 
     parts = read_parts(args.model)
     if size is not None:
         check_size(*size, size_multiple(parts))
-    loras = [(read_lora(file), strength) for file, strength in args.lora]
-    pipe = Pipeline.load(parts, args.device, args.dtype, args.attention)
-    for file, strength in loras:
-        pipe.load_lora(file, strength)
+    check_tile(args.tile, parts.latent_factor)
+    pipe = Pipeline.load(parts, args.device, args.dtype, args.attention, args.lora)
     pipe.tile = args.tile
     return pipe
 

@@ -1,4 +1,4 @@
-"""Images for other benchmarks: the folders are those that their evaluators read, and a stopped run goes on."""
+"""Images for other benchmarks: the folders that their evaluators read, and that an interrupted run resumes."""
 
 import json
 import re

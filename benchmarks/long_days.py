@@ -67,8 +67,8 @@ def build(kind: str, prompt: str, size: tuple[int, int], seed: int) -> tuple[dic
         latent = graph.stock(graph.add("VAEEncode", pixels=first, vae=graph.vae), text, seed=seed, denoise=0.5)
     elif kind == "sweep":
         shared = dict(seed=seed, steps="1, 2, 4", cfg=2.5, guidance_low=0.0, guidance_high=1.0)
-        image = graph.add("TiMStepSweep", **links, latent_image=empty, **shared)
-        return graph.prompt, graph.add("SaveImage", images=image, filename_prefix="long")[0]
+        images = graph.add("TiMStepSweep", **links, latent_image=empty, **shared)[0], 1  # the sheet shows seconds
+        return graph.prompt, graph.add("SaveImage", images=list(images), filename_prefix="long")[0]
     else:
         assert kind == "upscale", kind
         first = graph.add("VAEDecode", samples=graph.tim(empty, text, seed=seed), vae=graph.vae)

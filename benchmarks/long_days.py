@@ -3,7 +3,7 @@
     python benchmarks/long_days.py [--prompts 500] [--seed 0] [--json FILE]
 
 1. A server makes a reference of every kind of prompt, one after the other.
-2. Another server takes the prompts in random order while a second client deletes queued ones and interrupts running ones. Counts lost
+2. Another server takes the prompts in random order, each kind among the first 50, while a second client deletes queued ones and interrupts running ones. Counts lost
    prompts and images that differ from their reference; follows resident memory and open files.
 3. Both servers and `tim sample` use the same model file at once. Then that file is replaced under a running server.
 
@@ -137,11 +137,12 @@ def long_day(server: Server, requests: list[tuple], references: dict, count: int
     canceller = Canceller(server, seed, pause=3.0)
     canceller.start()
     waiting: dict[str, tuple] = {}
+    first = chooser.sample(requests, len(requests))  # memory has its peak once every kind and size has run
     result = {"finished": 0, "wrong": [], "interrupted": 0, "deleted": 0, "failed": [], "memory": [], "handles": []}
     bar, queued = tqdm(total=count, unit="prompt"), 0
     while queued < count or waiting:
         while queued < count and len(waiting) < QUEUE:
-            request = chooser.choice(requests)
+            request = first.pop() if first else chooser.choice(requests)
             prompt, node = build(*request)
             waiting[server.queue(prompt)] = (request, node)
             queued += 1
@@ -267,7 +268,8 @@ def main() -> int:
         print(f"      {line}")
     print(f"{time.monotonic() - started:.0f} s")
     if args.json:
-        report = {"prompts": args.prompts, "seed": args.seed, "growth": growth, "handles_grown": grown, **both,
+        curve = [statistics.median(day["memory"][i : i + WARM_UP]) for i in range(0, len(day["memory"]), WARM_UP)]
+        report = {"prompts": args.prompts, "seed": args.seed, "growth": growth, "handles_grown": grown, "memory_per_50": curve, **both,
                   **{name: value for name, value in day.items() if name not in ("memory", "handles")}, "checks": checks}
         atomic_write(Path(args.json), lambda tmp: tmp.write_text(json.dumps(report, indent=1) + "\n"))
     return 0 if all(checks.values()) else 1

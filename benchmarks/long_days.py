@@ -3,8 +3,8 @@
     python benchmarks/long_days.py [--prompts 500] [--seed 0] [--json FILE]
 
 1. A server makes a reference of every kind of prompt, one after the other.
-2. Another server takes the prompts in random order, each kind among the first 50, while a second client deletes queued ones and interrupts running ones. Counts lost
-   prompts and images that differ from their reference; follows resident memory and open files.
+2. Another server takes the prompts in random order, each kind among the first 50, while a second client deletes queued ones and
+   interrupts running ones. Counts lost prompts and images that differ from their reference; follows resident memory and open files.
 3. Both servers and `tim sample` use the same model file at once. Then that file is replaced under a running server.
 
 Prints one line per check and exits with 1 if one fails. COMFYUI_PATH and COMFYUI_PYTHON say which ComfyUI, as in the tests.

@@ -1,16 +1,19 @@
 """A corpus of hostile inputs, made from a seed: each gives the right result, or one error line that names the thing."""
 
+import importlib
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("resource", reason="limits of POSIX")
 
-from tests.corpus import weight_values  # noqa: E402, F401 (each registers its cases)
 from tests.corpus.case import SEED, all_cases, run_case  # noqa: E402
 from tests.corpus.originals import Originals  # noqa: E402
 
+for module in sorted(Path(__file__).with_name("corpus").glob("*.py")):
+    importlib.import_module(f"tests.corpus.{module.stem}")  # registers its cases
 CASES = all_cases()
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 

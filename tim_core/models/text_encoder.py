@@ -150,6 +150,8 @@ class TextEncoder(nn.Module):
     device="meta" allocates nothing; `load` then takes over the tensors it is given.
     """
 
+    damaged_weight: str | None = None  # set by loaders, see tim_core.finite
+
     def __init__(self, gemma_config: dict, tokenizer: Tokenizer, escape: bool = False, dtype=None, device=None):
         super().__init__()
         self.gemma_config = normalise_config(gemma_config)

@@ -54,8 +54,8 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
     tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
     try:
         model = TextEncoder(part.config, tokenizer, parts.escape if escape is None else escape, device="meta")
-    except TimError:
-        raise
+    except TimError as error:
+        raise TimError(f"{part.source}: {error}") from None
     except Exception as error:  # transformers raises many kinds
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
     damaged = damaged_weight(part.tensors)

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-MAX_SIDE = 4096  # pixels: the largest native size the released model was trained on
+from ..tim_core.limits import MAX_CFG, MAX_SIDE, MAX_STEPS
 
 
 def conditioning_inputs() -> list[io.Conditioning.Input]:
@@ -18,7 +18,7 @@ def side_input(name: str, default: int, minimum: int, tooltip: str) -> io.Int.In
 
 
 def steps_input(tooltip: str) -> io.Int.Input:
-    return io.Int.Input("steps", default=4, min=1, max=10000, tooltip=tooltip)
+    return io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip=tooltip)
 
 
 def time_input(name: str, default: float, tooltip: str) -> io.Float.Input:
@@ -34,7 +34,7 @@ def cfg_input() -> io.Float.Input:
         "cfg",
         default=2.5,
         min=1.0,
-        max=100.0,
+        max=MAX_CFG,
         step=0.1,
         round=0.01,
         tooltip="Guidance scale; 1 turns CFG off. A step with CFG runs the network twice.",

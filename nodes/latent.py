@@ -3,9 +3,10 @@
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
+from ..tim_core.limits import MAX_BATCH, MAX_SIDE
 from .adapters.compat import Schema
 from .adapters.sampling import empty_latent
-from .inputs import MAX_SIDE, side_input
+from .inputs import side_input
 
 NAMES = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21", "5:2", "2:5")
 RATIOS = {name: tuple(map(int, name.split(":"))) for name in NAMES}
@@ -53,7 +54,7 @@ class TiMEmptyLatent(io.ComfyNode):
                     "the demo model). The demo model draws at 64, the released model at 1024 and up to 4096.",
                 ),
                 side_input("height", 64, 8, "Image height in pixels for custom, rounded like the width."),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Number of images to sample at once."),
+                io.Int.Input("batch_size", default=1, min=1, max=MAX_BATCH, tooltip="Number of images to sample at once."),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="An empty latent, for a sampler that starts from noise.")],
         )

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..tim_core import schedule
 from ..tim_core.errors import TimError
+from ..tim_core.limits import MAX_SHIFT, MIN_SHIFT
 from ..tim_core.sampler import MODES
 from .adapters.compat import Schema
 from .adapters.guidance import with_interval
@@ -105,8 +106,8 @@ class TiMScheduler(io.ComfyNode):
                 io.Float.Input(
                     "shift",
                     default=1.0,
-                    min=0.01,
-                    max=100.0,
+                    min=MIN_SHIFT,
+                    max=MAX_SHIFT,
                     step=0.1,
                     round=0.01,
                     tooltip="1: equal steps, as published. Above 1: denser steps at high noise. Below 1: denser steps near the image.",

@@ -5,12 +5,13 @@ import logging
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
-from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size, upscale
+from ..tim_core.limits import MAX_FACTOR, MAX_STAGES, MIN_FACTOR
+from ..tim_core.upscale import stage_sizes, stage_steps, target_size, upscale
 from .adapters.compat import Schema
 from .adapters.log import log_once
 from .adapters.model import size_multiple
 from .adapters.sampling import sample_latent, shared_progress
-from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, limit_inputs, seed_input, side_input, stochasticity_input
+from .inputs import cfg_input, conditioning_inputs, limit_inputs, seed_input, side_input, stochasticity_input
 
 
 class TiMNativeUpscale(io.ComfyNode):
@@ -33,8 +34,8 @@ class TiMNativeUpscale(io.ComfyNode):
                 io.Float.Input(
                     "factor",
                     default=2.0,
-                    min=0.25,
-                    max=16.0,
+                    min=MIN_FACTOR,
+                    max=MAX_FACTOR,
                     step=0.25,
                     round=0.001,
                     tooltip="Enlargement of width and height, used when width and height are both 0.",
@@ -95,8 +96,6 @@ class TiMNativeUpscale(io.ComfyNode):
         size = images.shape[2], images.shape[1]
         target = target_size(*size, width, height, factor)
         sizes = stage_sizes(size, target, stages, multiple)
-        if max(sizes[-1]) > MAX_SIDE:
-            raise TimError(f"size: {sizes[-1][0]}x{sizes[-1][1]} is over {MAX_SIDE} pixels a side; reduce factor, width or height")
         if sizes[-1] != target:
             logging.info(f"TiM Native Upscale: {target[0]}x{target[1]} rounded to {sizes[-1][0]}x{sizes[-1][1]}, multiples of {multiple}")
         progress = shared_progress(model, sum(counts))

@@ -5,6 +5,7 @@ import socket
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 SPECIAL = ("FIFO", "device", "socket")
@@ -28,15 +29,22 @@ def deep_json(depth: int = DEEP) -> str:
     return '{"a":' + "[" * depth + "]" * depth + "}"
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, depth: int, kind: int, rows: bytes, key: Sequence[int] = (), more: bytes = b"") -> bytes:
+    """A PNG of rows without filters. kind: 0 grey, 2 RGB; key: the transparent colour; more: chunks before the pixels."""
+    size = len(rows) // height
+    filtered = b"".join(b"\0" + rows[start : start + size] for start in range(0, len(rows), size))
+    transparent = png_chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + transparent + more + png_chunk(b"IDAT", zlib.compress(filtered, 9)) + png_chunk(b"IEND", b"")
+
+
 def png_bomb(width: int = 12_000, height: int = 12_000) -> bytes:
     """A small PNG of one bit per pixel, all black."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = zlib.compress(bytes(((width + 7) // 8 + 1) * height), 9)
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return png(width, height, 1, 0, bytes((width + 7) // 8 * height))
 
 
 def postscript(marker: Path) -> bytes:

@@ -139,7 +139,7 @@ def test_names_matter_where_files_have_them(tmp_path, text, said):
     path.write_text(text)
     assert read_prompts(path)[0].name == "0"
     with pytest.raises(TimError, match=said) as error:
-        read_prompts(path, named=True)
+        read_prompts(path, "dpg")
     assert str(path) in str(error.value)
 
 

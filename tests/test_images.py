@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from tests.hostile import SPECIAL, png_bomb, postscript, special_file
+from tests.hostile import SPECIAL, png, png_bomb, postscript, special_file
 from tim_core.cli import main
 from tim_core.errors import TimError
 from tim_core.images import MOST_PIXELS, TRANSPOSE, image_size, open_image
@@ -208,6 +208,43 @@ def test_damaged_images_are_one_line(name, tmp_path):
             assert open_image(path).mode == "RGB"
         except TimError as error:
             assert str(path) in str(error)
+
+
+def test_no_changed_bit_of_a_png_changes_its_pixels(tmp_path):
+    """It is noticed, or the image is as it was."""
+    path, rng = tmp_path / "a.png", np.random.default_rng(1)
+    Image.fromarray(COLOUR).save(path, compress_level=0)
+    data, whole = path.read_bytes(), np.asarray(open_image(path))
+    noticed = 0
+    for place in rng.integers(0, len(data), 60):
+        harmed = bytearray(data)
+        harmed[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(harmed)
+        try:
+            assert np.array_equal(open_image(path), whole)
+        except TimError as error:
+            assert str(path) in str(error)
+            noticed += 1
+    assert noticed > 50
+
+
+def test_damaged_tiff_writes_nothing_to_stderr(tmp_path, capfd, caplog):
+    path = tmp_path / "a.tif"
+    Image.fromarray(COLOUR).save(path, compression="tiff_lzw")
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(data[: middle] + bytes(200) + data[middle + 200 :])
+    refused(path)
+    assert capfd.readouterr().err == "" and not caplog.records
+
+
+@pytest.mark.parametrize("depth, kind, row, key, pixels", [
+    (2, 0, b"\x1b", (1,), [0, 255, 170, 255]), (4, 0, b"\x05\xa0", (5,), [0, 255, 170, 0]),
+    (16, 2, bytes.fromhex("010203040506 0a0b0c0d0e0f"), (0x0102, 0x0304, 0x0506), [255, 10]),
+])
+def test_the_transparent_colour_has_the_depth_of_the_file(depth, kind, row, key, pixels, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(len(pixels), 1, depth, kind, row, key))
+    assert np.asarray(open_image(tmp_path / "a.png"))[0, :, 0].tolist() == pixels
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):

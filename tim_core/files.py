@@ -42,6 +42,45 @@ def check_file(path: str | Path) -> None:
         raise TimError(f"{path}: no such file; check the path")
 
 
+def check_output(path: str | Path, kind: str = "file") -> None:
+    """TimError if no file can be written to `path`: a folder, something that is no regular file, or no place for one. Nothing is opened.
+
+    kind: what is to be written.
+    """
+    try:
+        target = Path(os.path.realpath(path, strict=False))  # of a link, what it leads to is replaced
+        mode = target.stat().st_mode if target.exists() else None
+        parent = target.parent
+        has_parent = parent.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # no legal name
+        raise TimError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or one_line(error)}); use another name") from None
+    if mode is not None and stat.S_ISDIR(mode):
+        raise TimError(f"{path}: is a folder; give the name of a {kind}")
+    if mode is not None and not stat.S_ISREG(mode) or target.is_symlink():
+        raise TimError(f"{path}: not a regular file, and would be replaced; give another name")
+    if not has_parent:
+        raise TimError(f"{path}: folder {Path(path).parent} does not exist; create it first")
+    if not os.access(parent, os.W_OK):
+        raise TimError(f"{path}: folder {Path(path).parent} is not writable")
+    if mode is not None and not os.access(target, os.W_OK):
+        raise TimError(f"{path}: is write-protected; make it writable, or give another name")
+    if len(os.fsencode(target.name)) > _longest_name(parent):
+        raise TimError(f"{path}: its name is too long; use another name")
+
+
+def _longest_name(folder: Path) -> int:
+    """The most bytes of a file name."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # as on Windows
+        return 255
+
+
+def user_path(path: str | Path) -> Path:
+    """The path, with a leading ~ as the home folder. A user who does not exist stays as written."""
+    return Path(os.path.expanduser(path))
+
+
 def read_bytes(path: str | Path, most: int = MOST_TEXT) -> bytes:
     """The contents of a regular file. TimError if it cannot be read, or has more than `most` bytes."""
     check_file(path)
@@ -78,9 +117,11 @@ def parse_json(data: str | bytes, name: str, most: int = MOST_TEXT):
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
     """Calls write(tmp) and renames the result to `path`; a failure leaves the old file as it was. TimError for an OSError.
 
-    Every writer has a folder of its own beside `path`. Folders of writers that were killed are removed.
+    Every writer has a folder of its own beside `path`. Folders of writers that were killed are removed. A link stays; the file that it
+    leads to is replaced.
     """
-    path = Path(path)
+    check_output(path)
+    path = Path(os.path.realpath(path))
     try:
         with _own_folder(path) as folder:
             tmp = folder / "file"

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import struct
+import sys
+import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +24,12 @@ from .files import check_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow would start Ghostscript for PostScript under any name
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".pnm", ".pfm")
-MOST_PIXELS = 2**26
+MOST_PIXELS, MOST_BYTES = 2**26, 2**29
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # that make an image of this EXIF orientation upright
+TO_8_BITS = {"L;2": lambda key: key * 85, "L;4": lambda key: key * 17, "RGB;16B": lambda key: tuple(part >> 8 for part in key)}
 MIN_WIDTH = 192  # pixels of a cell; smaller images are enlarged by a whole factor, so that pixels stay sharp and the label fits
 MARGIN = 8
 PAPER, INK = (24, 24, 28), (235, 235, 235)
@@ -40,6 +47,8 @@ def open_image(path: str | Path) -> Image.Image:
     MOST_PIXELS.
     """
     with _opened(path) as image:
+        if image.format == "PNG":
+            _check_sums(Path(path))
         return to_rgb(image)
 
 
@@ -54,13 +63,13 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     """An image file whose format and size are allowed. What Pillow raises on damaged files becomes a TimError."""
     check_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images and odd metadata
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MOST_PIXELS:
-                    raise TimError(f"{path}: has {width}x{height} pixels; at most {MOST_PIXELS / 1e6:.0f} megapixels are read")
-                yield image
+        if os.path.getsize(path) > MOST_BYTES:
+            raise TimError(f"{path}: has more than {MOST_BYTES / 2**20:g} MiB; save it again, without its metadata")
+        with _quiet(), Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise TimError(f"{path}: has {width}x{height} pixels; at most {MOST_PIXELS / 1e6:.0f} megapixels are read")
+            yield image
     except (TimError, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -71,10 +80,50 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise TimError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'damaged image'})") from None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what Pillow logs and libtiff writes to stderr about damaged files, large images and odd metadata."""
+    logger = logging.getLogger("PIL")
+    level, kept = logger.level, None
+    logger.setLevel(logging.CRITICAL)
+    try:
+        sys.stderr.flush()
+        kept = os.dup(2)
+    except (AttributeError, OSError, ValueError):  # no stderr
+        pass
+    try:
+        with warnings.catch_warnings(), tempfile.TemporaryFile() as nowhere:
+            warnings.simplefilter("ignore")
+            if kept is not None:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        logger.setLevel(level)
+        if kept is not None:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _check_sums(path: Path) -> None:
+    """ValueError if the pixel data of a PNG are not those that were written; Pillow checks the metadata alone."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if kind != b"IDAT":
+                file.seek(length + 4, os.SEEK_CUR)
+            elif struct.pack(">I", zlib.crc32(file.read(length), zlib.crc32(kind))) != file.read(4):
+                raise ValueError("checksum")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image as upright 8-bit RGB; transparent areas become white."""
+    raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how the file stores a pixel; gone once it is loaded
     orientation = _orientation(image)
     alpha = None
+    scaled = TO_8_BITS.get(raw) if isinstance(raw, str) else None
+    if scaled and (key := image.info.get("transparency")) is not None:  # Pillow scales the pixels, not the transparent colour
+        image.info["transparency"] = scaled(key)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         key = image.info.get("transparency")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -19,6 +18,7 @@ from .errors import TimError
 from .files import digest
 from .finite import StepRecorder, check_finite
 from .imagenet import NULL_CLASS, class_number
+from .limits import MAX_BATCH, MAX_SIDE, MAX_STEPS
 from .memory import available_bytes
 from .models.attention import get_attention
 from .models.autoencoder import TILE
@@ -177,8 +177,10 @@ class Pipeline:
         callback: called with the sampler's state before each step. TimError for unusable values.
         """
         prompts = _as_list(prompts)
+        if prompts:
+            check_batch(len(prompts))
         width, height = self.defaults.width if width is None else width, self.defaults.height if height is None else height
-        grid = self._grid(self.defaults.steps if steps is None else steps, shift, times)
+        grid = time_grid(self.defaults.steps if steps is None else steps, shift, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
         options = self._options(cfg, guidance_interval, stochasticity, mode=mode, callback=callback)
         self._mention(self.defaults.far_size(width, height))
@@ -320,17 +322,6 @@ class Pipeline:
             raise TimError(f"noise: shape {list(noise.shape)} is not {list(shape)}")
         return noise.float()
 
-    @staticmethod
-    def _grid(steps: int, shift: float, times: Tensor | Sequence[float] | str | None) -> Tensor:
-        if times is None:
-            return schedule.uniform(steps) if shift == 1 else schedule.shifted(steps, shift)
-        if shift != 1:
-            raise TimError(f"shift: {shift} cannot be used with times; give one of the two")
-        grid = schedule.parse(times) if isinstance(times, str) else torch.as_tensor(times, dtype=torch.float64)
-        if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0:
-            raise TimError(f"times: {grid.tolist()} does not start at 1 and end at 0")
-        return grid
-
     def _condition(self, prompts: list[Prompt], negatives: list[Prompt]) -> Condition:
         """The network with its conditions for prompts and negatives. TimError for any that cannot be used."""
         if not prompts:
@@ -387,6 +378,26 @@ class Pipeline:
         return Condition(model, *torch.arange(len(rows_of)).chunk(2))
 
 
+def time_grid(steps: int, shift: float = 1.0, times: Tensor | Sequence[float] | str | None = None) -> Tensor:
+    """Times from 1 to 0: `times`, or else of `steps` and `shift`. TimError for unusable values."""
+    if times is None:
+        return schedule.uniform(steps) if shift == 1 else schedule.shifted(steps, shift)
+    if shift != 1:
+        raise TimError(f"shift: {shift} cannot be used with times; give one of the two")
+    grid = schedule.parse(times) if isinstance(times, str) else torch.as_tensor(times, dtype=torch.float64)
+    if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0:
+        raise TimError(f"times: {grid.tolist()} does not start at 1 and end at 0")
+    if len(grid) > MAX_STEPS + 1:
+        raise TimError(f"times: {len(grid)} are too many; use at most {MAX_STEPS + 1}")
+    return grid
+
+
+def check_batch(batch: int, name: str = "batch") -> None:
+    """TimError unless `batch` is a number of images from 1 to MAX_BATCH."""
+    if isinstance(batch, bool) or not isinstance(batch, Integral) or not 1 <= batch <= MAX_BATCH:
+        raise TimError(f"{name}: {batch} is not a whole number from 1 to {MAX_BATCH}")
+
+
 def _strengths(lora: Any) -> list[tuple[str | Path, float]]:
     """LoRA files and their strengths, from what `Pipeline.load` takes."""
     if isinstance(lora, (str, Path)):
@@ -417,13 +428,15 @@ def check_tile(tile: Any, factor: int) -> None:
 
 
 def check_size(width: Any, height: Any, multiple: int) -> None:
-    """TimError unless both sides are whole multiples of `multiple` pixels; it names the nearest size that is."""
-    sides = (width, height)
-    if all(isinstance(side, Integral) and not isinstance(side, bool) and side >= multiple and side % multiple == 0 for side in sides):
+    """TimError unless both sides are whole multiples of `multiple` pixels up to MAX_SIDE; it names the nearest size that is."""
+    sides, most = (width, height), MAX_SIDE // multiple * multiple
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and side >= multiple and side % multiple == 0 for side in sides)
+    if whole and max(sides) <= most:
         return
-    numbers = [side if isinstance(side, (int, float)) and math.isfinite(side) else multiple for side in sides]
-    nearest = "x".join(str(max(1, round(number / multiple)) * multiple) for number in numbers)
-    raise TimError(f"size: {width}x{height} is not a multiple of {multiple}; nearest is {nearest}")
+    numbers = [min(side, most) if isinstance(side, (int, float)) and side == side else multiple for side in sides]
+    nearest = "x".join(str(max(1, round(max(number, 0) / multiple)) * multiple) for number in numbers)
+    problem = f"over {MAX_SIDE} pixels a side" if whole else f"not a multiple of {multiple}"
+    raise TimError(f"size: {width}x{height} is {problem}; nearest is {nearest}")
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:

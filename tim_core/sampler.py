@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .errors import TimError
+from .limits import MAX_CFG
 from .transport import OTFM, Transport, guide
 
 MODES = ("transition", "diffusion")
-MAX_CFG = 100.0  # as in ComfyUI's nodes
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
@@ -122,7 +122,7 @@ def fresh_noise(shape: Sequence[int], seed: int | Sequence[int]) -> Callable[[Te
 
 
 def check_guidance(cfg: float, guidance_interval: tuple[float, float] = (0.0, 1.0), stochasticity: float = 0.0) -> None:
-    """TimError unless cfg is 1 to MAX_CFG, 0 <= low < high, and stochasticity 0 to 1: the rules of every way to sample."""
+    """TimError unless cfg is 1 to MAX_CFG, 0 <= low < 1, low < high, and stochasticity 0 to 1: the rules of every way to sample."""
     if not 1 <= cfg <= MAX_CFG:
         raise TimError(f"cfg: {cfg:g} is outside 1 (no guidance) to {MAX_CFG:g}")
     low, high = guidance_interval
@@ -131,6 +131,8 @@ def check_guidance(cfg: float, guidance_interval: tuple[float, float] = (0.0, 1.
             raise TimError(f"guidance interval: {value:g} is not a number of at least 0")
     if low >= high:
         raise TimError(f"guidance interval: {low:g} to {high:g} is empty; the first must be smaller (for no guidance use cfg 1)")
+    if low >= 1:
+        raise TimError(f"guidance interval: {low:g} to {high:g} holds no time of a run; start below 1 (for no guidance use cfg 1)")
     if not 0 <= stochasticity <= 1:
         raise TimError(f"stochasticity: {stochasticity:g} is outside 0 to 1")
 

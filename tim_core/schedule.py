@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import TimError
+from .limits import MAX_SHIFT, MAX_STEPS, MIN_SHIFT
 
 
 def uniform(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
@@ -24,8 +25,8 @@ def shifted(steps: int, shift: float, start: float = 1.0, end: float = 0.0) -> T
     start and end.
     """
     _check(steps, start, end)
-    if not (shift > 0 and math.isfinite(shift)):
-        raise TimError(f"shift: {shift} is not a number above 0")
+    if not MIN_SHIFT <= shift <= MAX_SHIFT:
+        raise TimError(f"shift: {shift} is outside {MIN_SHIFT:g} to {MAX_SHIFT:g} (1: equal steps)")
     if start > 1 or end < 0:
         raise TimError(f"times: {start} to {end} cannot be shifted; use times from 0 to 1")
 
@@ -58,7 +59,7 @@ def parse(text: str) -> Tensor:
 
 
 def _check(steps: int, start: float, end: float) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise TimError(f"steps: {steps} is not a whole number of at least 1")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise TimError(f"steps: {steps} is not a whole number from 1 to {MAX_STEPS}")
     if not (math.isfinite(start) and math.isfinite(end)) or start <= end:
         raise TimError(f"times: the start {start} must be greater than the end {end}")

@@ -58,6 +58,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser that reports wrong usage in one line."""
 
+    def _get_values(self, action, arg_strings):
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:  # for which Python before 3.13 gives []
+            self.error(f"argument {'/'.join(action.option_strings)}: '--' is not a value")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str):
         self.exit(2, f"tim: error: {message} (see {self.prog} --help)\n")
 
@@ -79,8 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command -> 0, or 1 after one line `tim: error: ...` on stderr; SystemExit(2) for wrong usage."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a prompt
     handler = logging.StreamHandler()
     handler.setFormatter(LogLine())
@@ -88,12 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         code = args.run(args) or 0
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _drop_output()
+            return print_error(f"standard output: cannot be written ({error.strerror})", args)
         return code
     except KeyboardInterrupt:
         return print_error("interrupted", args)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone: stop silently
+        _drop_output()  # its reader has gone: stop silently
         return 1
     except TimError as error:
         return print_error(str(error), args)
@@ -104,3 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.strerror:
             return print_error(": ".join(filter(None, [error.filename and str(error.filename), error.strerror])), args)
         return print_error(f"{type(error).__name__}: {error} (-v shows where)", args)
+
+
+def _drop_output() -> None:
+    """Lets what is still to be written to stdout vanish, so that the flush at the interpreter's end does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -43,19 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST",
                         help="step counts (default: 1,2,4,8,16,32,64)")
-    parser.add_argument("--cfg", type=float, metavar="C", help="guidance scale, from 2 steps on (default: the model's, else 2.5)")
+    parser.add_argument("--cfg", type=options.number, metavar="C", help="guidance scale, from 2 steps on (default: the model's, else 2.5)")
     parser.add_argument("--guidance-interval", type=options.interval, metavar="LOW,HIGH", help=options.INTERVAL_HELP)
-    parser.add_argument("--shift", type=float, default=1.0, metavar="S", help=options.SHIFT_HELP)
-    parser.add_argument("--prompts-per-task", type=int, metavar="P", help="prompts per task, drawn with replacement (default: 60)")
-    parser.add_argument("--images", type=int, default=4, metavar="I", help="images per prompt (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of prompts and noise (default: 0)")
+    parser.add_argument("--shift", type=options.number, default=1.0, metavar="S", help=options.SHIFT_HELP)
+    parser.add_argument("--prompts-per-task", type=options.whole, metavar="P",
+                        help="prompts per task, drawn with replacement (default: 60)")
+    parser.add_argument("--images", type=options.whole, default=4, metavar="I", help="images per prompt (default: 4)")
+    parser.add_argument("--seed", type=options.whole, default=0, metavar="N", help="seed of prompts and noise (default: 0)")
     parser.add_argument("--tasks", type=options.words, metavar="LIST",
                         help="some of single,two,counting,colors,position,attribution (default: all)")
     parser.add_argument("--size", type=options.size, metavar="WxH",
                         help="width and height in pixels (default: the model's, 64x64 for tim-shapes)")
     parser.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
                         help="diffusion runs the network as ordinary flow matching (default: transition)")
-    parser.add_argument("--batch", type=int, metavar="B", help="images made together (default: 120; 4 with --prompts)")
+    parser.add_argument("--batch", type=options.whole, metavar="B", help="images made together (default: 120; 4 with --prompts)")
     parser.add_argument("--baseline", type=Path, metavar="REPORT",
                         help="report.json of another model, same prompts and noise (default: none)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help=".jsonl file of prompts (default: coloured shapes)")
@@ -68,30 +69,38 @@ def run(args: argparse.Namespace) -> None:
     from ..processes import find_processes
 
     check_options(args)
+    options.check_sampling(args, args.steps)
+    from ..evaluation import benchmark_export, curve
+
+    batch = (120 if args.prompts is None else 4) if args.batch is None else args.batch
+    prompts_per_task = 60 if args.prompts_per_task is None else args.prompts_per_task
+    tasks = curve.TASKS if args.tasks is None else args.tasks
+    if args.prompts is None:
+        curve.check_protocol(args.steps, prompts_per_task, args.images, batch, tasks)
+    else:
+        benchmark_export.check_amounts(args.layout, args.steps, args.images, batch)
+        benchmark_export.read_prompts(args.prompts, args.layout)
     processes = find_processes()
-    pipe = options.load_pipeline(args, args.size)
+    pipe = options.load_pipeline(args, options.check_size_of(args.size))
     width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
     settings = {"cfg": pipe.defaults.cfg if args.cfg is None else args.cfg, "images": args.images, "seed": args.seed, "width": width,
                 "height": height, "mode": args.mode, "guidance_interval": args.guidance_interval or pipe.defaults.guidance_interval,
                 "processes": processes, **({} if args.shift == 1 else {"shift": args.shift})}
     if args.prompts is not None:
-        from ..evaluation.benchmark_export import export_images
-
         weights = pipe.fingerprint()
         for steps in args.steps:
             folder = args.output / f"steps-{steps}"
-            made = export_images(pipe, args.prompts, args.layout, folder, model=weights, steps=steps, batch=args.batch or 4, **settings)
+            made = benchmark_export.export_images(
+                pipe, args.prompts, args.layout, folder, model=weights, steps=steps, batch=batch, **settings)
             if processes.is_main:
                 print(made)
         return
-    from ..evaluation.curve import TASKS, evaluate
     from ..weights.parts import BUNDLED
 
     name = args.model if args.model in BUNDLED else Path(args.model).name
     model = {"name": name, "weights": pipe.fingerprint(), "dtype": str(pipe.dtype).removeprefix("torch."), "version": __version__}
-    prompts = 60 if args.prompts_per_task is None else args.prompts_per_task
-    report = evaluate(pipe, args.steps, prompts_per_task=prompts, output=args.output, batch=args.batch or 120,
-                      tasks=TASKS if args.tasks is None else args.tasks, baseline=args.baseline, model=model, **settings)
+    report = curve.evaluate(pipe, args.steps, prompts_per_task=prompts_per_task, output=args.output, batch=batch, tasks=tasks,
+                            baseline=args.baseline, model=model, **settings)
     if processes.is_main:
         print_report(report)
         print(args.output / "report.json")

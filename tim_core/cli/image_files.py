@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from ..errors import TimError
-from ..files import atomic_write
+from ..errors import TimError, one_line
+from ..files import atomic_write, check_output
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -16,15 +15,15 @@ def check_output_image(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         problem = f"format {path.suffix} is not supported" if path.suffix else "has no file extension"
         raise TimError(f"{path}: {problem}; use {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise TimError(f"{path}: is a folder; name an image file in it")
-    if not path.parent.is_dir():
-        raise TimError(f"{path}: folder {path.parent} does not exist; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise TimError(f"{path}: folder {path.parent} is not writable")
+    check_output(path, "image file")
 
 
 def write_image(image, path: Path) -> None:
     """Write a PIL image in the format of the file extension."""
     kind = FORMATS[path.suffix.lower()]
-    atomic_write(path, lambda tmp: image.save(tmp, format=kind, **({} if kind == "PNG" else {"quality": 95})))
+    try:
+        atomic_write(path, lambda tmp: image.save(tmp, format=kind, **({} if kind == "PNG" else {"quality": 95})))
+    except ValueError as error:  # WebP has at most 16383 pixels a side
+        if isinstance(error, TimError):
+            raise
+        raise TimError(f"{path}: {image.width}x{image.height} pixels cannot be written as {kind} ({one_line(error)}); use .png") from None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import TimError
+from ..files import user_path
 
 INTERVAL_HELP = "guide only at times above LOW and below HIGH; 0,1.1 guides the first step too (default: the model's, else 0,1)"
 SHIFT_HELP = "above 1: denser steps at high noise (default: 1, equal steps)"
@@ -17,8 +21,23 @@ SHIFT_HELP = "above 1: denser steps at high noise (default: 1, equal steps)"
 # Types
 
 
+def whole(text: str) -> int:
+    if not re.fullmatch(r"[-+]?[0-9]{1,40}", text):  # int() takes 1_0 and digits of other scripts too
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
+    return int(text)
+
+
+def number(text: str) -> float:
+    try:
+        if not re.fullmatch(r"[-+.0-9a-zA-Z]+", text):
+            raise ValueError
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+
+
 def size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,20})[xX]([0-9]{1,20})", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"'{text}' is not WIDTHxHEIGHT in pixels, such as 64x64")
     return int(match[1]), int(match[2])
@@ -26,31 +45,33 @@ def size(text: str) -> tuple[int, int]:
 
 def whole_numbers(text: str) -> list[int]:
     try:
-        return [int(word) for word in text.replace(",", " ").split()]
-    except ValueError:
+        return [whole(word) for word in text.replace(",", " ").split()]
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers, such as 1,2,4,8") from None
 
 
 def interval(text: str) -> tuple[float, float]:
     try:
-        low, high = (float(word) for word in text.split(","))
-    except ValueError:
+        low, high = (number(word.strip()) for word in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"'{text}' is not LOW,HIGH, such as 0,1") from None
     return low, high
 
 
 def lora(text: str) -> tuple[str, float]:
     """FILE or FILE:STRENGTH; a file whose own name ends in a colon and a number goes first."""
+    if not text:
+        raise argparse.ArgumentTypeError("no file is named")
     name, _, strength = text.rpartition(":")
     try:
-        value = float(strength)
-    except ValueError:
+        value = number(strength)
+    except argparse.ArgumentTypeError:
         return text, 1.0
-    return (text, 1.0) if not name or Path(text).exists() else (name, value)
+    return (text, 1.0) if not name or os.path.exists(text) else (name, value)
 
 
 def tile(text: str) -> str | int:
-    return int(text) if text.isdecimal() else text
+    return int(text) if re.fullmatch(r"[0-9]{1,20}", text) else text
 
 
 def words(text: str) -> list[str]:
@@ -78,16 +99,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_guidance(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt (default: empty)")
-    group.add_argument("--cfg", type=float, metavar="C", help="guidance scale; 1 is no guidance (default: the model's, else 2.5)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="noise seed (default: 0)")
+    group.add_argument("--cfg", type=number, metavar="C", help="guidance scale; 1 is no guidance (default: the model's, else 2.5)")
+    group.add_argument("--seed", type=whole, default=0, metavar="N", help="noise seed (default: 0)")
     group.add_argument("--guidance-interval", type=interval, metavar="LOW,HIGH", help=INTERVAL_HELP)
-    group.add_argument("--stochasticity", type=float, default=0.0, metavar="S", help="share of fresh noise per step, 0 to 1 (default: 0)")
+    group.add_argument("--stochasticity", type=number, default=0.0, metavar="S", help="share of fresh noise per step, 0 to 1 (default: 0)")
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("image")
     group.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels (default: the model's, 64x64 for tim-shapes)")
-    group.add_argument("--shift", type=float, default=1.0, metavar="S", help=SHIFT_HELP)
+    group.add_argument("--shift", type=number, default=1.0, metavar="S", help=SHIFT_HELP)
     group.add_argument("--mode", default="transition", choices=["transition", "diffusion"],
                        help="diffusion runs the network as ordinary flow matching (default: transition)")
 
@@ -101,22 +122,41 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 def warn_of_replacing(path: Path) -> None:
     """Say that a file which is there will be replaced."""
-    if path.expanduser().is_file():
+    if user_path(path).is_file():
         logging.warning(f"{path}: exists; replacing it")
 
 
-def load_pipeline(args: argparse.Namespace, size: tuple[int, int] | None = None):
-    """Load --model with --lora and --tile; TimError for a `size` or a tile that it cannot make, before the weights are loaded."""
-    from ..pipeline import Pipeline, check_size, check_tile, size_multiple
+def check_sampling(args: argparse.Namespace, steps: list[int]) -> None:
+    """TimError for sampling options that no model takes. steps: the step counts of the runs."""
+    from ..pipeline import time_grid
+    from ..sampler import check_guidance, check_seed
+
+    check_seed(args.seed)
+    check_guidance(1.0 if args.cfg is None else args.cfg, args.guidance_interval or (0.0, 1.0), getattr(args, "stochasticity", 0.0))
+    if not steps or min(steps) < 1:
+        raise TimError(f"--steps: '{','.join(map(str, steps))}' is not a whole number of at least 1, or a list of them, such as 1,2,4")
+    for count in steps:
+        time_grid(count, getattr(args, "shift", 1.0), getattr(args, "times", None))
+
+
+def load_pipeline(args: argparse.Namespace, check_with: Callable[[Any], None] = lambda parts: None):
+    """Load --model with --lora and --tile. check_with(parts) and the check of the tile come before the weights are loaded."""
+    from ..pipeline import Pipeline, check_tile
     from ..weights.parts import read_parts
 
     parts = read_parts(args.model)
-    if size is not None:
-        check_size(*size, size_multiple(parts))
+    check_with(parts)
     check_tile(args.tile, parts.latent_factor)
     pipe = Pipeline.load(parts, args.device, args.dtype, args.attention, args.lora)
     pipe.tile = args.tile
     return pipe
+
+
+def check_size_of(size: tuple[int, int] | None) -> Callable[[Any], None]:
+    """For `load_pipeline`: TimError for a size that the model cannot make."""
+    from ..pipeline import check_size, size_multiple
+
+    return lambda parts: None if size is None else check_size(*size, size_multiple(parts))
 
 
 def settings(args: argparse.Namespace) -> dict:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import TimError
 from . import options
 from .image_files import check_output_image, write_image
 
@@ -32,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_guidance(parser)
     options.add_image(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="text to draw; for a class-conditional model a class name or number")
-    parser.add_argument("--steps", type=int, metavar="N", help="number of steps (default: the model's, else 4)")
+    parser.add_argument("--steps", type=options.whole, metavar="N", help="number of steps (default: the model's, else 4)")
     parser.add_argument("--times", metavar="LIST", help="falling times from 1 to 0, instead of --steps (default: none)")
-    parser.add_argument("--batch", type=int, default=1, metavar="B",
+    parser.add_argument("--batch", type=options.whole, default=1, metavar="B",
                         help="number of images; several are numbered: out-0.png, out-1.png (default: 1)")
     parser.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="FILE",
                         help="image to write, .png, .jpg or .webp (default: out.png)")
@@ -42,13 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_output_image(args.output)
-    if args.batch < 1:
-        raise TimError(f"--batch: {args.batch} is not a whole number of at least 1")
-    pipe = options.load_pipeline(args, args.size)
     from ..images import to_pil
+    from ..pipeline import check_batch
+
+    check_batch(args.batch, "--batch")
+    names = [args.output] if args.batch == 1 else [args.output.with_stem(f"{args.output.stem}-{k}") for k in range(args.batch)]
+    for name in names[1:]:
+        check_output_image(name)
+    options.check_sampling(args, [1 if args.steps is None else args.steps])
+    pipe = options.load_pipeline(args, options.check_size_of(args.size))
 
     images, seconds = options.timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **options.settings(args))
-    names = [args.output] if args.batch == 1 else [args.output.with_stem(f"{args.output.stem}-{k}") for k in range(args.batch)]
     for name, image in zip(names, images):
         write_image(to_pil(image), name)
         print(name)

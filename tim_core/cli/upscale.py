@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from ..errors import TimError
 from . import options
 from .image_files import check_output_image, write_image
 
@@ -33,10 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text that describes the image")
     parser.add_argument("--size", type=options.size, metavar="WxH",
                         help="target size in pixels; cropped if the aspect ratio differs (default: --factor)")
-    parser.add_argument("--factor", type=float, default=2.0, metavar="F", help="enlargement factor, ignored with --size (default: 2)")
+    parser.add_argument("--factor", type=options.number, default=2.0, metavar="F",
+                        help="enlargement factor, 0.25 to 16, ignored with --size (default: 2)")
     parser.add_argument("--steps", default="4", metavar="N", help="number of steps, or one per stage: 8,4 (default: 4)")
-    parser.add_argument("--stages", type=int, default=1, metavar="K", help="number of enlargements, by equal factors (default: 1)")
-    parser.add_argument("--strength", type=float, default=0.5, metavar="T",
+    parser.add_argument("--stages", type=options.whole, default=1, metavar="K",
+                        help="number of enlargements, by equal factors (default: 1)")
+    parser.add_argument("--strength", type=options.number, default=0.5, metavar="T",
                         help="time up to which noise is added, above 0, up to 1 (default: 0.5)")
     parser.add_argument("-o", "--output", type=Path, default=Path("upscaled.png"), metavar="FILE",
                         help="image to write, .png, .jpg or .webp (default: upscaled.png)")
@@ -44,15 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_output_image(args.output)
-    from ..images import open_image, to_pil, to_tensor
-    from ..upscale import stage_steps, target_size
-
-    image = to_tensor(open_image(args.image))
-    total = sum(stage_steps(args.steps, args.stages)) if args.stages > 0 else 0
-    pipe = options.load_pipeline(args)
-    from tqdm import tqdm
+    if args.size and min(args.size) < 1:
+        raise TimError(f"--size: {args.size[0]}x{args.size[1]} has no pixels; use a size such as 128x128, or --factor")
+    from ..images import image_size, open_image, to_pil, to_tensor
+    from ..pipeline import size_multiple
+    from ..upscale import check_strength, stage_sizes, stage_steps, target_size
 
     width, height = args.size or (0, 0)
+    total = sum(stage_steps(args.steps, args.stages))
+    check_strength(args.strength)
+    options.check_sampling(args, [total])
+    size = image_size(args.image)
+    wanted = target_size(*size, width, height, args.factor)
+    pipe = options.load_pipeline(args, lambda parts: stage_sizes(size, wanted, args.stages, size_multiple(parts)))
+    image = to_tensor(open_image(args.image))
+    from tqdm import tqdm
+
     settings = {name: getattr(args, name) for name in ("negative", "cfg", "seed", "guidance_interval", "stochasticity")}
     with tqdm(total=total, unit="step", leave=False) as bar:
         started = time.perf_counter()
@@ -62,7 +72,6 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
     write_image(to_pil(large), args.output)
     print(args.output)
-    wanted = target_size(image.shape[2], image.shape[1], width, height, args.factor)
-    size = large.shape[1], large.shape[0]
-    rounded = "" if size == wanted else f" (asked for {wanted[0]}x{wanted[1]}; sides are multiples of {pipe.size_multiple})"
-    print(f"{size[0]}x{size[1]}{rounded}, {pipe.nfe} NFE, {seconds:.2f} s")
+    made = large.shape[1], large.shape[0]
+    rounded = "" if made == wanted else f" (asked for {wanted[0]}x{wanted[1]}; sides are multiples of {pipe.size_multiple})"
+    print(f"{made[0]}x{made[1]}{rounded}, {pipe.nfe} NFE, {seconds:.2f} s")

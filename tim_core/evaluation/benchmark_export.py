@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import TimError
-from ..files import atomic_write, make_folder, parse_json, read_text
+from ..files import atomic_write, make_folder, parse_json, read_text, user_path
 from ..images import to_pil
+from ..limits import MAX_BATCH, MAX_STEPS
 from ..processes import ALONE, Processes
 
 LAYOUTS = ("geneval", "dpg")
@@ -28,12 +29,12 @@ class PromptRecord:
     metadata: dict
 
 
-def read_prompts(path: str | Path, named: bool = False) -> list[PromptRecord]:
-    """Read a .jsonl of {"prompt": ...} (or "text"); with `named`, "item_id" (or "id") is required and unique.
+def read_prompts(path: str | Path, layout: str = "geneval") -> list[PromptRecord]:
+    """Read a .jsonl of {"prompt": ...} (or "text"); for dpg, "item_id" (or "id") is required and unique.
 
     An item_id has no dots: DPG-Bench's evaluator takes what is before the first one. TimError names a bad line.
     """
-    path = Path(path).expanduser()
+    path, named = user_path(path), layout == "dpg"
     records = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -79,6 +80,16 @@ def write_dpg(folder: Path, record: PromptRecord, images: Sequence) -> None:
     atomic_write(folder / "pictures" / f"{record.name}.png", lambda tmp: square.save(tmp, format="PNG"))
 
 
+def check_amounts(layout: str, steps: Sequence[int], images: int, batch: int) -> None:
+    """TimError for an unknown layout, and for amounts that `export_images` cannot make."""
+    if layout not in LAYOUTS:
+        raise TimError(f"layout: '{layout}' is unknown; choose from {', '.join(LAYOUTS)}")
+    most = {"steps": MAX_STEPS, "images": MAX_BATCH, "batch": MAX_BATCH}
+    for name, value in (*(("steps", count) for count in steps), ("images", images), ("batch", batch)):
+        if not 1 <= value <= most[name]:
+            raise TimError(f"{name}: {value} is not a whole number from 1 to {most[name]}")
+
+
 def export_images(
     pipe, prompts: str | Path, layout: str, output: str | Path, *, model: str = "", steps: int = 4, cfg: float = 2.5, images: int = 4,
     seed: int = 0, width: int = 1024, height: int = 1024, batch: int = 4, progress: bool = True, processes: Processes = ALONE, **options
@@ -91,14 +102,10 @@ def export_images(
     """
     from tqdm import tqdm
 
-    if layout not in LAYOUTS:
-        raise TimError(f"layout: '{layout}' is unknown; choose from {', '.join(LAYOUTS)}")
-    for name, value in (("steps", steps), ("images", images), ("batch", batch)):
-        if value < 1:
-            raise TimError(f"{name}: {value} is not a whole number of at least 1")
+    check_amounts(layout, [steps], images, batch)
     if layout == "dpg" and (images != 4 or width != height):
         raise TimError(f"layout: dpg needs 4 square images per prompt, not {images} of {width}x{height}")
-    records, folder = read_prompts(prompts, named=layout == "dpg"), Path(output).expanduser()
+    records, folder = read_prompts(prompts, layout), user_path(output)
     bare = [record for record in records if not {"tag", "include"} <= record.metadata.keys()]
     if layout == "geneval" and bare and processes.is_main:
         first = repr(bare[0].prompt[:40])

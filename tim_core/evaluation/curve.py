@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from ..errors import TimError
-from ..files import atomic_write, make_folder, parse_json, read_text
+from ..files import atomic_write, make_folder, parse_json, read_text, user_path
+from ..limits import MAX_BATCH, MAX_STEPS
 from ..processes import ALONE, Processes
 from ..sampler import check_guidance, check_seed
 from ..shapes.detector import is_correct
 from ..shapes.scenes import TASKS, Prompt, scoring_prompts
 
+MOST_SEEDS = 100_000  # of a task's images, after which the next task's begin
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 LABELS = ("name", "version")  # entries of a report's model that images do not depend on
 SAMPLING = ("mode", "shift", "guidance_interval", "stochasticity", "negative")  # pipeline options that a report records
@@ -34,7 +36,7 @@ class EvalSample:
 def eval_samples(tasks: Sequence[str] = TASKS, prompts_per_task: int = 60, images: int = 4, seed: int = 0) -> list[EvalSample]:
     """The samples of a score: `images` per prompt, each with its own noise. They depend on the arguments alone."""
     return [
-        EvalSample(prompt, ((seed * len(TASKS) + TASKS.index(task)) * 100_000 + n * images + k) % 2**63)
+        EvalSample(prompt, ((seed * len(TASKS) + TASKS.index(task)) * MOST_SEEDS + n * images + k) % 2**63)
         for task in tasks
         for n, prompt in enumerate(scoring_prompts(task, prompts_per_task, seed))
         for k in range(images)
@@ -105,6 +107,20 @@ def unpack(text: str) -> np.ndarray:
     return np.array([letter == "1" for letter in text])
 
 
+def check_protocol(steps: Sequence[int], prompts_per_task: int, images: int, batch: int, tasks: Sequence[str]) -> None:
+    """TimError for tasks that are unknown, and for amounts that `evaluate` cannot make."""
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks:
+        problem = f"{', '.join(map(repr, unknown))} {'is' if len(unknown) == 1 else 'are'} unknown" if unknown else "none given"
+        raise TimError(f"tasks: {problem}; choose from {', '.join(TASKS)}")
+    most = {"steps": MAX_STEPS, "prompts per task": MOST_SEEDS, "images": MAX_BATCH, "batch": MAX_BATCH}
+    for name, values in zip(most, (steps, [prompts_per_task], [images], [batch])):
+        if not values or any(not 1 <= value <= most[name] for value in values):
+            raise TimError(f"{name}: {', '.join(map(str, values)) or 'none given'}; use whole numbers from 1 to {most[name]}")
+    if prompts_per_task * images > MOST_SEEDS:
+        raise TimError(f"prompts per task: {prompts_per_task} with {images} images each; use at most {MOST_SEEDS // images}")
+
+
 def evaluate(
     pipe,
     steps: Sequence[int] = STEPS,
@@ -135,19 +151,13 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown or not tasks:
-        problem = f"{', '.join(map(repr, unknown))} {'is' if len(unknown) == 1 else 'are'} unknown" if unknown else "none given"
-        raise TimError(f"tasks: {problem}; choose from {', '.join(TASKS)}")
-    for name, values in (("steps", steps), ("prompts per task", [prompts_per_task]), ("images", [images]), ("batch", [batch])):
-        if not values or any(value < 1 for value in values):
-            raise TimError(f"{name}: {', '.join(map(str, values)) or 'none given'}; use whole numbers of at least 1")
+    check_protocol(steps, prompts_per_task, images, batch, tasks)
     check_seed(seed)
     check_guidance(cfg)
     protocol = {"seed": seed, "prompts_per_task": prompts_per_task, "images": images, "width": width, "height": height,
                 "tasks": [task for task in TASKS if task in tasks]}
     other = None if baseline is None else read_report(baseline, protocol)
-    folder = None if output is None else Path(output).expanduser()
+    folder = None if output is None else user_path(output)
     if folder is not None:
         make_folder(folder)
     samples = eval_samples(protocol["tasks"], prompts_per_task, images, seed)
@@ -204,7 +214,7 @@ def read_points(path: Path, report: dict) -> list[dict]:
 def read_report(path: str | Path, protocol: dict | None = None) -> dict:
     """A report.json. TimError if it cannot be read, or is not of `protocol` where that is given."""
     try:
-        report = parse_json(read_text(Path(path).expanduser()), str(path))
+        report = parse_json(read_text(user_path(path)), str(path))
         found = report["protocol"]
         for point in report["curve"]:
             unpack(point["correct"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import TimError
+from ..files import user_path
 
 
 def run(configs: list[str | Path], image_encoder: Callable[[Tensor], Tensor] | None = None) -> list[Path | None]:
@@ -27,7 +28,7 @@ def _train(config, image_encoder: Callable[[Tensor], Tensor] | None) -> Path | N
     from .kinds import kind_of
     from .loop import train
 
-    folder = Path(config.output).expanduser()
+    folder = user_path(config.output)
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir():
         raise TimError(f"output: {above} is a file; name a folder")

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import TimError, one_line
-from ..files import digest
+from ..files import digest, user_path
 from ..models.autoencoder import Autoencoder
 from ..models.config import AutoencoderConfig, StageConfig
 from ..processes import Shard, find_processes
@@ -70,11 +70,11 @@ class AutoencoderTask(Task[Autoencoder]):
             reason = one_line(error)
             raise TimError(f"training config: no DC-AE has these widths, layers and head_dim ({reason}); change them") from error
         if config.start:
-            start = load_autoencoder(Path(config.start).expanduser(), dtype=torch.float32)
+            start = load_autoencoder(user_path(config.start), dtype=torch.float32)
             init_from(self.model, start.state_dict(), config.start)
             self.fixed = digest(start.state_dict().items())
         self.model.encoder.requires_grad_(not config.freeze_encoder)
-        self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
+        self.folder, self.settings = user_path(config.output), recorded(config)
         self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
 
     def loss(self, average: Autoencoder, part: ShapesPart, step: int, shard: Shard) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import TimError
+from ..files import user_path
 from ..settings import CONFIG, Count, Fraction, FractionBelowOne, NotNegative, Positive, Text, WholeNumber, require, shown, validate
 from .kinds import KINDS
 from .objectives.transition import ObjectiveConfig
@@ -65,7 +66,7 @@ class RunConfig:
     def export_path(self, step: int) -> Path:
         """The file that a run writes at a step: `checkpoint` at the end, if set, else one in its folder."""
         ended = self.checkpoint and step >= self.loop.steps
-        return Path(self.checkpoint).expanduser() if ended else Path(self.output).expanduser() / self.export_name
+        return user_path(self.checkpoint) if ended else user_path(self.output) / self.export_name
 
 
 @dataclass(config=CONFIG, frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class FolderConfig:
 
     @property
     def cache_folder(self) -> Path:
-        return Path(self.cache or f"{self.path.rstrip('/')}.cache").expanduser()
+        return user_path(self.cache or f"{self.path.rstrip('/')}.cache")
 
 
 @dataclass(config=CONFIG, frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ def time_shift(height: int, width: int, base: int | None) -> float:
 
 def recorded(config: Any) -> dict:
     """The configuration as exported files record it: without output paths, and with `~` for the home folder."""
-    home = str(Path.home()) + "/"
+    home = f"{user_path('~')}/"
 
     def plain(value):
         if isinstance(value, dict):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import TimError
-from ..files import digest
+from ..files import digest, user_path
 from ..models.attention import get_attention
 from ..models.text_encoder import TextEncoder
 from ..processes import Shard, find_processes
@@ -130,7 +130,7 @@ class FineTuningTask(Task[Conditional]):
 
     def __init__(self, config: FineTuning, image_encoder: ImageEncoder | None):
         self.config, self.processes, parts = config, find_processes(), read_sources(config)
-        self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
+        self.folder, self.settings = user_path(config.output), recorded(config)
         self.metadata = {**parts[TRANSFORMER].record, "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
         plain = parts[TRANSFORMER].config
         self.has_null = plain.text_dim is not None or plain.null_class

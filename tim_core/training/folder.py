@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import TimError
-from ..files import digest, make_folder, parse_json, read_text
+from ..files import digest, make_folder, parse_json, read_text, user_path
 from ..images import ENDINGS, image_size, open_image
 from ..processes import Processes, Shard
 from .config import FolderConfig
@@ -45,14 +45,14 @@ class Item:
 
 def class_folders(config: FolderConfig) -> list[Path]:
     """The folders in `path`, by name, without hidden ones and the cache; their positions are the class numbers."""
-    place = Path(config.path).expanduser()
+    place = user_path(config.path)
     inside = sorted(place.iterdir()) if place.is_dir() else []
     return [one for one in inside if one.is_dir() and not one.name.startswith(".") and one.resolve() != config.cache_folder.resolve()]
 
 
 def scan(config: FolderConfig, labels: bool) -> list[Item]:
     """The images of a folder or a .jsonl, in order. TimError if there is none, for an invalid line, or for images outside class folders."""
-    place = Path(config.path).expanduser()
+    place = user_path(config.path)
     if not place.exists():
         raise TimError(f"data.path: {place} does not exist; name a folder of images, or a .jsonl that lists them")
     if not place.is_dir():

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import TimError
-from ..files import digest
+from ..files import digest, user_path
 from ..models.attention import get_attention
 from ..models.autoencoder import Autoencoder
 from ..models.config import TransformerConfig
@@ -132,13 +132,13 @@ class TransitionTask(Task[TextToImage]):
         self.config, self.image_encoder = config, image_encoder
         loop = config.loop
         self.autoencoder: Autoencoder = load_autoencoder(
-            Path(config.autoencoder).expanduser(), dtype=torch.float32).to(memory_format=torch.channels_last)
+            user_path(config.autoencoder), dtype=torch.float32).to(memory_format=torch.channels_last)
         self.factor, self.channels = self.autoencoder.config.factor, self.autoencoder.config.latent_channels
         torch.manual_seed(loop.seed)
         self.model = TextToImage(config, self.channels)
         fixed = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
         if config.start:
-            init_model(self.model, Path(config.start).expanduser())
+            init_model(self.model, user_path(config.start))
             fixed |= {name: value for name, value in self.model.state_dict().items() if not name.startswith("critic.")}
         self.fixed = f"{digest(fixed.items())} {self.autoencoder.config}"
         # the weights that the export is interpolated with
@@ -154,7 +154,7 @@ class TransitionTask(Task[TextToImage]):
         self.transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
         config.data.check_multiples(self.factor * config.transformer.patch_size)
         self.coder = copy.deepcopy(self.autoencoder)  # moved to the device of the run; `autoencoder` stays on the CPU for the export
-        self.folder, self.settings = Path(config.output).expanduser(), recorded(config)
+        self.folder, self.settings = user_path(config.output), recorded(config)
         self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
 
     def param_groups(self, config: LoopConfig) -> list[ParamGroup]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import TimError, one_line
-from ..files import read_text
+from ..files import read_text, user_path
 from ..settings import shown
 
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 65_536, 32, 10_000  # values: aliases count as often as they are used
@@ -74,7 +74,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict, dict[Location, Pat
     base = values.pop("base")
     if not isinstance(base, str) or not base:
         raise TimError(f"{path}: base is {shown(base)}; use the name of one YAML file")
-    other, chain = path.parent / os.path.expanduser(base), (*above, path)
+    other, chain = path.parent / user_path(base), (*above, path)
     if not os.path.isfile(other):
         raise TimError(f"{path}: base is {shown(base)}, and there is no file {other}; name a YAML file, relative to the folder of this one")
     if any(os.path.realpath(other) == os.path.realpath(file) for file in chain):

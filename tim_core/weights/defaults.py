@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TimError
+from ..limits import MAX_SIDE
 from .parts import TRANSFORMER, Parts
 
 RECORD = ("native_size", "steps", "cfg", "guidance_interval")  # keys of a transformer's record
 RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
-MOST_SIDE, MOST_STEPS, MOST_CFG = 16384, 1000, 100
+MOST_STEPS, MOST_CFG = 1000, 100
 RELEASED_REACH = 4  # the released text-to-image model was trained from 256 to 4096 pixels a side
 RELEASED_CLASSES = {32: (512, 3.0, (0.0, 0.7)), 4: (256, 2.5, (0.0, 0.6))}  # class-conditional: pixels per side, cfg, guidance interval
 OTHER_CELLS = 8  # latent cells per side where neither record nor channels tell; tim-shapes, of factor 8, was trained mostly at 64x64
@@ -56,8 +57,8 @@ def find_defaults(
     if (size := record.get("native_size")) is None:
         size = (math.ceil(side / multiple) * multiple,) * 2
     elif not (isinstance(size, (list, tuple)) and len(size) == 2
-              and all(_is_whole(side, MOST_SIDE) and side % multiple == 0 for side in size)):
-        wanted = f"[width, height] in multiples of {multiple} up to {MOST_SIDE}"
+              and all(_is_whole(side, MAX_SIDE) and side % multiple == 0 for side in size)):
+        wanted = f"[width, height] in multiples of {multiple} up to {MAX_SIDE}"
         raise TimError(f"native_size: {size!r} is not {wanted}; correct the file's metadata")
     if (steps := record.get("steps")) is not None:
         if not _is_whole(steps, MOST_STEPS):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import TimError, one_line
-from ..files import make_folder
+from ..files import make_folder, user_path
 
 CHUNK = 1 << 22
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
@@ -190,8 +190,8 @@ def _root(to: str | Path | None, comfyui: str | Path | None) -> Path:
     if (to is None) == (comfyui is None):
         raise TimError("download: name one destination, --to FOLDER or --comfyui FOLDER")
     if to is not None:
-        return Path(to).expanduser()
-    folder = Path(comfyui).expanduser()
+        return user_path(to)
+    folder = user_path(comfyui)
     if not (folder / "models").is_dir():
         raise TimError(f"{folder}: not a ComfyUI folder: it has no models folder; name the one that holds main.py and models")
     return folder / "models"

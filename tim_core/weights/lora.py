@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TimError
+from ..files import user_path
 from ..finite import damaged_weight
 from .detect import LORA_DOWN, LORA_UP, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .open import open_state_dict
@@ -76,7 +77,7 @@ class Lora:
 
 def read_lora(path: str | Path) -> Lora:
     """Reads a LoRA of a TiM transformer or its text encoder. TimError naming the file for other adapters, other models, malformed ones."""
-    tensors, metadata = open_state_dict(Path(path).expanduser())
+    tensors, metadata = open_state_dict(user_path(path))
     for key in tensors:
         kind = next((title for ending, title in OTHER_KINDS.items() if key.endswith(f".{ending}")), None)
         if kind:

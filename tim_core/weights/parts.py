@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TimError, one_line
-from ..files import is_file, parse_json, read_bytes
+from ..files import is_file, parse_json, read_bytes, user_path
 from ..models.config import AutoencoderConfig, TransformerConfig
 from ..models.text_encoder import MOST_TOKENIZER, normalise_config, tokenizer_file
 from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
@@ -176,7 +176,7 @@ def resolve(name: str | Path) -> Path:
         if not path.is_file():
             raise TimError(f"{name}: the bundled model is missing from this installation ({path}); install the package again")
         return path
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not str(name).strip() or not path.exists():
         raise TimError(f"{name}: no such file; give a path or a bundled model ({', '.join(BUNDLED)})")
     return path

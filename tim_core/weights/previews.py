@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TimError
+from ..files import user_path
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def photographs(folder: str | Path, side: int, most: int = 200) -> Iterable[Tens
 
     from ..images import ENDINGS, open_image
 
-    files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.suffix.lower() in ENDINGS and not file.is_dir())[:most]
+    files = sorted(file for file in user_path(folder).rglob("*") if file.suffix.lower() in ENDINGS and not file.is_dir())[:most]
     if not files:
         raise TimError(f"{folder}: no images in this folder ({', '.join(ENDINGS)})")
     for file in files:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TimError, printable
-from ..files import atomic_write
+from ..files import atomic_write, check_output, user_path
 from ..models.text_encoder import is_json
 from .defaults import RECORD
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
@@ -63,9 +63,9 @@ def convert(src, dst: str | Path, dtype=None, metadata: dict | None = None) -> P
 
 def _open_lora(src) -> Lora | None:
     """The LoRA in a file; None if `src` is not the name of one."""
-    if not isinstance(src, (str, Path)) or str(src) in BUNDLED or not Path(src).expanduser().is_file():
+    if not isinstance(src, (str, Path)) or str(src) in BUNDLED or not user_path(src).is_file():
         return None
-    return read_lora(src) if is_lora(open_state_dict(Path(src).expanduser())[0]) else None
+    return read_lora(src) if is_lora(open_state_dict(user_path(src))[0]) else None
 
 
 def _write_lora(lora: Lora, dst: str | Path, dtype) -> Path:
@@ -116,14 +116,11 @@ def _cast(tensors: StateDict, dtype) -> StateDict:
 
 
 def check_output_path(dst: str | Path) -> Path:
-    """The path of a checkpoint to write. TimError for a folder, another ending than .safetensors, or a folder that does not exist."""
-    dst = Path(dst).expanduser()
-    if dst.is_dir():
-        raise TimError(f"{dst}: is a folder; give the name of a file")
-    if dst.suffix != ".safetensors":
+    """The path of a checkpoint to write. TimError for another ending than .safetensors, or as in check_output."""
+    dst = user_path(dst)
+    if dst.suffix != ".safetensors" and not dst.is_dir():
         raise TimError(f"{dst}: the name must end in .safetensors")
-    if not dst.parent.is_dir():
-        raise TimError(f"{dst}: folder {dst.parent} does not exist; create it first")
+    check_output(dst)
     return dst
 
 

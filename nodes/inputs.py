@@ -21,6 +21,11 @@ def steps_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("steps", default=4, min=1, max=10000, tooltip=tooltip)
 
 
+def step_list_input(default: str, tooltip: str) -> io.MultiType.Input:
+    """Step counts as text; a number can be connected as well."""
+    return io.MultiType.Input(io.String.Input("steps", default=default, tooltip=tooltip), [io.Int])
+
+
 def time_input(name: str, default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=tooltip)
 

@@ -10,7 +10,7 @@ from .adapters.compat import Schema
 from .adapters.log import log_once
 from .adapters.model import size_multiple
 from .adapters.sampling import sample_latent, shared_progress
-from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, limit_inputs, seed_input, side_input, stochasticity_input
+from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, limit_inputs, seed_input, side_input, step_list_input, stochasticity_input
 
 
 class TiMNativeUpscale(io.ComfyNode):
@@ -54,11 +54,7 @@ class TiMNativeUpscale(io.ComfyNode):
                     max=MAX_STAGES,
                     tooltip="Number of enlargements, by equal factors: 1024 to 4096 in 2 stages passes 2048.",
                 ),
-                io.String.Input(
-                    "steps",
-                    default="4",
-                    tooltip="Steps per stage: one number for all stages, or one for each, such as 8, 4.",
-                ),
+                step_list_input("4", "Steps per stage: one number for all stages, or one for each, such as 8, 4."),
                 io.Float.Input(
                     "strength",
                     default=0.5,

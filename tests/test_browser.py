@@ -98,6 +98,19 @@ def test_template(request, comfyui, page, file):
     assert page.evaluate(TROUBLE) == []
 
 
+CONNECT = """([kind, name]) => { const source = LiteGraph.createNode(kind), target = LiteGraph.createNode(name)
+    app.graph.add(source); app.graph.add(target); const slot = target.findInputSlot('steps')
+    return [Boolean(source.connect(0, target, slot)), target.inputs[slot].link != null, target.widgets.some(w => w.name === 'steps')] }"""
+
+
+@pytest.mark.parametrize("name", ["TiMNativeUpscale", "TiMStepSweep"])
+def test_steps_are_a_widget_that_takes_numbers_and_text(comfyui, page, name):
+    open_editor(page, comfyui)
+    for kind in ("PrimitiveInt", "PrimitiveString"):
+        assert page.evaluate(CONNECT, [kind, name]) == [True, True, True], kind
+    assert page.evaluate(CONNECT, ["PrimitiveFloat", name]) == [False, False, True]
+
+
 def test_help(comfyui, page, shoot):
     """The page's heading, first paragraph and images; without a page the editor shows the node's description."""
     ours = [name for name, info in comfyui.object_info.items() if info["python_module"] == f"custom_nodes.{FOLDER}"]

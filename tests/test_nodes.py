@@ -350,6 +350,19 @@ def test_upscale_keeps_the_noise_of_a_image_of_a_batch(comfyui):
     close(both[1:], one, 1e-3)
 
 
+STEPS = {"INT": ("PrimitiveInt", 3, "3"), "STRING": ("PrimitiveString", "2, 3", "2, 3")}  # type -> core's node, its value, the widget's
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_can_be_a_connected_number_or_text(comfyui, kind):
+    node, value, text = STEPS[kind]
+    graph = Graph()
+    image, steps = graph.add("EmptyImage", width=32, height=32, batch_size=1, color=200), graph.add(node, value=value)
+    large = [[upscaled(graph, image=image, stages=2, steps=given)[0], 1] for given in (steps, text)]
+    a, b, swept_a, swept_b = run_latents(comfyui, graph, *large, sweep_images(graph, steps), sweep_images(graph, text))
+    assert torch.equal(a, b) and torch.equal(swept_a, swept_b) and len(swept_a) == len(text.split())
+
+
 def one_channel(model, clip, vae):
     """The shape of an upscaled image that had one channel, as masks and depth maps of some packs have."""
     import sys
@@ -395,10 +408,15 @@ def test_sweep_equals_pipeline(comfyui, pipe):
     assert "steps: '1, x'" in refusal(comfyui, graph, sweep_latent(graph, "1, x"))
 
 
-def sweep_latent(graph: Graph, steps: str) -> list:
+def sweep_latent(graph: Graph, steps: str | list, output: int = 0) -> list:
     links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""), latent_image=graph.empty())
     sweep = graph.add("TiMStepSweep", **links, seed=0, steps=steps, cfg=2.5, guidance_low=0.0, guidance_high=1.0)
-    return graph.add("VAEEncode", pixels=sweep, vae=graph.vae)
+    return graph.add("VAEEncode", pixels=[sweep[0], output], vae=graph.vae)
+
+
+def sweep_images(graph: Graph, steps: str | list) -> list:
+    """The sweep's images, which unlike its sheet do not say how long they took, encoded."""
+    return sweep_latent(graph, steps, output=1)
 
 
 def count_evaluations(model, clip, vae):

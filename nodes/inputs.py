@@ -5,6 +5,13 @@ from comfy_api.latest import io
 MAX_SIDE = 4096  # pixels: the largest native size the released model was trained on
 
 
+def advanced(*inputs: io.Input) -> list[io.Input]:
+    """Inputs that the editor shows on demand. As a plain option, since the class of older versions does not know it."""
+    for each in inputs:
+        each.extra_dict = {**(each.extra_dict or {}), "advanced": True}
+    return list(inputs)
+
+
 def conditioning_inputs() -> list[io.Conditioning.Input]:
     return [
         io.Conditioning.Input("positive", tooltip="What the image should show."),

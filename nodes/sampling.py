@@ -9,7 +9,17 @@ from .adapters.compat import Schema
 from .adapters.guidance import with_interval
 from .adapters.model import tim_model
 from .adapters.sampling import sample_latent, transition_sampler
-from .inputs import cfg_input, conditioning_inputs, interval_inputs, limit_inputs, seed_input, steps_input, stochasticity_input, time_inputs
+from .inputs import (
+    advanced,
+    cfg_input,
+    conditioning_inputs,
+    interval_inputs,
+    limit_inputs,
+    seed_input,
+    steps_input,
+    stochasticity_input,
+    time_inputs,
+)
 
 
 class TiMSampler(io.ComfyNode):
@@ -31,19 +41,21 @@ class TiMSampler(io.ComfyNode):
                 seed_input(),
                 steps_input("Number of equal steps from start to end. 1 makes an image, 4 a better one, 16 to 64 the best."),
                 cfg_input(),
-                *limit_inputs(),
-                stochasticity_input(),
-                *time_inputs(),
-                io.Boolean.Input(
-                    "add_noise",
-                    default=True,
-                    tooltip="On for an empty latent or a finished image. Off for a latent that another sampler left at the start time.",
-                ),
-                io.Boolean.Input(
-                    "return_with_leftover_noise",
-                    default=True,
-                    tooltip="Used only when end is above 0. On: the latent keeps its noise for the next sampler, TiM Sampler or KSampler "
-                    "(Advanced). Off: the last step goes to 0 instead of end and finishes the image.",
+                *advanced(
+                    *limit_inputs(),
+                    stochasticity_input(),
+                    *time_inputs(),
+                    io.Boolean.Input(
+                        "add_noise",
+                        default=True,
+                        tooltip="On for an empty latent or a finished image. Off for a latent that another sampler left at the start time.",
+                    ),
+                    io.Boolean.Input(
+                        "return_with_leftover_noise",
+                        default=True,
+                        tooltip="Used only when end is above 0. On: the latent keeps its noise for the next sampler, TiM Sampler or "
+                        "KSampler (Advanced). Off: the last step goes to 0 instead of end and finishes the image.",
+                    ),
                 ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The sampled latent, for VAE Decode.")],

@@ -10,7 +10,7 @@ from ..tim_core.images import contact_sheet, step_label, to_tensor
 from .adapters.compat import Schema
 from .adapters.log import log_once
 from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress
-from .inputs import cfg_input, conditioning_inputs, limit_inputs, seed_input, step_list_input
+from .inputs import advanced, cfg_input, conditioning_inputs, limit_inputs, seed_input, step_list_input
 
 
 def step_counts(text: str | int) -> list[int]:
@@ -41,7 +41,7 @@ class TiMStepSweep(io.ComfyNode):
                 seed_input("Noise seed, the same for every step count."),
                 step_list_input("1, 2, 4, 8, 16, 32", "Step counts to compare."),
                 cfg_input(),
-                *limit_inputs(),
+                *advanced(*limit_inputs()),
             ],
             outputs=[
                 io.Image.Output(display_name="SHEET", tooltip="All images, labelled with steps, network evaluations and seconds."),

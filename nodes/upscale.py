@@ -10,7 +10,17 @@ from .adapters.compat import Schema
 from .adapters.log import log_once
 from .adapters.model import size_multiple
 from .adapters.sampling import sample_latent, shared_progress
-from .inputs import MAX_SIDE, cfg_input, conditioning_inputs, limit_inputs, seed_input, side_input, step_list_input, stochasticity_input
+from .inputs import (
+    MAX_SIDE,
+    advanced,
+    cfg_input,
+    conditioning_inputs,
+    limit_inputs,
+    seed_input,
+    side_input,
+    step_list_input,
+    stochasticity_input,
+)
 
 
 class TiMNativeUpscale(io.ComfyNode):
@@ -30,6 +40,18 @@ class TiMNativeUpscale(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="The image to enlarge. Connect image or latent."),
                 io.Latent.Input("latent", optional=True, tooltip="The image to enlarge, as a finished latent. Connect image or latent."),
                 seed_input(),
+                step_list_input("4", "Steps per stage: one number for all stages, or one for each, such as 8, 4."),
+                cfg_input(),
+                io.Float.Input(
+                    "strength",
+                    default=0.5,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="Start time of the sampling: a low value keeps the image, a high value changes more of it. All steps run "
+                    "either way.",
+                ),
                 io.Float.Input(
                     "factor",
                     default=2.0,
@@ -54,20 +76,7 @@ class TiMNativeUpscale(io.ComfyNode):
                     max=MAX_STAGES,
                     tooltip="Number of enlargements, by equal factors: 1024 to 4096 in 2 stages passes 2048.",
                 ),
-                step_list_input("4", "Steps per stage: one number for all stages, or one for each, such as 8, 4."),
-                io.Float.Input(
-                    "strength",
-                    default=0.5,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    round=0.0001,
-                    tooltip="Start time of the sampling: a low value keeps the image, a high value changes more of it. All steps run "
-                    "either way.",
-                ),
-                cfg_input(),
-                *limit_inputs(),
-                stochasticity_input(),
+                *advanced(*limit_inputs(), stochasticity_input()),
             ],
             outputs=[
                 io.Image.Output(display_name="IMAGE", tooltip="The enlarged image."),

@@ -8,7 +8,7 @@ from ..tim_core.sampler import MODES
 from .adapters.compat import Schema
 from .adapters.guidance import with_interval
 from .adapters.model import tim_model
-from .adapters.sampling import sample_latent, transition_sampler
+from .adapters.sampling import check_sigmas, sample_latent, time_grid, transition_sampler, with_shift
 from .inputs import (
     advanced,
     cfg_input,
@@ -16,6 +16,7 @@ from .inputs import (
     interval_inputs,
     limit_inputs,
     seed_input,
+    shift_input,
     steps_input,
     stochasticity_input,
     time_inputs,
@@ -42,6 +43,10 @@ class TiMSampler(io.ComfyNode):
                 steps_input("Number of equal steps from start to end. 1 makes an image, 4 a better one, 16 to 64 the best."),
                 cfg_input(),
                 *advanced(
+                    shift_input(
+                        "Denser steps at high noise above 1, near the image below 1, as the node ModelSamplingSD3 makes them. 1 keeps the "
+                        "model's own times. start and end are shifted, too."
+                    ),
                     *limit_inputs(),
                     stochasticity_input(),
                     *time_inputs(),
@@ -57,20 +62,27 @@ class TiMSampler(io.ComfyNode):
                         "KSampler (Advanced). Off: the last step goes to 0 instead of end and finishes the image.",
                     ),
                 ),
+                io.Sigmas.Input(
+                    "sigmas", optional=True, tooltip="Times of the steps, falling from at most 1 to at least 0. They replace steps, shift, "
+                    "start and end."
+                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The sampled latent, for VAE Decode.")],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high, stochasticity, start, end, add_noise,
-        return_with_leftover_noise,
+        cls, model, positive, negative, latent_image, seed, steps, cfg, shift, guidance_low, guidance_high, stochasticity, start, end,
+        add_noise, return_with_leftover_noise, sigmas=None,
     ) -> io.NodeOutput:
-        times, interval = schedule.uniform(steps, start, end), (guidance_low, guidance_high)
-        if not add_noise and start >= 1:
-            raise TimError(f"add_noise: off, but start is {start:g}; turn it on, or set start to the time at which another sampler stopped")
+        model = with_shift(model, shift)
+        times = time_grid(model, steps, start, end) if sigmas is None else check_sigmas(sigmas).clone()
+        if not add_noise and times[0] >= 1:
+            where = f"start is {start:g}" if sigmas is None else f"sigmas start at {float(times[0]):g}"
+            raise TimError(f"add_noise: off, but {where}; turn it on, or start at the time at which another sampler stopped")
         if not return_with_leftover_noise:
             times[-1] = 0.0
+        interval = guidance_low, guidance_high
         return io.NodeOutput(
             sample_latent(model, positive, negative, latent_image, seed, cfg, times, interval, stochasticity, add_noise)
         )
@@ -114,15 +126,7 @@ class TiMScheduler(io.ComfyNode):
             inputs=[
                 steps_input("Number of steps from start to end."),
                 *time_inputs(),
-                io.Float.Input(
-                    "shift",
-                    default=1.0,
-                    min=0.01,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="1: equal steps, as published. Above 1: denser steps at high noise. Below 1: denser steps near the image.",
-                ),
+                shift_input("1: equal steps, as published. Above 1: denser steps at high noise. Below 1: denser steps near the image."),
                 io.String.Input(
                     "times",
                     default="",

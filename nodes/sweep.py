@@ -4,12 +4,11 @@ import time
 
 from comfy_api.latest import io
 
-from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.images import contact_sheet, step_label, to_tensor
 from .adapters.compat import Schema
 from .adapters.log import log_once
-from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress
+from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress, time_grid
 from .inputs import advanced, cfg_input, conditioning_inputs, limit_inputs, seed_input, step_list_input
 
 
@@ -62,7 +61,7 @@ class TiMStepSweep(io.ComfyNode):
             rows.clear()
             start_time = time.perf_counter()
             sampled = sample_latent(
-                model, positive, negative, latent, seed, cfg, schedule.uniform(count), interval, callback=progress(done)
+                model, positive, negative, latent, seed, cfg, time_grid(model, count), interval, callback=progress(done)
             )
             return vae.decode(sampled["samples"])[0], step_label(count, sum(rows), time.perf_counter() - start_time)
 

@@ -9,7 +9,7 @@ from ..tim_core.upscale import MAX_STAGES, stage_sizes, stage_steps, target_size
 from .adapters.compat import Schema
 from .adapters.log import log_once
 from .adapters.model import size_multiple
-from .adapters.sampling import sample_latent, shared_progress
+from .adapters.sampling import sample_latent, shared_progress, time_grid
 from .inputs import (
     MAX_SIDE,
     advanced,
@@ -108,7 +108,7 @@ class TiMNativeUpscale(io.ComfyNode):
 
         def sample(samples, times, stage):
             interval, callback = (guidance_low, guidance_high), progress(sum(counts[:stage]))
-            start = {"samples": samples, **places}
+            start, times = {"samples": samples, **places}, time_grid(model, counts[stage], float(times[0]))
             return sample_latent(
                 model, positive, negative, start, seed, cfg, times, interval, stochasticity, callback=callback
             )["samples"]

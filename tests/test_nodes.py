@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.comfy_graph import PROMPT, Graph, close, images_of, inside, latent_of, refusal, run_images, run_latents, same_image
 from tests.comfy_support import events_of, probe
+from tests.support import mentions
 from tim_core import Pipeline, schedule
 from tim_core.weights.load import load_text_encoder
 from tim_core.weights.parts import read_parts
@@ -76,6 +77,76 @@ def test_shifted_times(comfyui, pipe):
     graph = Graph()
     images = run_images(comfyui, graph, custom(graph, steps=5, shift=3.0))
     same_image(images, pipe(PROMPT, times=schedule.shifted(5, 3.0).tolist()))
+
+
+@pytest.mark.parametrize("shift", [0.4, 3.0])
+@pytest.mark.parametrize("steps, start", [(4, 1.0), (8, 1.0), (4, 0.5)])
+def test_a_sampler_s_shift_equals_ksampler_behind_model_sampling(comfyui, shift, steps, start):
+    graph = Graph()
+    first = graph.tim(seed=1) if start < 1 else None
+    ours, plain = graph.tim(first, steps=steps, start=start, shift=shift), graph.tim(first, steps=steps, start=start)
+    graph.model = graph.add("ModelSamplingSD3", model=graph.model, shift=shift)
+    stock, kept = graph.stock(first, steps=steps, denoise=start), graph.tim(first, steps=steps, start=start)
+    again = graph.tim(first, steps=steps, start=start, shift=1.7)
+    ours, plain, stock, kept, again = run_latents(comfyui, graph, ours, plain, stock, kept, again)
+    assert torch.equal(ours, kept)
+    close(ours, stock, 1e-5)  # the same times; core's euler adds in float32, TiM Sampler in float64
+    assert (ours - plain).abs().max() > 1e-3 < (ours - again).abs().max()
+
+
+def times_of(model, clip, vae):
+    """Times of TiM Sampler and of KSampler's scheduler, at several shifts, steps and starts."""
+    import sys
+
+    import comfy.samplers
+
+    sampling = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.sampling"))
+    found = []
+    for shift in (0.3, 1.7, 3.0):
+        shifted = sampling.with_shift(model, shift)
+        for steps in (1, 2, 4, 5, 8, 20, 100):
+            stock = comfy.samplers.calculate_sigmas(shifted.get_model_object("model_sampling"), "simple", steps)
+            found.append(sampling.time_grid(shifted, steps).tolist() == stock.tolist())
+    return found
+
+
+def test_shifted_times_are_those_of_the_scheduler(comfyui):
+    assert inside(comfyui, times_of) == [True] * 21
+
+
+def test_sigmas_replace_the_grid(comfyui):
+    graph = Graph()
+    sigmas = graph.add("TiMScheduler", steps=1, start=1.0, end=0.0, shift=1.0, times="1, 0.9, 0.4, 0")
+    basic = graph.add("BasicScheduler", model=graph.model, scheduler="simple", steps=4, denoise=1.0)
+    first = graph.add("SplitSigmas", sigmas=basic, step=2)
+    half = graph.tim(sigmas=first)
+    rest = graph.tim(half, sigmas=[first[0], 1], add_noise=False, steps=9, start=0.1, shift=5.0)
+    finished = graph.tim(sigmas=first, return_with_leftover_noise=False)
+    results = run_latents(
+        comfyui, graph, graph.tim(sigmas=sigmas), custom(graph, times="1, 0.9, 0.4, 0"), rest, graph.tim(), finished,
+        custom(graph, times="1, 0.75, 0"))
+    for ours, wanted in zip(results[::2], results[1::2]):
+        close(ours, wanted)
+
+
+@pytest.mark.parametrize("method, settings, said", [
+    ("KarrasScheduler", dict(steps=4, sigma_max=14.5, sigma_min=0.03, rho=7.0), "sigmas: 14.5 .* 0 to 1"),
+    ("FlipSigmas", {}, "sigmas: 0.5 follows 0"), ("ManualSigmas", dict(sigmas="1"), "sigmas: 1 .* two"),
+])
+def test_sigmas_that_are_no_times_are_refused(comfyui, method, settings, said):
+    if method not in comfyui.object_info:
+        pytest.skip(f"this version of ComfyUI has no {method}")
+    graph = Graph()
+    if method == "FlipSigmas":
+        settings = dict(sigmas=graph.add("TiMScheduler", steps=2, start=1.0, end=0.0, shift=1.0, times=""))
+    assert re.search(said, refusal(comfyui, graph, graph.tim(sigmas=graph.add(method, **settings))))
+
+
+def test_sigmas_from_noise_need_noise(comfyui):
+    graph = Graph()
+    sigmas = graph.add("TiMScheduler", steps=2, start=1.0, end=0.0, shift=1.0, times="")
+    message = refusal(comfyui, graph, graph.tim(sigmas=sigmas, add_noise=False))
+    assert mentions(message, "add_noise", "off", "sigmas start at 1")
 
 
 @pytest.mark.parametrize("times, said", [

@@ -78,8 +78,8 @@ def limit_inputs() -> list[io.Float.Input]:
     ]
 
 
-def shift_input(tooltip: str) -> io.Float.Input:
-    return io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+def shift_input(tooltip: str, optional: bool = False) -> io.Float.Input:
+    return io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.1, round=0.01, optional=optional, tooltip=tooltip)
 
 
 def stochasticity_input() -> io.Float.Input:

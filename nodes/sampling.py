@@ -43,10 +43,6 @@ class TiMSampler(io.ComfyNode):
                 steps_input("Number of equal steps from start to end. 1 makes an image, 4 a better one, 16 to 64 the best."),
                 cfg_input(),
                 *advanced(
-                    shift_input(
-                        "Denser steps at high noise above 1, near the image below 1, as the node ModelSamplingSD3 makes them. 1 keeps the "
-                        "model's own times. start and end are shifted, too."
-                    ),
                     *limit_inputs(),
                     stochasticity_input(),
                     *time_inputs(),
@@ -66,14 +62,21 @@ class TiMSampler(io.ComfyNode):
                     "sigmas", optional=True, tooltip="Times of the steps, falling from at most 1 to at least 0. They replace steps, shift, "
                     "start and end."
                 ),
+                *advanced(
+                    shift_input(
+                        "Denser steps at high noise above 1, near the image below 1, as the node ModelSamplingSD3 makes them. 1 keeps the "
+                        "model's own times. start and end are shifted, too.",
+                        optional=True,
+                    )
+                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The sampled latent, for VAE Decode.")],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, steps, cfg, shift, guidance_low, guidance_high, stochasticity, start, end,
-        add_noise, return_with_leftover_noise, sigmas=None,
+        cls, model, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high, stochasticity, start, end, add_noise,
+        return_with_leftover_noise, sigmas=None, shift=1.0,
     ) -> io.NodeOutput:
         model = with_shift(model, shift)
         times = time_grid(model, steps, start, end) if sigmas is None else check_sigmas(sigmas).clone()

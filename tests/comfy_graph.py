@@ -32,8 +32,8 @@ class Graph:
 
     def tim(self, latent=None, positive=None, negative=None, **settings) -> list:
         settings = dict(
-            seed=0, steps=4, cfg=2.5, shift=1.0, guidance_low=0.0, guidance_high=1.0, stochasticity=0.0, start=1.0, end=0.0,
-            add_noise=True, return_with_leftover_noise=True,
+            seed=0, steps=4, cfg=2.5, guidance_low=0.0, guidance_high=1.0, stochasticity=0.0, start=1.0, end=0.0, add_noise=True,
+            return_with_leftover_noise=True,
         ) | settings
         links = dict(model=self.model, positive=positive or self.text(PROMPT), negative=negative or self.text(""))
         return self.add("TiMSampler", **links, latent_image=latent or self.empty(), **settings)

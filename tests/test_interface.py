@@ -1,6 +1,7 @@
 """What saved graphs depend on: the nodes' ids, their inputs in the order of the editor's widgets, their outputs.
 
-interface.json holds them. A change to it breaks the workflows of users, whose widgets are saved by position: add inputs at the end.
+interface.json holds them. A change to it breaks the workflows of users, whose widgets are saved by position: add inputs at the end, as
+optional ones.
 """
 
 import json

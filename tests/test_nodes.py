@@ -355,21 +355,59 @@ def test_a_loader_says_what_the_wrong_file_is(comfyui, tiny, tmp_path, kind, nam
 # Latents
 
 
-@pytest.mark.parametrize("ratio, megapixels, size", [
-    ("1:1", "0.25", (512, 512)), ("16:9", "1", (1368, 768)), ("2:5", "4", (1296, 3240)), ("21:9", "16", (4096, 1752)),
-    ("5:2", "16", (4096, 1640)),
+def sizes_offered(model, clip, vae):
+    """(native, ratio, area, width, height) of every preset, for models of several native sizes."""
+    import dataclasses
+    import sys
+
+    latent = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.latent"))
+    config, found = model.model.model_config, []
+    before = config.defaults
+    try:
+        for native in ((64, 64), (256, 256), (1024, 1024), (96, 64)):
+            config.defaults = dataclasses.replace(before, width=native[0], height=native[1])
+            for ratio in ("native", *latent.RATIOS):
+                for area in latent.AREAS:
+                    made, width, height = latent.TiMEmptyLatent.execute(model, ratio, area, 0, 0, 1, False).result
+                    assert list(made["samples"].shape) == [1, 16, height // 8, width // 8]
+                    found.append([*native, ratio, int(area), width, height])
+    finally:
+        config.defaults = before
+    return found
+
+
+def test_presets_are_multiples_of_the_native_size(comfyui):
+    found = inside(comfyui, sizes_offered)
+    assert len(found) == 4 * 12 * 4
+    for *native, ratio, area, width, height in found:
+        across, down = native if ratio == "native" else map(int, ratio.split(":"))
+        wanted = (native[0] * native[1] * area * across / down) ** 0.5, (native[0] * native[1] * area * down / across) ** 0.5
+        if max(wanted) > 4096:
+            wanted = [side * 4096 / max(wanted) for side in wanted]
+        assert max(abs(width - wanted[0]), abs(height - wanted[1])) <= 4.5 and width % 8 == height % 8 == 0, (native, ratio, area)
+    assert [row[4:] for row in found if row[2] == "native" and row[3] == 1] == [[64, 64], [256, 256], [1024, 1024], [96, 64]]
+
+
+@pytest.mark.parametrize("settings, size", [
+    (dict(), (64, 64)), (dict(area_factor="4"), (128, 128)), (dict(aspect_ratio="2:3"), (56, 80)),
+    (dict(aspect_ratio="2:3", swap=True), (80, 56)), (dict(aspect_ratio="custom"), (64, 64)),
+    (dict(aspect_ratio="custom", width=100), (104, 64)), (dict(aspect_ratio="custom", width=48, height=96, swap=True), (96, 48)),
 ])
-def test_presets(comfyui, ratio, megapixels, size):
+def test_the_empty_latent_and_its_size(comfyui, settings, size):
+    """The tiny model is made for 64x64."""
     graph = Graph()
-    latent = graph.add("TiMEmptyLatent", model=graph.model, aspect_ratio=ratio, megapixels=megapixels, width=64, height=64, batch_size=1)
-    assert run_latents(comfyui, graph, latent)[0].shape == (1, 16, size[1] // 8, size[0] // 8)
+    settings = dict(aspect_ratio="native", area_factor="1", width=0, height=0, batch_size=2, swap=False) | settings
+    latent = graph.add("TiMEmptyLatent", model=graph.model, **settings)
+    canvas = graph.add("EmptyImage", width=[latent[0], 1], height=[latent[0], 2], batch_size=1, color=0)
+    empty, encoded = run_latents(comfyui, graph, latent, graph.add("VAEEncode", pixels=canvas, vae=graph.vae))
+    assert empty.shape == (2, 16, size[1] // 8, size[0] // 8) and not empty.any() and encoded.shape[1:] == empty.shape[1:]
 
 
 def test_an_aspect_ratio_that_is_not_offered_is_refused_once(comfyui):
     """The editor's first name for "custom" among them, which workflows saved with it still hold."""
     for ratio in ("as below", "7:5"):
         graph = Graph()
-        sizes = dict(megapixels="1", width=64, height=64, batch_size=1)
+        sizes = dict(area_factor="1", width=64, height=64, batch_size=1)
         message = refusal(comfyui, graph, graph.add("TiMEmptyLatent", model=graph.model, aspect_ratio=ratio, **sizes))
         assert ratio in message and "custom" in message and "16:9" in message
 
@@ -396,7 +434,7 @@ def test_upscale_equals_pipeline(comfyui, pipe, settings):
     save = graph.add("SaveImage", images=result, filename_prefix="large")[0]
     latent = graph.save([result[0], 1])
     outputs = comfyui.run(graph.prompt)
-    expected = pipe.upscale(pipe(PROMPT), PROMPT, **settings)
+    expected = pipe.upscale(pipe(PROMPT), PROMPT, **({"strength": 0.5} | settings))
     same_image(images_of(comfyui, outputs, save), expected)
     same_image(255 * pipe.decode(latent_of(comfyui, outputs, latent)), expected)
 

@@ -169,14 +169,19 @@ def count_evaluations(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int
     return model, rows
 
 
+def fitting_size(model, width: int, height: int) -> tuple[int, int]:
+    """Width and height in pixels, rounded to multiples of size_multiple, at least one of it."""
+    multiple = size_multiple(model)
+    return max(1, int(width / multiple + 0.5)) * multiple, max(1, int(height / multiple + 0.5)) * multiple
+
+
 def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
-    """A LATENT of zeros for images of width x height pixels, rounded to size_multiple; the log says when that changes the size."""
+    """A LATENT of zeros for images of width x height pixels, rounded to fit; the log says when that changes the size."""
     inner = tim_model(model)
-    factor, multiple = inner.latent_format.spacial_downscale_ratio, size_multiple(model)
-    rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
-    if rounded != [width, height]:
-        logging.info(f"Empty TiM Latent: {width}x{height} rounded to {rounded[0]}x{rounded[1]}, multiples of {multiple}")
-    shape = (batch_size, inner.latent_format.latent_channels, rounded[1] // factor, rounded[0] // factor)
+    factor, size = inner.latent_format.spacial_downscale_ratio, fitting_size(model, width, height)
+    if size != (width, height):
+        logging.info(f"Empty TiM Latent: {width}x{height} rounded to {size[0]}x{size[1]}, multiples of {size_multiple(model)}")
+    shape = (batch_size, inner.latent_format.latent_channels, size[1] // factor, size[0] // factor)
     return {"samples": torch.zeros(shape, device=mm.intermediate_device()), "downscale_ratio_spacial": factor}
 
 

@@ -15,7 +15,7 @@ from tests.support import mentions
 from tim_core import Pipeline, schedule
 from tim_core.weights.load import load_text_encoder
 from tim_core.weights.parts import read_parts
-from tim_core.weights.save import pack
+from tim_core.weights.save import convert, pack
 
 pytestmark = pytest.mark.comfyui
 
@@ -417,7 +417,7 @@ def test_an_aspect_ratio_that_is_not_offered_is_refused_once(comfyui):
 
 def upscaled(graph: Graph, **inputs) -> list:
     settings = dict(
-        seed=0, factor=2.0, width=0, height=0, stages=1, steps="4", strength=0.5, cfg=2.5, guidance_low=0.0, guidance_high=1.0,
+        seed=0, steps="4", cfg=2.5, strength=0.5, factor=2.0, width=0, height=0, stages=1, guidance_low=0.0, guidance_high=1.0,
         stochasticity=0.0,
     ) | inputs
     links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""))
@@ -480,8 +480,9 @@ def one_channel(model, clip, vae):
 
     node = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.upscale")).TiMNativeUpscale
     text = clip.encode_from_tokens_scheduled(clip.tokenize("a circle"))
-    settings = dict(seed=0, factor=2.0, width=0, height=0, stages=1, steps="1", strength=0.5, cfg=1.0, guidance_low=0.0, guidance_high=1.0)
-    done = node.execute(model, vae, text, text, stochasticity=0.0, image=torch.rand(1, 16, 16, 1), **settings)
+    settings = dict(seed=0, steps="1", cfg=1.0, strength=0.5, factor=2.0, width=0, height=0, stages=1)
+    limits = dict(guidance_low=0.0, guidance_high=1.0, stochasticity=0.0)
+    done = node.execute(model, vae, text, text, image=torch.rand(1, 16, 16, 1), **settings, **limits)
     return list(done.result[0].shape)
 
 
@@ -489,7 +490,132 @@ def test_upscale_takes_a_image_of_one_channel(comfyui):
     assert inside(comfyui, one_channel) == [1, 32, 32, 3]
 
 
+def upscale_model(server, folder: Path) -> str:
+    """A small random upscaler of factor 3, of the kind that Real-ESRGAN's compact models are -> its name."""
+    torch.manual_seed(3)
+    weights = {"body.1.weight": torch.rand(8), "body.3.weight": torch.rand(8)}
+    for i, (into, out) in {0: (3, 8), 2: (8, 8), 4: (8, 27)}.items():
+        weights |= {f"body.{i}.weight": torch.randn(out, into, 3, 3) / 20, f"body.{i}.bias": torch.zeros(out)}
+    save_file(weights, folder / "compact.safetensors")
+    (server.base / "models" / "upscale_models").mkdir(exist_ok=True)
+    return server.add("upscale_models", folder / "compact.safetensors", "compact.safetensors")
+
+
+def by_hand(graph: Graph, image: list, sizes: list, *, steps=2, strength=0.6, resize_method="bicubic", mask=None, upscale_model=None):
+    """What TiM Native Upscale does, in core's nodes and TiM Sampler -> IMAGE, LATENT."""
+    latent = None
+    for width, height in sizes:
+        if upscale_model:
+            image = graph.add("ImageUpscaleWithModel", upscale_model=upscale_model, image=image)
+        scale = dict(upscale_method=resize_method, width=width, height=height, crop="center")
+        large = graph.add("ImageScale", image=image, **scale)
+        latent = graph.add("VAEEncode", pixels=large, vae=graph.vae)
+        if mask:
+            latent = graph.add("SetLatentNoiseMask", samples=latent, mask=mask)
+        latent = graph.tim(latent, steps=steps, start=strength)
+        image = graph.add("VAEDecode", samples=latent, vae=graph.vae)
+        if mask:
+            image = graph.add("ImageCompositeMasked", destination=large, source=image, x=0, y=0, resize_source=False, mask=mask)
+    return image, latent
+
+
+def test_upscale_equals_the_nodes_it_is_made_of(comfyui, tmp_path):
+    graph = Graph()
+    small = graph.add("VAEDecode", samples=graph.tim(), vae=graph.vae)
+    enlarger = graph.add("UpscaleModelLoader", model_name=upscale_model(comfyui, tmp_path))
+    black, white = (graph.add("SolidMask", value=value, width=32, height=64) for value in (0.0, 1.0))
+    whole = graph.add("SolidMask", value=1.0, width=64, height=64)
+    mask = graph.add("MaskComposite", destination=whole, source=black, x=0, y=0, operation="multiply")
+    large, stages = [(128, 128)], [(88, 88), (128, 128)]
+    cases = {method: ({}, large, dict(resize_method=method)) for method in ("bicubic", "lanczos", "bilinear", "area", "nearest-exact")}
+    cases |= {
+        "two stages": (dict(stages=2), stages, {}),
+        "cropped": (dict(width=96, height=128), [(96, 128)], dict(resize_method="lanczos")),
+        "model": ({}, large, dict(upscale_model=enlarger)),
+        "model, cropped, lanczos": (dict(width=136, height=96), [(136, 96)], dict(upscale_model=enlarger, resize_method="lanczos")),
+        "mask": ({}, large, dict(mask=mask)), "mask, two stages": (dict(stages=2), stages, dict(mask=mask)),
+        "full mask": ({}, large, dict(mask=white)),
+    }
+    pairs = {}
+    for name, (sizes, steps, options) in cases.items():
+        node = upscaled(graph, image=small, steps=2, strength=0.6, **sizes, **options)
+        pairs[name] = ((node, [node[0], 1]), by_hand(graph, small, steps, **options))
+    saves = {name: [(graph.add("SaveImage", images=image, filename_prefix=name)[0], graph.save(latent)) for image, latent in pair]
+             for name, pair in pairs.items()}
+    plain = graph.add("ImageScale", image=small, upscale_method="bicubic", width=128, height=128, crop="disabled")
+    plain = graph.add("SaveImage", images=plain, filename_prefix="plain")[0]
+    outputs, found = comfyui.run(graph.prompt), {}
+    for name, pair in saves.items():
+        (image, latent), (hand_image, hand_latent) = pair
+        close(latent_of(comfyui, outputs, latent), latent_of(comfyui, outputs, hand_latent))
+        found[name] = images_of(comfyui, outputs, image)
+        assert (found[name] - images_of(comfyui, outputs, hand_image)).abs().max() <= 1, name
+    assert (found["bicubic"] - found["model"]).abs().max() > 2
+    redrawn = (images_of(comfyui, outputs, plain) - found["mask"]).abs().amax(dim=(0, 1, 3))
+    assert redrawn[:62].max() <= 1 < redrawn[66:].min()  # the right half
+
+
+def test_the_mask_of_an_upscale_keeps_the_enlargement(comfyui):
+    graph = Graph()
+    small = graph.add("VAEDecode", samples=graph.tim(), vae=graph.vae)
+    nothing = graph.add("SolidMask", value=0.0, width=16, height=16)
+    large = graph.add("ImageScale", image=small, upscale_method="bicubic", width=128, height=128, crop="disabled")
+    redrawn = upscaled(graph, image=small, mask=nothing)
+    saves = [graph.add("SaveImage", images=image, filename_prefix="kept")[0] for image in (redrawn, large)]
+    outputs = comfyui.run(graph.prompt)
+    kept, plain = (images_of(comfyui, outputs, save) for save in saves)
+    assert torch.equal(kept, plain)
+
+
+def tiled(model, clip, vae):
+    """Largest differences of a tiled upscale from tim_core's sampler on blended tiles, and from the whole; sizes the network saw."""
+    import sys
+
+    import torch
+    from comfy.patcher_extension import WrappersMP
+
+    modules = {name.split("ComfyUI-TiM.")[1]: module for name, module in sys.modules.items() if "ComfyUI-TiM." in name}
+    node = modules["nodes.upscale"].TiMNativeUpscale
+    text = clip.encode_from_tokens_scheduled(clip.tokenize("a circle"))
+    torch.manual_seed(0)
+    image, seen = torch.rand(1, 64, 48, 3), []
+    fixed = dict(seed=5, steps=3, cfg=1.0, strength=0.6, factor=2.0, width=0, height=0, stages=1)
+    limits = dict(guidance_low=0.0, guidance_high=1.0, stochasticity=0.0, image=image)
+    watched, latents = model.clone(), {}
+    watched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", lambda run, x, *a, **k: seen.append(x.shape[2:]) or run(x, *a, **k))
+    for side in (0, 64, 256):
+        latents[side] = node.execute(watched, vae, text, text, tile_size=side, **fixed, **limits).result[1]["samples"]
+
+    upscale, schedule, sampler = modules["tim_core.upscale"], modules["tim_core.schedule"], modules["tim_core.sampler"]
+    network, context = model.model.diffusion_model, text[0][0]
+    clean = vae.encode(upscale.enlarge(image, 96, 128))
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(5))
+
+    def in_tiles(x, t, r, y):
+        return upscale.in_tiles(lambda part: network(part, t, y, transformer_options={"tim_r": r}), x, 8)
+
+    wanted, _ = sampler.sample(in_tiles, 0.6 * noise + 0.4 * clean, schedule.uniform(3, 0.6), context)
+    gap = [float((latents[64] - wanted).abs().max()), float((latents[256] - latents[0]).abs().max()),
+           float((latents[64] - latents[0]).abs().max())]
+    return [*gap, sorted({tuple(shape) for shape in seen})]
+
+
+def test_tiles_are_blended_in_every_step(comfyui):
+    equal, whole, apart, sizes = inside(comfyui, tiled)
+    assert equal < 1e-4 and whole == 0 and apart > 1e-3 and sizes == [[8, 8], [16, 12]]
+
+
+def test_an_upscale_s_strength_defaults_to_the_record_s(comfyui, tiny, tmp_path):
+    comfyui.add("checkpoints", convert(tiny, tmp_path / "strong.safetensors", metadata={"strength": 0.7}), "strong.safetensors")
+    for checkpoint, strength in (("tiny.safetensors", 0.3), ("strong.safetensors", 0.7)):
+        graph = Graph(checkpoint)
+        small = graph.tim(steps=1)
+        a, b = run_latents(comfyui, graph, *([upscaled(graph, latent=small, strength=s)[0], 1] for s in (0.0, strength)))
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("settings, said", [
+    (dict(tile_size=8), "tile_size: 8 .* 16"), (dict(width=100), "size: 100x100 .* 256x256"), (dict(factor=0.4), "0.4 .*0.5"),
     (dict(steps="4, 4"), "steps: .*4, 4"), (dict(steps="none"), "steps: .*none"), (dict(factor=16.0), "8192x8192 .*4096"),
     (dict(stages=2, steps="1, 2, 3"), "steps: .*1, 2, 3.* 2"),
 ])
@@ -497,6 +623,11 @@ def test_upscale_refuses(comfyui, settings, said):
     graph = Graph()
     image = graph.add("EmptyImage", width=512, height=512, batch_size=1, color=0)
     assert re.search(said, refusal(comfyui, graph, [upscaled(graph, image=image, **settings)[0], 1]))
+
+
+def test_upscale_refuses_an_empty_latent(comfyui):
+    graph = Graph()
+    assert mentions(refusal(comfyui, graph, [upscaled(graph, latent=graph.empty())[0], 1]), "latent", "empty", "sampler")
 
 
 # Looking

@@ -4,18 +4,17 @@ import time
 
 from comfy_api.latest import io
 
-from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.images import contact_sheet, step_label, to_tensor
 from .adapters.compat import Schema
 from .adapters.log import log_once
-from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress
-from .inputs import cfg_input, conditioning_inputs, limit_inputs, seed_input
+from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress, time_grid
+from .inputs import advanced, cfg_input, conditioning_inputs, limit_inputs, seed_input, step_list_input
 
 
-def step_counts(text: str) -> list[int]:
-    """ "1, 2, 4" -> [1, 2, 4]. TimError unless all are whole numbers of at least 1."""
-    words = text.replace(",", " ").split()
+def step_counts(text: str | int) -> list[int]:
+    """ "1, 2, 4" -> [1, 2, 4], 4 -> [4]. TimError unless all are whole numbers of at least 1."""
+    words = str(text).replace(",", " ").split()
     if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise TimError(f"steps: '{text}' is not a list of whole numbers of at least 1, such as 1, 2, 4, 8")
     return [int(word) for word in words]
@@ -39,9 +38,9 @@ class TiMStepSweep(io.ComfyNode):
                     "from noise."
                 ),
                 seed_input("Noise seed, the same for every step count."),
-                io.String.Input("steps", default="1, 2, 4, 8, 16, 32", tooltip="Step counts to compare."),
+                step_list_input("1, 2, 4, 8, 16, 32", "Step counts to compare."),
                 cfg_input(),
-                *limit_inputs(),
+                *advanced(*limit_inputs()),
             ],
             outputs=[
                 io.Image.Output(display_name="SHEET", tooltip="All images, labelled with steps, network evaluations and seconds."),
@@ -62,7 +61,7 @@ class TiMStepSweep(io.ComfyNode):
             rows.clear()
             start_time = time.perf_counter()
             sampled = sample_latent(
-                model, positive, negative, latent, seed, cfg, schedule.uniform(count), interval, callback=progress(done)
+                model, positive, negative, latent, seed, cfg, time_grid(model, count), interval, callback=progress(done)
             )
             return vae.decode(sampled["samples"])[0], step_label(count, sum(rows), time.perf_counter() - start_time)
 

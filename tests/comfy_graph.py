@@ -27,7 +27,7 @@ class Graph:
         return self.add("CLIPTextEncode", text=text, clip=self.clip)
 
     def empty(self, width: int = 64, height: int = 64, batch_size: int = 1) -> list:
-        preset = dict(aspect_ratio="custom", megapixels="1")
+        preset = dict(aspect_ratio="custom", area_factor="1")
         return self.add("TiMEmptyLatent", model=self.model, **preset, width=width, height=height, batch_size=batch_size)
 
     def tim(self, latent=None, positive=None, negative=None, **settings) -> list:

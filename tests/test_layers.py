@@ -14,7 +14,7 @@ INFERENCE = FLOOR | {"models", "weights", "sampler", "schedule", "transport", "u
 MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "finite": {"errors"}, "memory": set(), "limits": set(), "imagenet": FLOOR,
     "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
-    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"images", "models"},
+    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"images", "schedule"}, "models": FLOOR, "weights": FLOOR | {"images", "models"},
     "pipeline": INFERENCE - {"images", "processes"},
     "settings": {"errors"}, "shapes": FLOOR | {"processes", "settings"},
     "evaluation": FLOOR | {"images", "processes", "sampler", "shapes"},

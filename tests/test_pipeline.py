@@ -120,15 +120,16 @@ def test_the_noise_is_comfyuis(pipe):
 
 
 def test_sizes_default_to_what_the_checkpoint_is_made_for(tiny, pipe, tmp_path):
-    assert pipe.defaults == Defaults(64, 64, 4, 2.5, (0.0, 1.0))
-    record = {"native_size": [32, 16], "steps": 2, "cfg": 1.5, "guidance_interval": [0, 1.1]}
+    assert pipe.defaults == Defaults(64, 64, 4, 2.5, (0.0, 1.0), 0.3)
+    record = {"native_size": [32, 16], "steps": 2, "cfg": 1.5, "guidance_interval": [0, 1.1], "strength": 0.7}
     made = Pipeline.load(convert(tiny, tmp_path / "made.safetensors", metadata=record), device="cpu")
-    assert made.defaults == Defaults(32, 16, 2, 1.5, (0.0, 1.1))
+    assert made.defaults == Defaults(32, 16, 2, 1.5, (0.0, 1.1), 0.7)
     image = made(PROMPT)
     assert image.shape == (1, 16, 32, 3) and made.nfe == 4
     assert torch.equal(image, made(PROMPT, steps=2, cfg=1.5, width=32, height=16, guidance_interval=(0, 1.1)))
     assert made(PROMPT, height=24, steps=1).shape == (1, 24, 32, 3)
-    assert torch.equal(made.upscale(image, PROMPT, steps=2), made.upscale(image, PROMPT, cfg=1.5, steps=2, guidance_interval=(0, 1.1)))
+    given = dict(cfg=1.5, guidance_interval=(0, 1.1), strength=0.7)
+    assert torch.equal(made.upscale(image, PROMPT, steps=2), made.upscale(image, PROMPT, steps=2, **given))
     again = Pipeline.load(pack(made_without_metadata(tmp_path / "made.safetensors"), tmp_path / "again.safetensors"), device="cpu")
     assert again.defaults == made.defaults
 
@@ -140,13 +141,13 @@ def made_without_metadata(file: Path) -> Path:
     return bare
 
 
-@pytest.mark.parametrize("channels, factor, patch, side", [
-    (32, 32, 1, 1024), (4, 8, 2, 256), (16, 8, 1, 64), (16, 32, 1, 256), (8, 8, 3, 72),
+@pytest.mark.parametrize("channels, factor, patch, side, strength", [
+    (32, 32, 1, 1024, 0.5), (4, 8, 2, 256, 0.5), (16, 8, 1, 64, 0.3), (16, 32, 1, 256, 0.3), (8, 8, 3, 72, 0.3),
 ])
-def test_without_a_record_the_shapes_give_the_size(channels, factor, patch, side):
+def test_without_a_record_the_shapes_give_the_size(channels, factor, patch, side, strength):
     """32 and 4 channels are the released weights; any other file gets 8 latent cells per side, in whole patches."""
     found = find_defaults({}, channels, factor, patch)
-    assert found == Defaults(side, side, 4, 2.5, (0.0, 1.0), reach=4 if channels == 32 else 2)
+    assert found == Defaults(side, side, 4, 2.5, (0.0, 1.0), strength, reach=4 if channels == 32 else 2)
 
 
 def test_released_class_conditional_models_have_their_published_settings():

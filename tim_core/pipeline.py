@@ -198,7 +198,7 @@ class Pipeline:
         width: int = 0,
         height: int = 0,
         steps: int | str | Sequence[int] = 4,
-        strength: float = 0.5,
+        strength: float | None = None,
         seed: int = 0,
         *,
         factor: float = 2.0,
@@ -210,8 +210,9 @@ class Pipeline:
         """Re-render images (B, h, w, 3) in [0, 1] at another size -> (B, height, width, 3) float32 in [0, 1], on the CPU.
 
         prompts: one per image, or one for all. width, height: in pixels, rounded to `size_multiple`; a side of 0 keeps the aspect ratio,
-        both 0 multiply by `factor`. strength: the time up to which noise is added; all steps run from there. stages: number of
-        enlargements by equal factors, `steps` each or one step count per stage. The rest as in a call. TimError for unusable values.
+        both 0 multiply by `factor`. strength: the time up to which noise is added, None for that of `defaults`; all steps run from there.
+        stages: number of enlargements by equal factors, `steps` each or one step count per stage. The rest as in a call. TimError for
+        unusable values.
         """
         if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
             raise TimError(f"images: shape {list(images.shape)} is not (B, H, W, 3)")
@@ -224,6 +225,7 @@ class Pipeline:
         condition = self._condition(prompts, _as_list(negative))
         counts = stage_steps(steps, stages)
         self._mention(self.defaults.far_size(*sizes[-1]))
+        strength = self.defaults.strength if strength is None else strength
         self.nfe = 0
 
         def resample(latents: Tensor, times: Tensor, stage: int) -> Tensor:

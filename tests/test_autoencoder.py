@@ -74,7 +74,7 @@ def test_float32_equals_diffusers(pair, size):
 
 @torch.no_grad()
 def test_bfloat16_is_as_near_to_float32_as_diffusers(pair):
-    """Errors as medians of several images, since a sum near zero, by which the attention divides, makes any one large."""
+    """Errors are medians over pixels and images: where the sum that the attention divides by is near zero, they are large, in both."""
     oracle, ours = (model.bfloat16().float() for model in pair)
     errors = {"encode": [], "decode": []}
     for _ in range(9):
@@ -86,11 +86,11 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers(pair):
         for name, expected, theirs, own in (
             ("encode", latent, oracle.encode(x).latent, ours.encoder(x)), ("decode", image, oracle.decode(z).sample, ours.decoder(z)),
         ):
-            errors[name].append([(made.float() - expected).norm() / expected.norm() for made in (theirs, own)])
+            errors[name].append([(made.float() - expected).abs().median() / expected.abs().median() for made in (theirs, own)])
         oracle.float(), ours.float()
     for name, pairs in errors.items():
         theirs, own = torch.tensor(pairs).T
-        assert own.median() < 0.03 and (own / theirs).median() <= 1, f"{name}: {own.median():.4f} against {theirs.median():.4f}"
+        assert own.median() < 0.02 and (own / theirs).median() < 1.25, f"{name}: {own.median():.4f} against {theirs.median():.4f}"
 
 
 @torch.no_grad()

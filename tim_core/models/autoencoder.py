@@ -5,6 +5,7 @@ Parameter names are those of diffusers' AutoencoderDC, so its checkpoints load a
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +81,11 @@ class ChannelRMSNorm(nn.Module):
         return (x * scale).to(x.dtype) * weight + bias
 
     def overwrite(self, x: Tensor) -> Tensor:
-        """The norm of x in at least float32; it may be written over x."""
+        """The norm of x; it may be written over x."""
         rows = x.movedim(1, -1).to(torch.promote_types(x.dtype, torch.float32))
         length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         scale = length.square_().div_(rows.shape[-1]).add_(1e-5).rsqrt_()
-        return torch.addcmul(self.bias.to(rows), rows.mul_(scale), self.weight.to(rows), out=rows).movedim(-1, 1)
+        return torch.addcmul(self.bias.to(rows), rows.mul_(scale), self.weight.to(rows), out=rows).to(x.dtype).movedim(-1, 1)
 
 
 def _norm(kind: str, channels: int, device, dtype) -> nn.Module:
@@ -243,38 +244,36 @@ class Downsample(nn.Module):
 
 @cache
 def _enlarging(conv: type[nn.Conv2d]) -> type[nn.Conv2d]:
-    """A layer that computes conv(F.interpolate(x, scale_factor=2)) of a 3x3 convolution on x itself: with 2x2 kernels, 4/9 of the products.
+    """The layer conv(F.interpolate(x, scale_factor=2)) for a 3x3 convolution.
 
-    Two of three neighbours along each axis are the same pixel of x, so their weights are added. In float32, rounded once.
+    In inference it runs 2x2 kernels on x itself, with 4/9 of the products: of three neighbours along an axis two are the same pixel of x.
     """
-
-    def halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """The kernels of even and of odd positions."""
-        first, middle, last = weight.unbind(dim)
-        return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)
 
     class Enlarging(conv):
         def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            kernels = torch.cat([kernel for rows in halves(wide, 2) for kernel in halves(rows, 3)]).to(weight.dtype)
-            bias = None if bias is None else bias.repeat(4)
-
-            def phases(padded: Tensor) -> list[Tensor]:
-                """(B, C, h + 2, W) -> the output at even and odd rows and columns: ee, eo, oe, oo, (B, C, h, W) each."""
-                made = F.conv2d(F.pad(padded, (1, 1)), kernels, bias)  # one row and one column more than x
-                height, width = made.shape[-2] - 1, made.shape[-1] - 1
-                made = made.chunk(4, 1)
-                return [made[2 * a + b][..., a : a + height, b : b + width] for a in (0, 1) for b in (0, 1)]
-
-            if torch.is_grad_enabled():
-                return F.pixel_shuffle(torch.stack(phases(_pad_rows(x)), 2).flatten(1, 2), 2)
+            if torch.is_grad_enabled() or x.shape[-2] * x.shape[-1] < MIN_PIXELS:
+                return super()._conv_forward(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias)
+            kernels, bias = _phase_kernels(weight), None if bias is None else bias.repeat(4)
             out = _empty_like(x, len(weight), 2 * x.shape[-2], 2 * x.shape[-1])
             for images, top, bottom in _bands(x, len(kernels)):
-                for number, phase in enumerate(phases(_rows(x[images], top - 1, bottom + 1))):
-                    out[images, :, 2 * top + number // 2 : 2 * bottom : 2, number % 2 :: 2] = phase
+                padded = F.pad(_rows(x[images], top - 1, bottom + 1), (1, 1))
+                made = F.conv2d(padded, kernels, bias).unflatten(1, (4, -1))  # has one row and one column more than x
+                for row, column in product((0, 1), repeat=2):
+                    phase = made[:, 2 * row + column, :, row : row + bottom - top, column : column + x.shape[-1]]
+                    out[images, :, 2 * top + row : 2 * bottom : 2, column::2] = phase
             return out
 
     return Enlarging
+
+
+MIN_PIXELS = 1024  # of an image to enlarge; with fewer, adding the weights takes longer than it saves
+
+
+def _phase_kernels(weight: Tensor) -> Tensor:
+    """Kernels (O, I, 3, 3) for an enlarged image -> (4 * O, I, 2, 2) for the image: even rows (even, odd columns), odd rows."""
+    sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=weight.device)  # phase, tap, tap of the 3x3 kernel
+    sums = torch.einsum("apr,bqs->rsabpq", sums, sums).reshape(9, 16)
+    return (weight.flatten(2) @ sums.to(weight)).unflatten(-1, (4, 2, 2)).movedim(2, 0).flatten(0, 1)
 
 
 def _empty_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:

@@ -78,7 +78,7 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers(pair):
     oracle, ours = (model.bfloat16().float() for model in pair)
     errors = {"encode": [], "decode": []}
     for _ in range(9):
-        x = torch.randn(1, 3, 64, 64).clamp(-1, 1).bfloat16()
+        x = torch.randn(1, 3, 128, 128).clamp(-1, 1).bfloat16()
         latent = oracle.encode(x.float()).latent
         z = torch.randn_like(latent).bfloat16()
         image = oracle.decode(z.float()).sample
@@ -90,7 +90,7 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers(pair):
         oracle.float(), ours.float()
     for name, pairs in errors.items():
         theirs, own = torch.tensor(pairs).T
-        assert own.median() < 0.02 and (own / theirs).median() < 1.25, f"{name}: {own.median():.4f} against {theirs.median():.4f}"
+        assert own.median() < 0.04 and (own / theirs).median() < 1.25, f"{name}: {own.median():.4f} against {theirs.median():.4f}"
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..tim_core.limits import MAX_CFG, MAX_SIDE, MAX_STEPS
+from ..tim_core.limits import MAX_CFG, MAX_SHIFT, MAX_SIDE, MAX_STEPS, MIN_SHIFT
 
 
 def advanced(*inputs: io.Input) -> list[io.Input]:
@@ -79,7 +79,7 @@ def limit_inputs() -> list[io.Float.Input]:
 
 
 def shift_input(tooltip: str, optional: bool = False) -> io.Float.Input:
-    return io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.1, round=0.01, optional=optional, tooltip=tooltip)
+    return io.Float.Input("shift", default=1.0, min=MIN_SHIFT, max=MAX_SHIFT, step=0.1, round=0.01, optional=optional, tooltip=tooltip)
 
 
 def stochasticity_input() -> io.Float.Input:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TimError, one_line, state_dict_mismatch
-from ..models.text_encoder import TextEncoder, Tokenizer
+from ..models.text_encoder import TextEncoder, Tokenizer, check_ids, gemma_shapes, text_mismatch
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
 from .parts import Part, naming, read_parts
@@ -47,21 +47,43 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
     """
     parts = read_parts(source)
     part = parts[TEXT_ENCODER]
-    if part.tokenizer is None:
-        raise TimError(f"{part.source}: no tokenizer; put tokenizer.json or tokenizer.model into the same folder")
-    tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
+    tokenizer = _open_tokenizer(part)
     try:
         model = TextEncoder(part.config, tokenizer, parts.escape if escape is None else escape, device="meta")
     except TimError:
         raise
     except Exception as error:  # transformers raises many kinds
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
-    model.tokenize([""])  # the ids of <bos> and <pad>, too, must be the model's
     try:
         # .to() moves what is not a weight: rotary tables and the embedding scale
         return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
+
+
+def _open_tokenizer(part: Part) -> Tokenizer:
+    """The tokenizer of a text model. TimError if there is none, or its special tokens are not in the model's vocabulary."""
+    if part.tokenizer is None:
+        raise TimError(f"{part.source}: no tokenizer; put tokenizer.json or tokenizer.model into the same folder")
+    tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
+    check_ids(tokenizer([""])[0], tokenizer, part.config["vocab_size"])
+    return tokenizer
+
+
+def check_loads(part: Part) -> None:
+    """TimError for what loading a part would find: a bad record, wrong names or shapes, no tokenizer. Reads no weights, no transformers."""
+    from ..models.autoencoder import Autoencoder
+    from ..models.transformer import TransitionTransformer
+
+    if part.kind == TEXT_ENCODER:
+        _open_tokenizer(part)
+        expected = {name: torch.empty(shape, device="meta") for name, shape in gemma_shapes(part.config).items()}
+        if wrong := state_dict_mismatch(expected, part.tensors):
+            raise TimError(f"{part.source}: {text_mismatch(wrong)}")
+        return
+    with naming(part.source, part.kind):
+        model = (TransitionTransformer if part.kind == TRANSFORMER else Autoencoder)(part.config, device="meta")
+    check_tensors(part, model)
 
 
 def check_tensors(part: Part, model: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ from ...tim_core.models.transformer import TransitionTransformer
 from ...tim_core.weights.defaults import Defaults, read_defaults
 from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
-from ...tim_core.weights.save import json_tensor
+from ...tim_core.weights.write import json_tensor
 from .log import SAID
 from .network import TiMNetwork
 from .patches import usable_patches

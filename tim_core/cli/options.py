@@ -6,6 +6,8 @@ import argparse
 import logging
 import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import TimError
@@ -93,7 +95,10 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", metavar="D", help="float32 (fp32), bfloat16 (bf16) or float16 (fp16) (default: as stored)")
+    parser.add_argument("--dtype", metavar="D",
+                        help="dtype of transformer and text model: fp32, bf16, fp16 (or the long names), or fp8: the transformer's "
+                        "large weights as float8_e4m3fn with scales, the rest in bfloat16 (default: as stored)")
+    parser.add_argument("--vae-dtype", metavar="D", help="dtype of the VAE in a file of several parts: fp32 or bf16 (default: as stored)")
 
 
 # Values
@@ -149,11 +154,31 @@ def timed(pipe, prompts: list[str], steps: int | None, times: str | None = None,
     return images, time.perf_counter() - started
 
 
-def storage_dtype(name: str | None):
-    if name is None:
-        return None
-    from ..pipeline import DTYPES
+def storage(args: argparse.Namespace) -> dict:
+    """The dtypes of `add_dtype`, as `pack` and `convert` take them."""
+    from ..weights.save import STORAGE_DTYPES
 
-    if name not in DTYPES:
-        raise TimError(f"--dtype: '{name}' is unknown; choose from {', '.join(DTYPES)}")
-    return DTYPES[name]
+    chosen = {"dtype": args.dtype, "vae_dtype": args.vae_dtype}
+    for option, name in chosen.items():
+        if name is not None and name not in STORAGE_DTYPES:
+            raise TimError(f"--{option.replace('_', '-')}: '{name}' is unknown; choose from {', '.join(STORAGE_DTYPES)}")
+    return {option: None if name is None else STORAGE_DTYPES[name] for option, name in chosen.items()}
+
+
+@contextmanager
+def report_bytes(path: Path) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar in bytes -> what to call with the bytes written so far and in all."""
+    from tqdm import tqdm
+
+    bars = []  # one, made by the first call: errors come before it
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()

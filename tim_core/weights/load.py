@@ -56,7 +56,7 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
     try:
         # .to() moves what is not a weight: rotary tables and the embedding scale
-        return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()
+        return model.load(_placed(part, dtype or _main_dtype(part.tensors), device)).to(device).eval()
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
 
@@ -102,7 +102,7 @@ def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
     """Moves the part's tensors into a model built on the meta device. TimError unless every name and shape agrees."""
     check_tensors(part, model)
     try:
-        tensors = _placed(part.tensors, dtype, device)
+        tensors = _placed(part, dtype, device)
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
     tensors |= {name: torch.zeros((), dtype=torch.int64, device=device) for name in _counters(model.state_dict()) - tensors.keys()}
@@ -110,9 +110,9 @@ def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
     return model.eval()
 
 
-def _placed(tensors: StateDict, dtype, device) -> StateDict:
-    """The tensors on a device, floating ones in dtype. TimError naming a tensor that dtype cannot hold."""
-    return {name: cast(name, tensor, dtype, device) for name, tensor in tensors.items()}
+def _placed(part: Part, dtype, device) -> StateDict:
+    """A part's tensors on a device, floating ones in dtype. TimError naming a tensor that dtype cannot hold."""
+    return {name: cast(name, part.weight(name), dtype, device) for name in part.tensors}
 
 
 def cast(name: str, tensor: Tensor, dtype, device) -> Tensor:

@@ -15,6 +15,7 @@ from tests.support import mentions
 from tim_core.cli import main
 from tim_core.errors import TimError
 from tim_core.pipeline import Pipeline
+from tim_core.weights.describe import describe
 from tim_core.weights.load import load_text_encoder, load_transformer
 from tim_core.weights.parts import BUNDLED, read_parts
 from tim_core.weights.quantized import is_large
@@ -134,6 +135,13 @@ def test_fp8_is_for_the_blocks_of_the_transformer(tmp_path):
         assert error < 0.03, (key, error)
         assert (tensors[key].float() * scale).abs().max() == pytest.approx(float(wanted.abs().max()), rel=1e-5)
     assert all(torch.equal(tensors[key], value) for key, value in stored.items() if key not in large and key.startswith(("vae.", "text")))
+
+
+def test_inspection_counts_the_quantised_layers(fp8):
+    part = describe(fp8 / "older.safetensors").parts[0]
+    layers = sum(key.endswith(".comfy_quant") for key in load_file(fp8 / "current.safetensors"))
+    assert part.quantized_layers == layers == part.dtypes["float8_e4m3fn"].tensors and not part.problem
+    assert mentions(str(describe(fp8 / "older.safetensors")), layers, "layers with scales")
 
 
 @pytest.mark.parametrize("spelling", ["current", "older", "metadata"])

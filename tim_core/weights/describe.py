@@ -58,6 +58,7 @@ class PartDescription:
     projector_parameters: int
     bytes: int  # of its tensors, the projector among them
     dtypes: dict[str, Stored]  # by name, the most frequent first
+    quantized_layers: int  # whose weights are 8-bit floats with a scale
     problem: str
 
 
@@ -306,6 +307,7 @@ def _describe_part(parts: Parts, kind: str) -> PartDescription:
         sum(tensor.numel() for tensor in part.projector.values()),
         sum(tensor.nbytes for tensor in everything),
         dict(sorted(stored.items(), key=lambda item: (-item[1].parameters, item[0]))),
+        len(part.quantized),
         "" if no_config else _problem(parts, kind),
     )
 
@@ -331,9 +333,9 @@ def _problem(parts: Parts, kind: str) -> str:
 
 
 def _dtypes(part: PartDescription) -> str:
-    if len(part.dtypes) == 1:
-        return next(iter(part.dtypes))
-    return ", ".join(f"{name} ({stored.tensors} tensors, {stored.parameters:,} parameters)" for name, stored in part.dtypes.items())
+    counts = [f"{name} ({stored.tensors} tensors, {stored.parameters:,} parameters)" for name, stored in part.dtypes.items()]
+    scales = [f"{part.quantized_layers} layers with scales"] if part.quantized_layers else []
+    return ", ".join([*(counts if counts[1:] else part.dtypes), *scales])
 
 
 def _summary(part: PartDescription) -> str:

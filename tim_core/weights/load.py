@@ -20,7 +20,7 @@ def load_transformer(source, operations=torch.nn, attention=None, dtype=None, de
 
     part = read_parts(source)[TRANSFORMER]
     part = part.with_projector() if projector else part
-    dtype = dtype or _main_dtype(part.tensors)
+    dtype = dtype or main_dtype(part.tensors)
     with naming(part.source, part.kind):
         model = TransitionTransformer(part.config, operations, attention or sdpa, device="meta", dtype=dtype)
     return _fill(model, part, dtype, device)
@@ -33,7 +33,7 @@ def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
     part = read_parts(source)[AUTOENCODER]
     if dtype == torch.float16:
         raise TimError("autoencoder: float16 overflows in its deep stages; use float32 or bfloat16")
-    dtype = dtype or _main_dtype(part.tensors)
+    dtype = dtype or main_dtype(part.tensors)
     dtype = torch.float32 if dtype == torch.float16 else dtype
     with naming(part.source, part.kind):
         model = Autoencoder(part.config, operations, device="meta", dtype=dtype)
@@ -56,7 +56,7 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
     try:
         # .to() moves what is not a weight: rotary tables and the embedding scale
-        return model.load(_placed(part, dtype or _main_dtype(part.tensors), device)).to(device).eval()
+        return model.load(_placed(part, dtype or main_dtype(part.tensors), device)).to(device).eval()
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
 
@@ -128,7 +128,7 @@ def cast(name: str, tensor: Tensor, dtype, device) -> Tensor:
     return out
 
 
-def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype of most weights; bfloat16 for 8-bit floats, in which torch's layers do not compute."""
     counts = Counter()
     for tensor in tensors.values():

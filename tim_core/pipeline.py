@@ -459,7 +459,8 @@ def pick_dtypes(dtype: str | torch.dtype, device: torch.device, parts: Parts) ->
     """The dtype that each part of a checkpoint computes in, by kind: float16 is for the transformer alone; see `Pipeline.load`."""
     chosen = dict.fromkeys(TITLES, pick_dtype(dtype, device))
     if dtype == "auto" and device.type == "cpu" and _has_bfloat16(device) and _float32_bytes(parts) >= LARGE:
-        chosen |= {kind: part_dtype for kind in TITLES if kind in parts and (part_dtype := main_dtype(parts[kind].tensors)) == torch.bfloat16}
+        half = [kind for kind in TITLES if kind in parts and main_dtype(parts[kind].tensors) == torch.bfloat16]
+        chosen |= dict.fromkeys(half, torch.bfloat16)
     for kind in (TEXT_ENCODER, AUTOENCODER):
         if chosen[kind] == torch.float16 or kind == AUTOENCODER and kind in parts and parts[kind].config.force_upcast:
             chosen[kind] = torch.float32

@@ -310,6 +310,28 @@ def test_auto_is_float32_on_a_cpu(tiny):
     assert loaded.dtype == torch.float32 and loaded.device.type == "cpu" and loaded.factor == 8
 
 
+@pytest.mark.parametrize("capabilities, large, half", [
+    ({"avx512_bf16": True}, True, True), ({"bf16": True}, True, True), ({"avx512_bf16": True}, False, False),
+    ({"avx512_bf16": False}, True, False), (None, True, False),
+])
+def test_auto_is_the_stored_dtype_of_large_models_where_a_cpu_has_bfloat16(capabilities, large, half, tiny, tmp_path, monkeypatch):
+    """None: a torch that cannot tell."""
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr("tim_core.pipeline.LARGE", 1 if large else 2**30)
+    stored = pack(tiny, tmp_path / "a.safetensors", torch.bfloat16)
+    pipe = Pipeline.load(stored, "cpu")
+    wanted = torch.bfloat16 if half else torch.float32
+    assert pipe.dtype == pipe.text_encoder.dtype == wanted and next(pipe.autoencoder.parameters()).dtype == torch.float32
+    assert pipe(PROMPT, width=16, height=16).isfinite().all()
+    assert Pipeline.load(tiny, "cpu").dtype == torch.float32  # stored so
+    assert Pipeline.load(stored, "cpu", "float32").dtype == torch.float32
+    small = convert(tiny, tmp_path / "b.safetensors", torch.float8_e4m3fn)
+    assert Pipeline.load(small, "cpu").dtype == wanted
+
+
 def test_a_dict_of_parts(tiny, pipe):
     parts = Pipeline.load({"model": tiny, "text-encoder": tiny, "vae": tiny})
     assert torch.equal(parts(PROMPT, width=16, height=16), pipe(PROMPT, width=16, height=16))

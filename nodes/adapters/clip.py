@@ -16,7 +16,7 @@ from ...tim_core.finite import check_finite
 from ...tim_core.models.text_encoder import MAX_LENGTH, TextEncoder
 from ...tim_core.weights.load import load_text_encoder
 from ...tim_core.weights.parts import Parts, read_parts
-from ...tim_core.weights.save import json_tensor
+from ...tim_core.weights.write import json_tensor
 from .compat import supported_kwargs
 from .model import WholePatcher
 from .run import PADDED

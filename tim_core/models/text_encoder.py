@@ -230,7 +230,7 @@ class TextEncoder(nn.Module):
     def load(self, state_dict: dict, dtype=None) -> "TextEncoder":
         """Takes over the tensors of `state_dict` (names of Gemma3TextModel). TimError unless every name and shape agrees."""
         if wrong := state_dict_mismatch(self.transformer.state_dict(), state_dict):
-            raise TimError(f"text encoder: tensors do not match config.json: {wrong}; download both again")
+            raise TimError(text_mismatch(wrong))
         tensors = {name: value if dtype is None else value.to(dtype) for name, value in state_dict.items()}
         self.transformer.load_state_dict(tensors, assign=True)
         self._round_embed_scale()
@@ -241,9 +241,7 @@ class TextEncoder(nn.Module):
         if self.escape:
             prompts = [p.encode("unicode-escape").decode("utf-8") if isinstance(p, str) else p for p in prompts]
         ids, mask = self.tokenizer(prompts)
-        size = self.gemma_config["vocab_size"]
-        if ids.numel() and (largest := int(ids.max())) >= size:
-            raise TimError(f"{self.tokenizer.name}: gives token {largest}, the text model has {size}; use the tokenizer of this model")
+        check_ids(ids, self.tokenizer, self.gemma_config["vocab_size"])
         return ids, mask
 
     def unknown_words(self, prompts: Iterable[str], mentioned: Container[str] = ()) -> tuple[list[str], str]:
@@ -282,6 +280,17 @@ class TextEncoder(nn.Module):
         features = self.encode(prompts + negatives)
         rows = features.rows[:, : max(features.lengths)]
         return rows[: len(prompts)], rows[len(prompts) :]
+
+
+def text_mismatch(wrong: str) -> str:
+    """The error for tensors that are not those of a text model's config; wrong: how they differ."""
+    return f"text encoder: tensors do not match config.json: {wrong}; download both again"
+
+
+def check_ids(ids: Tensor, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """TimError for a token id that a text model of this vocabulary does not have."""
+    if ids.numel() and (largest := int(ids.max())) >= vocab_size:
+        raise TimError(f"{tokenizer.name}: gives token {largest}, the text model has {vocab_size}; use the tokenizer of this model")
 
 
 class _TextRows:
@@ -334,6 +343,23 @@ def normalise_config(config: dict) -> dict:
     config.setdefault("pad_token_id", 0)
     config.setdefault("bos_token_id", 2)
     return config
+
+
+def gemma_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a Gemma3TextModel's weights, from its config; needs no transformers."""
+    hidden, head, heads = config["hidden_size"], config["head_dim"], config["num_attention_heads"]
+    inner, groups = config.get("intermediate_size", 9216), config.get("num_key_value_heads", 4)  # Gemma3TextConfig's defaults
+    linear = {f"self_attn.{name}_proj": (rows * head, hidden) for name, rows in (("q", heads), ("k", groups), ("v", groups))}
+    linear["self_attn.o_proj"] = (hidden, heads * head)
+    layer = {f"{name}.weight": shape for name, shape in linear.items()}
+    if config.get("attention_bias"):
+        layer |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
+    layer |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
+    layer |= {"mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden), "mlp.down_proj.weight": (hidden, inner)}
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    layer |= {f"{name}.weight": (hidden,) for name in norms}
+    layers = {f"layers.{i}.{name}": shape for i in range(config["num_hidden_layers"]) for name, shape in layer.items()}
+    return {"embed_tokens.weight": (config["vocab_size"], hidden), **layers, "norm.weight": (hidden,)}
 
 
 def _check_values(config: dict) -> None:

@@ -52,8 +52,9 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
     if part.tokenizer is None:
         raise TimError(f"{part.source}: no tokenizer; put tokenizer.json or tokenizer.model into the same folder")
     tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
+    config = part.config
     try:
-        model = TextEncoder(part.config, tokenizer, parts.escape if escape is None else escape, device="meta")
+        model = TextEncoder(config, tokenizer, parts.escape if escape is None else escape, device="meta")
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
     except Exception as error:  # transformers raises many kinds

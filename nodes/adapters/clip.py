@@ -93,7 +93,7 @@ class TiMTextModel(torch.nn.Module):
         mask = torch.arange(len(ids)) < length
         rows = self.encoder.encode_ids(torch.tensor([ids], device=self.encoder.device), mask[None])
         rows = rows.float().to(mm.intermediate_device())
-        check_finite(rows, "text encoder", self.transformer, float32="ComfyUI's option --fp32-text-enc")
+        check_finite(rows, "text encoder", self.encoder, float32="ComfyUI's option --fp32-text-enc")
         padded = torch.cat((rows, rows[:, -1:].expand(-1, MAX_LENGTH - len(ids), -1)), dim=1)
         return rows[:, :length], None, {PADDED: padded}
 

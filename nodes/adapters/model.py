@@ -9,6 +9,7 @@ import comfy.utils
 import torch
 
 from ...tim_core.errors import TimError
+from ...tim_core.finite import damaged_weight
 from ...tim_core.models.config import TransformerConfig
 from ...tim_core.models.transformer import TransitionTransformer
 from ...tim_core.weights.defaults import Defaults, read_defaults
@@ -116,6 +117,7 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
     if model_options.get("fp8_optimizations"):
         model_config.optimizations = {**model_config.optimizations, "fp8": True}
     model = model_config.get_model(weights)
+    model.diffusion_model.damaged_weight = damaged_weight(weights)
 
     patcher = patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
     if not mm.is_device_cpu(offload_device):

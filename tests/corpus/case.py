@@ -80,6 +80,17 @@ class Gives:
 
 
 @dataclass(frozen=True)
+class Either:
+    """An error, or a result, where both are right: damage that may hit what is not used."""
+
+    error: Fails
+    result: Gives
+
+    def check(self, outcome: Outcome, originals: Originals) -> None:
+        (self.error if outcome.code else self.result).check(outcome, originals)
+
+
+@dataclass(frozen=True)
 class Case:
     """build(folder, originals) writes files into an empty folder, where the command then runs -> the arguments of `tim`.
 
@@ -88,7 +99,7 @@ class Case:
 
     name: str
     build: Callable[[Path, Originals], Sequence[object]]
-    expected: Fails | Gives
+    expected: Fails | Gives | Either
     child: bool = False
 
 

@@ -105,7 +105,7 @@ class TransformerConfig:
         mlp_width, _ = shape("blocks.0.mlp.fc1_g.weight", None, hidden)
         shape("blocks.0.mlp.fc2.weight", hidden, mlp_width)
 
-        numbers = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in state_dict) if match}
+        numbers = {int(match[1]) for match in (re.match(r"blocks\.([0-9]{1,18})\.", name) for name in state_dict) if match}
         depth = max(numbers) + 1
         if len(numbers) != depth:
             raise TimError(f"not a complete TiM transformer: it has {len(numbers)} of {depth} blocks (0 to {depth - 1})")
@@ -206,9 +206,13 @@ class AutoencoderConfig:
                 raise TimError(f"DC-AE: {name} is {getattr(self, name)}; it must be at least 1")
         if isinstance(self.head_dim, bool) or not isinstance(self.head_dim, int) or self.head_dim < 1:
             raise TimError(f"DC-AE: head_dim is {self.head_dim!r}; it must be a whole number of at least 1")
-        for activation in (self.out_activation, *self.encoder_activations, *self.decoder_activations):
-            if activation not in ACTIVATIONS:
-                raise TimError(f"DC-AE: unknown activation {activation!r}; use {', '.join(ACTIVATIONS)}")
+        for stage in (*self.encoder, *self.decoder):
+            if stage.block == "EfficientViTBlock" and (stage.width < self.head_dim or stage.width % self.head_dim):
+                raise TimError(f"DC-AE: head_dim is {self.head_dim}; it must divide the width of attention, {stage.width}")
+        for name in ("out_activation", "encoder_activations", "decoder_activations"):
+            value = getattr(self, name)
+            if any(activation not in ACTIVATIONS for activation in ([value] if name == "out_activation" else value)):
+                raise TimError(f"DC-AE: {name} is {value!r}; use {', '.join(ACTIVATIONS)}")
 
     @property
     def encoder_activations(self) -> list[str]:
@@ -269,55 +273,69 @@ class AutoencoderConfig:
         """
         metadata = metadata or {}
         shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+
+        def shape(key: str, dimensions: int) -> tuple[int, ...]:
+            if len(shapes[key]) != dimensions:
+                raise TimError(f"not a DC-AE: tensor '{key}' has shape {list(shapes[key])} in place of {dimensions} dimensions")
+            return shapes[key]
+
         for key in ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight"):
             if key not in shapes:
                 raise TimError(f"not a DC-AE: tensor '{key}' is missing (there are {len(shapes)} tensors)")
 
         def stages(side: str) -> tuple[StageConfig, ...]:
-            numbers = {int(key.split(".")[2]) for key in shapes if key.startswith(side)} | {0}  # the finest stage may have no tensors
+            places = set()  # of stages and of the layers in them
+            for key in shapes:
+                if key.startswith(f"{side}."):
+                    if (match := re.match(r"\.([0-9]{1,18})\.([0-9]{1,18})\.", key[len(side) :])) is None:
+                        raise TimError(f"not a DC-AE: tensor '{key}' is in no layer of a stage")
+                    places.add((int(match[1]), int(match[2])))
+            numbers = {stage for stage, _ in places} | {0}  # the finest stage may have no tensors
             found, n = [], 1 + max(numbers)
             if len(numbers) != n:
                 raise TimError(f"not a complete DC-AE: {side} has {len(numbers)} of {n} stages (0 to {n - 1})")
             for i in range(n):
                 prefix = f"{side}.{i}."
-                depth = {int(key.split(".")[3]) for key in shapes if key.startswith(prefix)}
-                layers = [j for j in sorted(depth) if f"{prefix}{j}.conv.weight" not in shapes]
+                layers = [j for stage, j in sorted(places) if stage == i and f"{prefix}{j}.conv.weight" not in shapes]
                 first = f"{prefix}{layers[0]}." if layers else None
                 if first is None:
                     found.append(StageConfig(width=0, layers=0))
                 elif f"{first}conv1.weight" in shapes:
                     batch_norm = f"{first}norm.running_mean" in shapes
                     norm, activation = ("batch_norm", "relu") if batch_norm else ("rms_norm", "silu")
-                    width = shapes[f"{first}conv1.weight"][0]
+                    width = shape(f"{first}conv1.weight", 4)[0]
                     found.append(StageConfig(width=width, layers=len(layers), norm=norm, activation=activation))
                 elif f"{first}attn.to_q.weight" in shapes:
                     kernels = []
                     while (key := f"{first}attn.to_qkv_multiscale.{len(kernels)}.proj_in.weight") in shapes:
-                        kernels.append(shapes[key][-1])
+                        kernels.append(shape(key, 4)[-1])
                     norm = "batch_norm" if f"{first}attn.norm_out.running_mean" in shapes else "rms_norm"
-                    width = shapes[f"{first}attn.to_q.weight"][1]
+                    width = shape(f"{first}attn.to_q.weight", 2)[1]
                     found.append(StageConfig(width=width, layers=len(layers), block="EfficientViTBlock", kernels=tuple(kernels), norm=norm))
                 else:
                     raise TimError(f"not a DC-AE: the tensors under {first} are neither a ResBlock nor an EfficientViTBlock")
-            activations = metadata.get(f"{side.partition('.')[0]}_activations") or [stage.activation for stage in found]
-            if len(activations) != n:
-                raise TimError(f"DC-AE: the metadata has {len(activations)} activations for the {n} stages of {side}")
+            name = f"{side.partition('.')[0]}_activations"
+            activations = metadata.get(name) or [stage.activation for stage in found]
+            if not isinstance(activations, list) or len(activations) != n:
+                raise TimError(f"DC-AE: {name} is {activations!r}; it must be a list of {n}, one per stage")
             return tuple(replace(stage, activation=activation) for stage, activation in zip(found, activations))
 
-        channels = shapes["encoder.conv_out.weight"][0]
+        channels = shape("encoder.conv_out.weight", 4)[0]
         encoder, decoder = stages("encoder.down_blocks"), stages("decoder.up_blocks")
-        heads = [shape[1] for key, shape in shapes.items() if key.endswith("to_qkv_multiscale.0.proj_out.weight")]
-        down = [shapes.get(f"encoder.down_blocks.{i}.{stage.layers}.conv.weight", (0,))[0] == encoder[i + 1].width
+        heads = [shape(key, 4)[1] for key in shapes if key.endswith("to_qkv_multiscale.0.proj_out.weight")]
+        down = [(shapes.get(f"encoder.down_blocks.{i}.{stage.layers}.conv.weight") or (0,))[0] == encoder[i + 1].width
                 for i, stage in enumerate(encoder[:-1]) if stage.layers]
-        up = [shapes.get(f"decoder.up_blocks.{i}.0.conv.weight", (0,))[0] == stage.width
+        up = [(shapes.get(f"decoder.up_blocks.{i}.0.conv.weight") or (0,))[0] == stage.width
               for i, stage in enumerate(decoder[:-1]) if stage.layers]
+        if heads and metadata.get("head_dim", heads[0]) != heads[0]:
+            raise TimError(f"DC-AE: head_dim is {metadata['head_dim']!r}; the tensors have {heads[0]}; correct the metadata")
         first = "encoder.conv_in.weight" if encoder[0].layers else "encoder.conv_in.conv.weight"
         if first not in shapes:
             raise TimError(f"not a DC-AE: tensor '{first}' is missing (there are {len(shapes)} tensors)")
         return cls(
             encoder=encoder,
             decoder=decoder,
-            in_channels=shapes[first][1],
+            in_channels=shape(first, 4)[1],
             latent_channels=channels,
             head_dim=metadata.get("head_dim", heads[0] if heads else 32),
             downsample="conv" if all(down) else "pixel_unshuffle",

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # in order of preferenc
 KINDS = ("sliding_attention", "full_attention")
 WHOLE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "num_key_value_heads",
          "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "max_position_embeddings")  # values of a Gemma config
-RANGES = {"rms_norm_eps": (1e-12, 1e-2), "query_pre_attn_scalar": (1e-3, 1e6), "attn_logit_softcapping": (1e-3, 1e6)}
+RANGES = {"rms_norm_eps": (1e-12, 1e-2), "query_pre_attn_scalar": (1e-3, 1e6), "attn_logit_softcapping": (1e-3, 1e6),
+          "attention_dropout": (0, 1), "rope_theta": (1e-3, 1e9), "rope_local_base_freq": (1e-3, 1e9)}
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 MOST_LAYERS = 1000
 
 
@@ -150,6 +152,8 @@ class TextEncoder(nn.Module):
     device="meta" allocates nothing; `load` then takes over the tensors it is given.
     """
 
+    damaged_weight: str | None = None  # set by loaders, see tim_core.finite
+
     def __init__(self, gemma_config: dict, tokenizer: Tokenizer, escape: bool = False, dtype=None, device=None):
         super().__init__()
         self.gemma_config = normalise_config(gemma_config)
@@ -261,7 +265,10 @@ def normalise_config(config: dict) -> dict:
     Old: rope_theta, rope_local_base_freq, rope_scaling, sliding_window_pattern. New: rope_parameters, layer_types; these win. TimError
     if it is not a Gemma-3 text config.
     """
-    config = copy.deepcopy(dict(config.get("text_config") or config))
+    config = config.get("text_config") or config
+    if not isinstance(config, Mapping):
+        raise TimError(f"text encoder config: text_config is {config!r}; it must be an object")
+    config = copy.deepcopy(dict(config))
     if config.get("model_type", "gemma3_text") != "gemma3_text":
         raise TimError(f"text encoder config: model_type is {config['model_type']!r}; it must be gemma3_text")
     missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim") if k not in config]
@@ -274,17 +281,16 @@ def normalise_config(config: dict) -> dict:
     pattern = config.pop("sliding_window_pattern", None) or pattern or 6
     kinds = config.get("layer_types") or ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
     if not isinstance(kinds, (list, tuple)) or len(kinds) != layers or not all(kind in KINDS for kind in kinds):
-        raise TimError(f"text encoder config: layer_types does not name one of {', '.join(KINDS)} for each of the {layers} layers")
+        wanted = f"one of {', '.join(KINDS)} for each layer (num_hidden_layers is {layers})"
+        raise TimError(f"text encoder config: layer_types is {kinds!r}; it must name {wanted}")
     config["layer_types"] = list(kinds)
     config["sliding_window_pattern"] = kinds.index("full_attention") + 1 if "full_attention" in kinds else layers + 1
 
-    rope = config.get("rope_parameters") or {}
-    full = {"rope_type": "default", "rope_theta": config.get("rope_theta") or 1e6, **(config.get("rope_scaling") or {})}
-    full.update(rope.get("full_attention") or {})
+    rope = _rope(config)
+    full = {"rope_type": "default", "rope_theta": config.get("rope_theta") or 1e6}
+    full.update(rope.get("full_attention") or config.get("rope_scaling") or {})
     local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or 1e4}
     local.update(rope.get("sliding_attention") or {})
-    for name, value in [(name, rope[name]) for rope in (full, local) for name in ("rope_theta", "factor") if name in rope]:
-        _check_number(name, value, 1e-3, 1e9)
     config["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
     config["rope_theta"], config["rope_local_base_freq"] = full["rope_theta"], local["rope_theta"]
     scaling = {k: v for k, v in full.items() if k != "rope_theta"}
@@ -304,13 +310,35 @@ def _check_values(config: dict) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
             raise TimError(f"text encoder config: {name} is {value!r}; it must be a whole number from 1 to {most}")
     if config["num_attention_heads"] % (config.get("num_key_value_heads") or 1):
-        heads = f"{config['num_attention_heads']} attention heads and {config['num_key_value_heads']} key-value heads"
-        raise TimError(f"text encoder config: {heads}; the second must divide the first")
+        heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
+        raise TimError(f"text encoder config: num_key_value_heads is {shared}; it must divide num_attention_heads, {heads}")
     for name, (least, most) in RANGES.items():
         if config.get(name) is not None:
             _check_number(name, config[name], least, most)
+    for name in ("pad_token_id", "bos_token_id"):
+        value = config.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < config["vocab_size"]):
+            raise TimError(f"text encoder config: {name} is {value!r}; it must be a token from 0 to {config['vocab_size'] - 1}")
     if config.get("use_bidirectional_attention"):
         raise TimError("text encoder config: use_bidirectional_attention is set; only causal text models are supported")
+
+
+def _rope(config: dict) -> dict:
+    """The rope_parameters of a Gemma-3 text config, by kind of layer. TimError naming a rotary setting that cannot be used."""
+    rope = config.get("rope_parameters")
+    rope = {} if rope is None else rope
+    objects = {"rope_parameters": rope, "rope_scaling": config.get("rope_scaling")}
+    if isinstance(rope, Mapping):
+        objects |= {f"rope_parameters.{kind}": rope.get(kind) for kind in KINDS}
+    for name, value in objects.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise TimError(f"text encoder config: {name} is {value!r}; it must be an object")
+        if isinstance(value, Mapping) and value.get("rope_type", "default") not in ROPE_TYPES:
+            raise TimError(f"text encoder config: {name}.rope_type is {value['rope_type']!r}; use {', '.join(ROPE_TYPES)}")
+        for key, number in (value or {}).items():
+            if isinstance(number, (int, float)) or key in ("rope_theta", "factor"):
+                _check_number(f"{name}.{key}", number, 1e-3, 1e9)
+    return rope
 
 
 def _check_number(name: str, value: Any, least: float, most: float) -> None:
@@ -321,9 +349,14 @@ def _check_number(name: str, value: Any, least: float, most: float) -> None:
 def _build(config: dict, device: torch.device) -> nn.Module:
     """Gemma3TextModel with SDPA. On the meta device its constants (rotary tables, embedding scale) are real all the same."""
     Config, Model = _gemma_classes()
+    from transformers.activations import ACT2FN
+
     arguments = copy.deepcopy(config)
+    activation = arguments.get("hidden_activation")
+    if activation is not None and (not isinstance(activation, str) or activation not in ACT2FN):
+        raise TimError(f"text encoder config: hidden_activation is {activation!r}; use that of Gemma 3, gelu_pytorch_tanh")
     kinds = arguments["layer_types"]
-    with device:
+    with device, _quiet_transformers():
         model = Model(Config(**arguments, attn_implementation="sdpa"))
     sliding = [bool(layer.self_attn.is_sliding) for layer in model.layers]
     if sliding != [kind == "sliding_attention" for kind in kinds]:
@@ -340,6 +373,18 @@ def _build(config: dict, device: torch.device) -> nn.Module:
         if left:
             raise TimError(f"text encoder: this version of transformers is not supported (unknown buffer '{left[0]}'); install 4.50 to 5.x")
     return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hides what transformers logs about a config; what matters is checked here."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _gemma_classes():

@@ -199,6 +199,8 @@ class TransitionTransformer(nn.Module):
     dtype: of new weights; ComfyUI's layers may store and compute in others.
     """
 
+    damaged_weight: str | None = None  # set by loaders, see tim_core.finite
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -17,7 +17,7 @@ from ..processes import Shard, find_processes
 from ..settings import shown
 from ..transport import OTFM
 from ..weights.detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
-from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
+from ..weights.load import check_undamaged, load_autoencoder, load_text_encoder, load_transformer
 from ..weights.parts import Parts, read_parts
 from ..weights.save import pack
 from .config import FineTuning, recorded, time_shift
@@ -136,6 +136,7 @@ class FineTuningTask(Task[Conditional]):
         self.check_null()
         self.model = Conditional(
             load_transformer(parts, attention=get_attention(config.attention), dtype=torch.float32, projector=True))
+        check_undamaged(self.model.transformer, parts[TRANSFORMER].source)
         self.architecture = self.model.transformer.config
         check_projector(self.model.transformer, image_encoder, config.objective)
         self.autoencoder = load_autoencoder(parts, dtype=torch.float32).to(self.processes.device).requires_grad_(False)
@@ -161,8 +162,12 @@ class FineTuningTask(Task[Conditional]):
     def encode_folder(self, parts: Parts, image_encoder: ImageEncoder | None) -> None:
         """Encodes the images and their conditions into the cache; sets up the batches and the conditions of the samples."""
         config, processes, labels = self.config, self.processes, self.architecture.text_dim is None
-        self.conditions = ClassLabels(self.architecture.num_classes, config.data.path) if labels else Captions(
-            load_text_encoder(parts, dtype=torch.float32).to(processes.device).requires_grad_(False))
+        if labels:
+            self.conditions = ClassLabels(self.architecture.num_classes, config.data.path)
+        else:
+            text_encoder = load_text_encoder(parts, dtype=torch.float32)
+            check_undamaged(text_encoder, parts[TEXT_ENCODER].source)
+            self.conditions = Captions(text_encoder.to(processes.device).requires_grad_(False))
 
         def encode_images(images: Tensor) -> dict[str, Tensor]:
             images = images.to(processes.device)

@@ -24,7 +24,7 @@ from ..shapes.batches import ShapesBatches, ShapesPart, render_samples
 from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, shapes_tokenizer, vocabulary
 from ..transport import OTFM
 from ..weights import previews
-from ..weights.load import load_autoencoder, load_text_encoder, load_transformer
+from ..weights.load import check_undamaged, load_autoencoder, load_text_encoder, load_transformer
 from ..weights.save import pack
 from .config import LoopConfig, recorded, time_shift
 from .loop import ParamGroup, Task, compile_blocks, make_ema
@@ -89,8 +89,10 @@ def gemma_config(shape: TextShape) -> dict:
 
 def init_model(model: TextToImage, start: Path) -> None:
     """Loads the weights of a checkpoint; the critic becomes a copy of its transformer. TimError if its architecture differs."""
-    init_from(model.transformer, load_transformer(start, dtype=torch.float32, projector=True).state_dict(), str(start))
-    init_from(model.text, load_text_encoder(start, dtype=torch.float32).state_dict(), str(start))
+    loaded = load_transformer(start, dtype=torch.float32, projector=True), load_text_encoder(start, dtype=torch.float32)
+    for network, own in zip(loaded, (model.transformer, model.text)):
+        check_undamaged(network, start)
+        init_from(own, network.state_dict(), str(start))
     if model.critic is not None:
         same = model.transformer.state_dict()
         model.critic.load_state_dict({name: same[name] for name in model.critic.state_dict()})

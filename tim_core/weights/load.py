@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TimError, one_line, state_dict_mismatch
+from ..finite import damaged_weight
 from ..models.text_encoder import TextEncoder, Tokenizer
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
@@ -23,6 +24,7 @@ def load_transformer(source, operations=torch.nn, attention=None, dtype=None, de
     dtype = dtype or _main_dtype(part.tensors)
     with naming(part.source, part.kind):
         model = TransitionTransformer(part.config, operations, attention or sdpa, device="meta", dtype=dtype)
+    model.damaged_weight = damaged_weight(part.tensors)
     return _fill(model, part, dtype, device)
 
 
@@ -52,16 +54,24 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
     tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
     try:
         model = TextEncoder(part.config, tokenizer, parts.escape if escape is None else escape, device="meta")
-    except TimError:
-        raise
+    except TimError as error:
+        raise TimError(f"{part.source}: {error}") from None
     except Exception as error:  # transformers raises many kinds
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
+    damaged = damaged_weight(part.tensors)
+    model.damaged_weight = None if damaged is None else f"transformer.{damaged}"
     model.tokenize([""])  # the ids of <bos> and <pad>, too, must be the model's
     try:
         # .to() moves what is not a weight: rotary tables and the embedding scale
         return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
+
+
+def check_undamaged(model: torch.nn.Module, source: object) -> None:
+    """TimError if a loaded model has a damaged weight. Sampling names it by itself; training, where it would spread, asks here."""
+    if model.damaged_weight is not None:
+        raise TimError(f"{source}: NaN or infinite values in the weight '{model.damaged_weight}'; download the file again")
 
 
 def check_tensors(part: Part, model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import TimError
 from ..files import user_path
+from ..finite import damaged_weight
 from .detect import LORA_DOWN, LORA_UP, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .open import open_state_dict
 
@@ -107,11 +108,12 @@ def read_lora(path: str | Path) -> Lora:
 def merge_lora(lora: Lora, networks: dict[str, nn.Module | None], strength: float = 1.0) -> int:
     """Adds strength * alpha / rank * B A to the weights of `networks` (by part), computed in float32 -> number of layers.
 
-    TimError naming the file and the layer if a network is missing, lacks a layer, or has it in another shape; no weight is changed then.
+    TimError naming the file and the layer if a network is missing, lacks a layer or has it in another shape, or if a weight overflows; no
+    weight is changed then.
     """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise TimError(f"{lora.source}: strength {strength!r} is not a finite number")
-    targets: list[tuple[nn.Parameter, Adapter]] = []
+    targets: list[tuple[str, nn.Parameter, Adapter]] = []
     for part, layers in lora.layers.items():
         network = networks.get(part)
         linear = {} if network is None else {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
@@ -122,12 +124,20 @@ def merge_lora(lora: Lora, networks: dict[str, nn.Module | None], strength: floa
             if tuple(weight.shape) != shape:
                 model = f"this model's is {list(weight.shape)}; use the LoRA with the model that it was trained on"
                 raise TimError(f"{lora.source}: layer '{name}' has shape {list(shape)}, {model}")
-            targets.append((weight, adapter))
-    with torch.no_grad():
-        for weight, adapter in targets:
-            up, down = (tensor.to(weight.device, torch.float32) for tensor in (adapter.up, adapter.down))
-            weight.data = (weight.float() + strength * adapter.scale * (up @ down)).to(weight.dtype)  # the old one may be a mapped file
+            targets.append((name, weight, adapter))
+    for name, weight, adapter in targets:
+        if damaged_weight({"": _merged(weight, adapter, strength)}) is not None:
+            scale = f"strength {strength:g} times alpha / rank {adapter.scale:g}"
+            raise TimError(f"{lora.source}: layer '{name}' becomes NaN or infinite with {scale}; use a smaller strength or another LoRA")
+    for _, weight, adapter in targets:
+        weight.data = _merged(weight, adapter, strength)  # the old one may be a mapped file
     return len(targets)
+
+
+@torch.no_grad()
+def _merged(weight: Tensor, adapter: Adapter, strength: float) -> Tensor:
+    up, down = (tensor.to(weight.device, torch.float32) for tensor in (adapter.up, adapter.down))
+    return (weight.float() + strength * adapter.scale * (up @ down)).to(weight.dtype)
 
 
 def _adapter(roles: dict[str, Tensor], name: str) -> Adapter:
@@ -140,6 +150,8 @@ def _adapter(roles: dict[str, Tensor], name: str) -> Adapter:
         raise TimError(f"{name}: shapes {list(down.shape)} and {list(up.shape)} are not (rank, in) and (out, rank); the file is damaged")
     if not (down.is_floating_point() and up.is_floating_point()):
         raise TimError(f"{name}: {down.dtype} and {up.dtype} are not floating-point; the file is damaged, or of another format")
+    if damaged := damaged_weight({"down": down, "up": up}):
+        raise TimError(f"{name}: its lora_{damaged} tensor has NaN or infinite values; the file is damaged")
     alpha = roles.get("alpha")
     if alpha is not None and (alpha.numel() != 1 or not bool(alpha.float().isfinite())):
         raise TimError(f"{name}: its alpha is not one finite number; the file is damaged")

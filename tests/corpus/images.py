@@ -247,7 +247,10 @@ def special_images(random: Random) -> Iterator[Case]:
 
         yield Case(f"an image is {name}", build, fails("a.png"))
     for name in ("", "-", "a\0.png", "a" * 300, "~nobody-here/a.png", "https://example.org/a.png"):
-        build = lambda f, o, name=name: [*UPSCALE, "--model", o.model, "--", name, "a circle"]
+
+        def build(folder: Path, originals: Originals, name=name) -> list[object]:
+            return [*UPSCALE, "--model", originals.model, "--", name, "a circle"]
+
         yield Case(f"an image is named {name[:20]!r}", build, fails())
 
     def huge(folder: Path, originals: Originals) -> list[object]:

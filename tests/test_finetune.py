@@ -383,7 +383,7 @@ def test_a_finished_run_on_other_data_is_an_error(tmp_path, tiny, data, capsys):
     capsys.readouterr()
     config.write_text(config.read_text().replace("steps: 4", "steps: 6"))
     run([config])
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed images")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tim: changed images")]
     assert mentions(line, "images and captions")
     assert "images and captions" in str(describe(made))
 

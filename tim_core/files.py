@@ -172,8 +172,8 @@ def make_folder(path: Path) -> None:
     """Makes a folder and its parents. TimError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TimError(f"{path}: cannot make this folder ({error.strerror})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TimError(f"{path}: cannot make this folder ({getattr(error, 'strerror', None) or one_line(error)})") from None
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

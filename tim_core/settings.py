@@ -20,11 +20,14 @@ CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 MOST = 2**40
 Count = Annotated[int, Field(ge=1, lt=MOST)]
 WholeNumber = Annotated[int, Field(ge=0, lt=MOST)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Size = Annotated[int, Field(ge=1, le=16384)]      # of a layer
+Depth = Annotated[int, Field(ge=1, le=256)]       # number of layers, heads, ...
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Rate = Annotated[float, Field(ge=1e-12, le=10)]   # a learning rate; float32 rounds much smaller ones to 0
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 
 RULE = "rule"
 ADVICE = {
@@ -32,6 +35,7 @@ ADVICE = {
     "less_than_equal": "at most {le}", "multiple_of": "a multiple of {multiple_of}",
     "literal_error": "{expected}", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
     "finite_number": "a finite number", "bool_type": "true or false", "string_type": "text", "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "text without null characters",
     "tuple_type": "a list", "dict_type": "keys and values", "dataclass_type": "keys and values",
     "too_short": "{min_length} or more values", "too_long": "at most {max_length} values",
 }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from .. import __version__
-from ..errors import TimError
+from ..errors import TimError, printable
 from . import convert, download, evaluate, inspect, pack, previews, sample, sweep, train, upscale
 from .failures import LogLine, is_out_of_memory, print_error
 
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str):
-        self.exit(2, f"tim: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"tim: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .config import SizesConfig  # needs pydantic, which renders for inference do without
 
 
+MOST_PIXELS = 2**27  # of a batch
+
+
 class ShapesPart(NamedTuple):
     """A shard of a batch: its images (B, 3, H, W) float32 in [-1, 1], and the captions of the whole batch."""
 
@@ -33,10 +36,13 @@ class ShapesBatches(torch.utils.data.Dataset):
     """batches[k]: the `shards` of batch k. An image is a pure function of (seed, k, its position in the batch)."""
 
     def __init__(self, sizes: SizesConfig, batch: int, seed: int, shards: Sequence[Shard] = (Shard(),)):
-        """TimError if a batch of some size would have fewer images than shards."""
+        """TimError if a batch of some size would have fewer images than shards, or more than MOST_PIXELS in all."""
         self.sizes, self.weights = sizes.table()
         self.forms, self.relations, self.batch, self.seed, self.shards = sizes.forms, sizes.relations, batch, seed, shards
         for (width, height), count in zip(self.sizes, map(self.count, self.sizes)):
+            if count * width * height > MOST_PIXELS:
+                raise TimError(f"training config: loop.batch: {count} images of {width}x{height} have more than {MOST_PIXELS / 1e6:.0f} "
+                               "megapixels; use a smaller batch or smaller data.sizes")
             if count < shards[0].count:
                 raise TimError(f"training config: loop.batch: {count} images of {width}x{height} cannot be split over "
                                f"{shards[0].count} parts (processes x loop.accumulate); increase it")

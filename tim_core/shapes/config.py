@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import TimError
+from ..limits import MAX_SIDE
 from ..settings import CONFIG, Positive, require, shown
 from .scenes import RELATIONS, TRAINING_FORMS
 
@@ -23,7 +24,8 @@ class SizesConfig:
     @classmethod
     def _check_sizes(cls, sizes: dict[str, float]) -> dict[str, float]:
         for size in sizes:
-            require(re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size), "", size, "sizes such as 64x64")
+            fits = re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size) and max(map(int, size.split("x"))) <= MAX_SIDE
+            require(fits, "", size, f"sizes such as 64x64, up to {MAX_SIDE} pixels a side")
         return sizes
 
     @field_validator("forms")

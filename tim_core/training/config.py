@@ -10,10 +10,15 @@ from pydantic.dataclasses import dataclass
 
 from ..errors import TimError
 from ..files import user_path
-from ..settings import CONFIG, Count, Fraction, FractionBelowOne, NotNegative, Positive, Text, WholeNumber, require, shown, validate
+from ..images import MOST_PIXELS
+from ..settings import CONFIG, Count, Fraction, FractionBelowOne, Rate, Size, Text, WholeNumber, require, shown, validate
 from .kinds import KINDS
 from .objectives.transition import ObjectiveConfig
 from .yaml_file import read_values
+
+MAX_BATCH = 2**14  # items of one step
+MOST_REPEATS = 4  # in a pattern of layer names
+Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
 
 
 @dataclass(config=CONFIG, frozen=True)
@@ -21,13 +26,13 @@ class LoopConfig:
     """The training loop. `seconds` stops a run early, to be resumed (0: never)."""
 
     steps: Count = 10_000
-    batch: Count = 64
+    batch: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 64
     optimizer: Literal["adamw", "muon"] = "adamw"    # Muon, of torch 2.9, is for the weight matrices of blocks; AdamW for the rest
-    lr: Positive = 1e-3
-    muon_lr: Positive = 0.01
+    lr: Rate = 1e-3
+    muon_lr: Rate = 0.01
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
-    weight_decay: NotNegative = 0.01
-    clip: Positive = 1.0
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    clip: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     warmup: WholeNumber = 200
     schedule: Literal["cosine", "constant"] = "cosine"
     final_lr: Fraction = 0.02                    # fraction of lr at the end of a cosine
@@ -38,7 +43,7 @@ class LoopConfig:
     checkpointing: bool = False                  # recompute the activations of a block in the backward pass
     accumulate: Count = 1                        # parts that a batch is split into, for one optimiser step
     parallel: Literal["ddp", "fsdp2"] = "ddp"    # FSDP2 shards weights over processes
-    workers: WholeNumber = 1
+    workers: Annotated[int, Field(ge=0, le=256)] = 1
     log_every: Count = 50
     save_every: Count = 500
     keep: Count = 2
@@ -46,6 +51,7 @@ class LoopConfig:
 
     @model_validator(mode="after")
     def _check(self) -> "LoopConfig":
+        require(self.accumulate <= self.batch, "accumulate", self.accumulate, f"at most batch, {self.batch}")
         require(self.parallel == "ddp" or self.optimizer == "adamw", "optimizer", self.optimizer, "adamw with parallel: fsdp2")
         return self
 
@@ -74,8 +80,8 @@ class TransformerTraining(RunConfig):
     """What `kind: tim` and `kind: finetune` share."""
 
     p_mean: Annotated[float, Field(ge=-20, le=20)] = 0.0   # mean of the logit-normal times, on the OT-FM transport
-    p_std: Annotated[float, Field(gt=0, le=20)] = 1.6
-    shift_base: Count | None = None              # image side at which times are not shifted (Eq. 50: 1024); null: no shift
+    p_std: Annotated[float, Field(ge=1e-6, le=20)] = 1.6
+    shift_base: Size | None = None              # image side at which times are not shifted (Eq. 50: 1024); null: no shift
     objective: ObjectiveConfig = ObjectiveConfig()
     attention: Literal["eager", "sdpa", "flash"] = "eager"   # flash on a GPU; eager is the fastest on a CPU
 
@@ -98,9 +104,10 @@ class TransformerTraining(RunConfig):
 class LoraConfig:
     """A low-rank adapter on the layers whose names match `targets`."""
 
-    rank: Count = 16
-    alpha: Positive | None = None                # the adapter is scaled by alpha / rank (default: by 1)
-    targets: tuple[Text, ...] = (r"^blocks\.\d+\.(attn|cross_attn)\.(qkv|q|kv|proj)$", r"^blocks\.\d+\.mlp\.fc")
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    alpha: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None   # the adapter is scaled by alpha / rank (default: by 1)
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)] = (
+        r"^blocks\.\d+\.(attn|cross_attn)\.(qkv|q|kv|proj)$", r"^blocks\.\d+\.mlp\.fc")
 
     @field_validator("targets")
     @classmethod
@@ -108,8 +115,12 @@ class LoraConfig:
         for target in targets:
             try:
                 re.compile(target)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 require(False, "", target, f"a regular expression ({error})")
+            plain = re.sub(r"\\.|\[[^\]]*\]", "x", target)
+            repeats = re.findall(r"[*+{]", plain)
+            require(len(repeats) <= MOST_REPEATS and not re.search(r"\)[*+{]", plain), "", target,
+                    f"a regular expression with at most {MOST_REPEATS} repeats, and none of a group; others may take for ever")
         return targets
 
 
@@ -122,8 +133,8 @@ class FolderConfig:
 
     path: Text
     cache: Text | None = None                    # folder of cached latents and text features (default: <path>.cache)
-    max_pixels: Count = 1024 * 1024                # larger images are scaled down
-    base_pixels: Count = 1024 * 1024               # loop.batch is for images of this size; other batches have as many tokens
+    max_pixels: Pixels = 1024 * 1024               # larger images are scaled down
+    base_pixels: Pixels = 1024 * 1024              # loop.batch is for images of this size; other batches have as many tokens
     min_bucket_size: Count = 4                     # sizes with fewer images are cropped to a similar size, if there is one
 
     @property
@@ -143,7 +154,7 @@ class FineTuning(TransformerTraining):
     text_encoder: Text | None = None             # these two take the place of those in `model`
     autoencoder: Text | None = None
     lora: LoraConfig | None = None               # null: train all weights of the transformer
-    shift_base: Count | None = 1024
+    shift_base: Size | None = 1024
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
     dropout: FractionBelowOne = 0.1              # probability of dropping a caption or a class
 

@@ -1,7 +1,6 @@
 """Fine-tunes a TiM transformer, text-to-image or class-conditional, on a folder of images: all weights, or a LoRA."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..errors import TimError
 from ..files import digest, user_path
@@ -30,6 +28,7 @@ from .noise import draw_noise
 from .objectives.transition import transition_loss
 from .repa import ImageEncoder, check_projector, image_features, name_of
 from .samples import sample_grid
+from .writing import say
 
 
 class Conditional(nn.Module):
@@ -143,13 +142,13 @@ class FineTuningTask(Task[Conditional]):
         self.autoencoder = load_autoencoder(parts, dtype=torch.float32).to(self.processes.device).requires_grad_(False)
         self.factor = self.autoencoder.config.factor
         self.transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
-        self.encode_folder(parts, image_encoder)
         if config.lora:
             torch.manual_seed(config.loop.seed)
             add_lora(self.model.transformer, config.lora)
             if config.loop.autocast:
                 round_base(self.model.transformer)
-        else:
+        self.encode_folder(parts, image_encoder)
+        if not config.lora:
             self.fixed += f" {digest(self.model.state_dict().items())}"  # the first weights, which a LoRA has as frozen weights
             self.plain = load_transformer(parts, dtype=torch.float32, device="meta", projector=True)
 
@@ -192,10 +191,10 @@ class FineTuningTask(Task[Conditional]):
         self.batches = FolderBatches(config.data, items, encode, config.loop.batch, config.loop.seed,
                                      processes.shards(config.loop.accumulate))
         if processes.is_main:
-            tqdm.write(f"{config.data.path}: {self.batches}", file=sys.stderr)
+            say(f"{config.data.path}: {self.batches}")
             if labels and (classes := class_folders(config.data)):
                 names = ", ".join(f"{number} {folder.name}" for number, folder in enumerate(classes))
-                tqdm.write(f"classes: {names}", file=sys.stderr)
+                say(f"classes: {names}")
 
     def networks(self, model: Conditional) -> list[nn.Module]:
         return [model.transformer]

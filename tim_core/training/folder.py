@@ -20,7 +20,7 @@ from ..errors import TimError
 from ..files import digest, make_folder, parse_json, read_text, user_path
 from ..images import ENDINGS, image_size, open_image
 from ..processes import Processes, Shard
-from .config import FolderConfig
+from .config import MAX_BATCH, FolderConfig
 from .writing import write_tensors
 
 VERSION = "4"  # of cached files; files of another version are encoded again
@@ -162,6 +162,10 @@ class FolderBatches(torch.utils.data.Dataset):
         self.sizes = sorted(self.files)
         tokens = [batch * config.base_pixels / (width * height) for width, height in self.sizes]
         self.counts = [max(shards[0].count, round(count)) for count in tokens]
+        if (most := max(self.counts)) > MAX_BATCH:
+            size = "x".join(map(str, self.sizes[self.counts.index(most)]))
+            raise TimError(f"data.base_pixels: {config.base_pixels} makes batches of {most} images of {size}; use fewer, or a smaller "
+                           "loop.batch")
         weights = np.array([len(self.files[size]) / count for size, count in zip(self.sizes, self.counts)])
         self.weights, self.seed = weights / weights.sum(), seed
 

@@ -1,7 +1,6 @@
 """Checkpoints of a run: written atomically, and resumed exactly or refused."""
 
 import re
-import sys
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from tqdm import tqdm
 
 from ..errors import TimError, one_line, state_dict_mismatch
 from ..files import check_file
@@ -27,7 +25,7 @@ from ..settings import Count, NotNegative, WholeNumber, shown
 from ..weights.torch_file import check_torch_file
 from . import metrics
 from .config import LoopConfig
-from .writing import write_state
+from .writing import say, write_state
 
 AVERAGED = "ema"
 # Keys of the configuration that a resumed run may change silently, because they do not change what is computed,
@@ -159,7 +157,7 @@ def newest(folder: Path, processes: Processes) -> tuple[Path, SavedState] | None
             continue
         if processes.is_main:
             for line in damaged:
-                tqdm.write(f"{line}; resuming from {file.name}", file=sys.stderr)
+                say(f"{line}; resuming from {file.name}")
         return file, state
     if damaged:
         raise TimError(f"{damaged[0]}, and none before it is whole; restore one, or choose another output")
@@ -199,9 +197,9 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
     init_from(average, state.ema, str(file), average.state_dict().keys() - averaged)
     if processes.is_main:
         metrics.forget_after(folder, state.step)
-        tqdm.write(f"{'already finished:' if ended else 'resumed'} {file}", file=sys.stderr)
+        say(f"{'already finished:' if ended else 'resumed'} {file}")
         for key, (old, new) in other.items():
-            tqdm.write(f"changed {key}: {shown(old)} -> {shown(new)}", file=sys.stderr)
+            say(f"changed {key}: {shown(old)} -> {shown(new)}")
     changed = state.changed | ({str(state.step): other} if other else {})
     return ResumeState(step=state.step, seconds=state.seconds, totals=state.totals, counted=state.counted, changed=changed)
 

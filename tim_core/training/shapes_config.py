@@ -5,7 +5,9 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from ..settings import CONFIG, Count, FractionBelowOne, NotNegative, Text, WholeNumber, require
+from ..errors import TimError
+from ..models.config import TransformerConfig
+from ..settings import CONFIG, Depth, FractionBelowOne, NotNegative, Size, Text, WholeNumber, require
 from ..shapes.config import SizesConfig
 from ..shapes.tokenizer import WORDS
 from .config import RunConfig, TransformerTraining
@@ -13,8 +15,8 @@ from .objectives.distillation import DistillationConfig
 from .objectives.matching import MatchingConfig
 from .objectives.transition import ObjectiveConfig
 
-Widths = Annotated[tuple[Count, ...], Field(min_length=1)]
-Layers = Annotated[tuple[WholeNumber, ...], Field(min_length=1)]
+Widths = Annotated[tuple[Size, ...], Field(min_length=1, max_length=8)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0, le=64)], ...], Field(min_length=1, max_length=8)]
 NOT_START = "another file than start, whose weights are needed to resume the run"
 
 
@@ -29,8 +31,8 @@ class AutoencoderTraining(RunConfig):
     decoder_widths: Widths = (32, 32, 64, 128)
     decoder_layers: Layers = (0, 2, 2, 2)
     attention_stages: WholeNumber = 1  # the deepest ones are EfficientViT blocks
-    head_dim: Count = 16
-    latent_channels: Count = 16
+    head_dim: Size = 16
+    latent_channels: Size = 16
     latent_noise: NotNegative = 0.3              # maximal standard deviation of the noise added to latents before decoding
     latent_weight: NotNegative = 0.05            # weight of the distance from mean 0 and variance 1 per channel
     edge_weight: NotNegative = 0.0               # weight of the error near edges, times their contrast; 0 counts all pixels alike
@@ -65,29 +67,44 @@ class AutoencoderTraining(RunConfig):
 class TransformerShape:
     """The transformer to train; latent channels and text width follow from the autoencoder and the text model."""
 
-    hidden_size: Count = 192
-    depth: Count = 7
-    num_heads: Count = 6
-    patch_size: Count = 1
-    lora_hidden_size: Count = 48
+    hidden_size: Size = 192
+    depth: Depth = 7
+    num_heads: Depth = 6
+    patch_size: Depth = 1
+    lora_hidden_size: Size = 48
     new_condition: Text = "t-r"
     use_new_embed: bool = True
     distance_aware: bool = True
-    z_dim: Count | None = None                   # width of the image encoder's features, for REPA; null: no projector
-    encoder_depth: Count = 4                     # number of the block, from 1, whose output is projected
-    projector_dim: Count = 512
+    z_dim: Size | None = None                    # width of the image encoder's features, for REPA; null: no projector
+    encoder_depth: Depth = 4                     # number of the block, from 1, whose output is projected
+    projector_dim: Size = 512
     qk_norm: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> "TransformerShape":
+        """The rules of the architecture, whose errors name the key after a colon."""
+        try:
+            TransformerConfig(in_channels=1, text_dim=1, **vars(self))
+        except TimError as error:
+            key, _, use = str(error).removeprefix("TiM configuration: ").partition(" ")
+            require(False, key, getattr(self, key), f"another value ({key} {use})")
+        return self
 
 
 @dataclass(config=CONFIG, frozen=True)
 class TextShape:
     """The Gemma-3 text model to train, with the tokenizer of tim_core.shapes; every second layer has global attention."""
 
-    hidden_size: Count = 128
-    layers: Count = 2
-    heads: Count = 2
-    head_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 64
-    intermediate_size: Count = 256
+    hidden_size: Size = 128
+    layers: Depth = 2
+    heads: Depth = 2
+    head_dim: Annotated[int, Field(ge=2, le=1024, multiple_of=2)] = 64
+    intermediate_size: Size = 256
+
+    @model_validator(mode="after")
+    def _check(self) -> "TextShape":
+        require(self.hidden_size % self.heads == 0, "heads", self.heads, f"a divisor of hidden_size, {self.hidden_size}")
+        return self
 
 
 @dataclass(config=CONFIG, frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Writes the files of a run atomically. A failure, such as a full disk, is a TimError that names the file."""
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from ..errors import one_line
+from ..errors import one_line, printable
 from ..files import atomic_write
+
+
+def say(text: str) -> None:
+    """Prints `tim: TEXT` as one line on stderr, above the progress bar."""
+    tqdm.write(f"tim: {printable(text)}", file=sys.stderr)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -79,6 +79,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict, dict[Location, Pat
         raise TimError(f"{path}: base is {shown(base)}, and there is no file {other}; name a YAML file, relative to the folder of this one")
     if any(os.path.realpath(other) == os.path.realpath(file) for file in chain):
         raise TimError(f"{path}: base is {shown(base)}, which leads back to {other}; remove one `base` of {', '.join(map(str, chain))}")
+    if len(chain) > MAX_DEPTH:
+        raise TimError(f"{path}: base is {shown(base)}, and more than {MAX_DEPTH} files deep; use fewer")
     inherited, inherited_sources = _read(other, chain)
     return _merge(inherited, values), inherited_sources | sources
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TimError
+from ...limits import MAX_CFG
 from ...transport import OTFM, guide
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -29,11 +30,9 @@ class DistillationConfig:
     knee: float = 0.1                            # the loss is quadratic below this error (RMS over channels) and linear above it
 
     def __post_init__(self) -> None:
-        for name in ("batch_fraction", "weight", "knee"):
-            if not getattr(self, name) > 0:
-                raise TimError(f"distillation.{name} is {getattr(self, name)}; use more than 0")
-        if self.batch_fraction > 1:
-            raise TimError(f"distillation.batch_fraction is {self.batch_fraction}; use at most 1")
+        for name, (least, most) in {"batch_fraction": (1e-6, 1), "cfg": (1, MAX_CFG), "weight": (1e-6, 1e6), "knee": (1e-6, 1e6)}.items():
+            if not least <= getattr(self, name) <= most:
+                raise TimError(f"distillation.{name} is {getattr(self, name)}; use {least:g} to {most:g}")
         falling = all(0 <= after < before <= 1 for before, after in zip(self.times, self.times[1:]))
         if len(self.times) <= ENDS or not falling or self.times[0] != 1:
             raise TimError(f"distillation.times is {list(self.times)}; use {ENDS + 1} or more decreasing times, the first one 1")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TimError
+from ...limits import MAX_CFG
 from ...transport import OTFM, guide
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -39,22 +40,20 @@ class MatchingConfig:
     p_std: float = 1.2
 
     def __post_init__(self) -> None:
-        for name in ("batch_fraction", "weight", "critic_lr", "critic_muon_lr", "p_std"):
-            if not getattr(self, name) > 0:
-                raise TimError(f"matching.{name} is {getattr(self, name)}; use more than 0")
+        limits = {"batch_fraction": (1e-6, 1), "weight": (1e-6, 1e6), "critic_lr": (1e-12, 10), "critic_muon_lr": (1e-12, 10),
+                  "p_mean": (-20, 20), "p_std": (1e-6, 20), "rollout_cfg": (1, MAX_CFG), "cfg": (1, MAX_CFG)}
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                raise TimError(f"matching.{name} is {getattr(self, name)}; use {least:g} to {most:g}")
         if not self.paths:
             raise TimError("matching.paths is empty; use one or more lists of times, such as [[1, 0]]")
         for path in self.paths:
             if len(path) < 2 or not all(0 <= after < before <= 1 for before, after in zip(path, path[1:])):
                 raise TimError(f"matching.paths has {list(path)}; use two or more decreasing times from 1 to 0")
-        if not self.rollout_cfg >= 1:
-            raise TimError(f"matching.rollout_cfg is {self.rollout_cfg}; use 1 (no guidance) or more")
         if self.critic_warmup_steps < 0:
             raise TimError(f"matching.critic_warmup_steps is {self.critic_warmup_steps}; use 0 or more")
         if self.teacher not in ("average", "start"):
             raise TimError(f"matching.teacher is '{self.teacher}'; use 'average' or 'start'")
-        if self.batch_fraction > 1:
-            raise TimError(f"matching.batch_fraction is {self.batch_fraction}; use at most 1")
 
 
 @dataclass(frozen=True)

@@ -64,13 +64,12 @@ class ObjectiveConfig:
         for name in ("diffusion_ratio", "consistency_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TimError(f"objective.{name} is {getattr(self, name)}; use 0 to 1")
-        if not self.adaptive_floor > 0:
-            raise TimError(f"objective.adaptive_floor is {self.adaptive_floor}; use more than 0")
-        if not 0 < self.epsilon < 0.5:
-            raise TimError(f"objective.epsilon is {self.epsilon}; use more than 0 and less than 0.5")
-        for name in ("proj_coeff", "w_gt", "w_cond"):
-            if not getattr(self, name) >= 0:
-                raise TimError(f"objective.{name} is {getattr(self, name)}; use 0 or more")
+        # below the lower limits float32 loses all digits of a difference or of a weight
+        limits = {"adaptive_floor": (1e-8, 1e3), "epsilon": (1e-4, 0.49), "proj_coeff": (0, 1e3), "w_gt": (0, 1e3), "w_cond": (0, 1e3),
+                  "w_start": (-1e3, 1e3), "w_end": (-1e3, 1e3)}
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                raise TimError(f"objective.{name} is {getattr(self, name)}; use {least:g} to {most:g}")
         if not self.w_start <= self.w_end:
             raise TimError(f"objective.w_start is {self.w_start}; use at most w_end, {self.w_end}")
 

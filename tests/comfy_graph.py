@@ -100,6 +100,13 @@ def same_image(a: torch.Tensor, b: torch.Tensor) -> None:
     assert b.std() > 0.02
 
 
+def lines_of(server, run) -> list[str]:
+    """What our pack logs while `run` is called."""
+    start = len(server.log_text())
+    run()
+    return [line for line in server.log_text()[start:].splitlines() if "TiM: " in line]
+
+
 def refusal(server, graph: Graph, result: list) -> str:
     """The one line with which a prompt is refused that asks for `result`, a LATENT."""
     graph.save(result)

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, images_of, inside, refusal, run_latents
+from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, images_of, inside, lines_of, refusal, run_latents
 from tests.comfy_support import probe
 from tim_core import Pipeline, schedule
 from tim_core.shapes.detector import is_correct
@@ -23,13 +23,6 @@ FLUX = dict(max_shift=1.15, base_shift=0.5, width=1024, height=1024)
 @pytest.fixture(scope="module")
 def pipe(tiny):
     return Pipeline.load(tiny, device="cpu")
-
-
-def lines_of(comfyui, run) -> list[str]:
-    """What our pack logs while `run` is called."""
-    start = len(comfyui.log_text())
-    run()
-    return [line for line in comfyui.log_text()[start:].splitlines() if "TiM: " in line]
 
 
 def patched(graph: Graph, kind: str, **settings) -> Graph:

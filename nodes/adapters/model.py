@@ -91,7 +91,9 @@ class TiMConfig(comfy.supported_models_base.BASE):
         self.memory_usage_factor = 3.3 * config.hidden_size / 1152 / config.patch_size**2
 
     def get_model(self, state_dict, prefix="", device=None):
-        return TiMModel(self, device=device)
+        model = TiMModel(self, device=device)
+        self.unet_config["model_channels"] = self.unet_config["config"].hidden_size  # as core's FreeU reads it; not for the network
+        return model
 
     def process_unet_state_dict_for_saving(self, state_dict):
         return super().process_unet_state_dict_for_saving({**state_dict, "config_json": json_tensor(self.record)})

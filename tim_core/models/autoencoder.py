@@ -415,8 +415,8 @@ class Autoencoder(nn.Module):
     def peak_bytes(self, height: int, width: int, dtype: torch.dtype, device: torch.device = torch.device("cuda")) -> int:
         """Bytes that one image (height, width in pixels) takes at its peak, whole, in inference.
 
-        Counted as live tensors, see benchmarks/memory.py: a tensor as wide as the finest stage, half of it while that is made from the stage
-        below, or the tensors of a band; and three float32 copies of the image.
+        Counted as live tensors, see benchmarks/memory.py: a tensor as wide as the finest stage, and half of it while that is made from the
+        stage below, or the tensors of a band; and three float32 copies of the image.
         """
         config = self.config
         channels = max(config.encoder[0].width, config.decoder[0].width, config.decoder[1].width // 4)

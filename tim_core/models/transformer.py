@@ -14,8 +14,7 @@ from .config import TransformerConfig
 from .rope import rotary_table, rotate
 
 FREQUENCIES = 256
-# Live tensors of an evaluation at its peak, in the gated MLP and the rotation, over one of (B, N, hidden): 12.1 in bfloat16, 9.1 in float32.
-# See benchmarks/memory.py.
+# Live tensors of an evaluation at its peak over one of (B, N, hidden): 12.1 in bfloat16, 9.1 in float32, see benchmarks/memory.py.
 PEAK_TENSORS = 11
 
 

@@ -309,7 +309,7 @@ class Pipeline:
             return None
         if self.tile != "auto":
             return int(self.tile)
-        needed = self.autoencoder.peak_bytes(*size, dtype)
+        needed = self.autoencoder.peak_bytes(*size, dtype, self.device)
         return None if max(size) <= TILE or needed < SHARE_OF_MEMORY * available_bytes(self.device) else TILE
 
     @property

@@ -11,7 +11,7 @@ import torch
 from ...tim_core.errors import TimError
 from ...tim_core.finite import damaged_weight
 from ...tim_core.models.config import TransformerConfig
-from ...tim_core.models.transformer import TransitionTransformer
+from ...tim_core.models.transformer import PEAK_TENSORS, TransitionTransformer
 from ...tim_core.weights.defaults import Defaults, read_defaults
 from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
@@ -86,9 +86,8 @@ class TiMConfig(comfy.supported_models_base.BASE):
         self.latent_format = lambda: TiMLatent(config, factor, record.get("preview"))  # BASE calls it
         super().__init__({"config": config})
         self.record, self.defaults = record, defaults
-        # Estimated, not measured on a GPU: a token peaks at about 30 tensors of the hidden width (gated MLP, q, k, v), 70 KB in
-        # bfloat16 at width 1152. Core multiplies latent cells by dtype size, 0.01 MB and this factor.
-        self.memory_usage_factor = 3.3 * config.hidden_size / 1152 / config.patch_size**2
+        # Core multiplies latent cells by dtype size, 0.01 MiB and this factor.
+        self.memory_usage_factor = PEAK_TENSORS * config.hidden_size / config.patch_size**2 / (0.01 * 2**20)
 
     def get_model(self, state_dict, prefix="", device=None):
         model = TiMModel(self, device=device)

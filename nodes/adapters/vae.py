@@ -65,8 +65,9 @@ class TiMVAE(comfy.sd.VAE):
         self.disable_offload = any(stage.norm == "batch_norm" for stage in (*config.encoder, *config.decoder))
         self.latent_channels = config.latent_channels
         self.downscale_ratio = self.upscale_ratio = config.factor
-        self.memory_used_encode = lambda shape, dtype: network.peak_bytes(shape[2], shape[3], dtype)
-        self.memory_used_decode = lambda shape, dtype: network.peak_bytes(shape[2] * config.factor, shape[3] * config.factor, dtype)
+        factor, device = config.factor, self.device
+        self.memory_used_encode = lambda shape, dtype: network.peak_bytes(shape[2], shape[3], dtype, device)
+        self.memory_used_decode = lambda shape, dtype: network.peak_bytes(shape[2] * factor, shape[3] * factor, dtype, device)
 
         if hasattr(mm, "archive_model_dtypes"):
             mm.archive_model_dtypes(self.first_stage_model)

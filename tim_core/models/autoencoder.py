@@ -412,15 +412,18 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z / self.config.scaling_factor)
 
-    def peak_bytes(self, height: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes that one image (height, width in pixels) takes at its peak.
+    def peak_bytes(self, height: int, width: int, dtype: torch.dtype, device: torch.device = torch.device("cuda")) -> int:
+        """Bytes that one image (height, width in pixels) takes at its peak, whole, in inference.
 
-        Live tensors were counted in a CPU run: as wide as the first stage 5 of float32, or 7 of bfloat16, whose norms compute in float32;
-        and three float32 copies of the image.
+        Counted as live tensors, see benchmarks/memory.py: a tensor as wide as the finest stage, and half of it while that is made from the
+        stage below, or the tensors of a band; and three float32 copies of the image.
         """
         config = self.config
         channels = max(config.encoder[0].width, config.decoder[0].width, config.decoder[1].width // 4)
-        return ((5 if dtype == torch.float32 else 7) * channels * dtype.itemsize + 3 * 3 * 4) * height * width
+        whole = channels * dtype.itemsize * height * width
+        band = min(whole, CPU_BAND if device.type == "cpu" else GPU_BAND)
+        in_bands = whole + (2.5 if dtype == torch.float32 else 5) * band  # below float32, the norms compute in it
+        return int(max(1.5 * whole + 2.6 * band, in_bands)) + 3 * 3 * 4 * height * width
 
     def tiled_encode(self, x: Tensor, tile: int | Pair = TILE, stride: int | Pair = STRIDE) -> Tensor:
         """Encodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""

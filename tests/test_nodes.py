@@ -634,25 +634,67 @@ def test_upscale_refuses_an_empty_latent(comfyui):
 # Looking
 
 
+def swept(graph: Graph, steps: str | list, output: int = 0, batch_size: int = 1, **settings) -> list:
+    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""))
+    settings = dict(seed=0, cfg=2.5, guidance_low=0.0, guidance_high=1.0) | settings
+    node = graph.add("TiMStepSweep", **links, latent_image=graph.empty(batch_size=batch_size), steps=steps, **settings)
+    return [node[0], output]
+
+
 def test_sweep_equals_pipeline(comfyui, pipe):
     graph = Graph()
-    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""))
-    links["latent_image"] = graph.empty(batch_size=2)
-    sweep = graph.add("TiMStepSweep", **links, seed=3, steps="1, 2, 5", cfg=2.5, guidance_low=0.0, guidance_high=1.0)
+    sweep = swept(graph, "1-2, 5", batch_size=2, seed=3)
     sheet = graph.add("SaveImage", images=sweep, filename_prefix="sheet")[0]
     each = graph.add("SaveImage", images=[sweep[0], 1], filename_prefix="each")[0]
     outputs = comfyui.run(graph.prompt)
-    same_image(images_of(comfyui, outputs, each), torch.cat([pipe(PROMPT, steps=n, seed=3) for n in (1, 2, 5)]))
+    same_image(images_of(comfyui, outputs, each), torch.cat([pipe([PROMPT] * 2, steps=n, seed=3) for n in (1, 2, 5)]))
     found = images_of(comfyui, outputs, sheet)
-    assert found.shape[0] == 1 and found.shape[2] > 3 * 192
+    assert found.shape[0] == 1 and found.shape[2] == 3 * 256 + 4 * 8  # two images side by side in each cell, twice as large
+
+
+AXES = {"cfg": ("1-3", [1, 2, 3]), "seed": ("7, 3", [7, 3]), "shift": ("0.5, 3", [0.5, 3]), "stochasticity": ("0-1 +0.5", [0, 0.5, 1])}
+
+
+def test_the_second_axis_of_a_sweep_equals_tim_sampler(comfyui):
+    graph, saves = Graph(), {}
+    for axis, (text, values) in AXES.items():
+        sweep = swept(graph, "2, 4", 1, seed=5, axis=axis, axis_values=text)
+        hand = [graph.add("VAEDecode", samples=graph.tim(steps=steps, **({"seed": 5} | {axis: value})), vae=graph.vae)
+                for value in values for steps in (2, 4)]
+        sheet = graph.add("SaveImage", images=[sweep[0], 0], filename_prefix=f"{axis}-sheet")[0]
+        saves[axis] = [graph.add("SaveImage", images=image, filename_prefix=axis)[0] for image in (sweep, *hand)], sheet
+    outputs = comfyui.run(graph.prompt)
+    for axis, ((sweep, *hand), sheet) in saves.items():
+        found, wanted = images_of(comfyui, outputs, sweep), torch.cat([images_of(comfyui, outputs, each) for each in hand])
+        assert torch.equal(found, wanted), axis
+        assert (found[-2:] - found[:2]).abs().max() > 1, axis
+        assert images_of(comfyui, outputs, sheet).shape[2] == 2 * 192 + 3 * 8, axis  # a column for each step count
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(steps="1, x"), "steps: 'x'"), (dict(steps="0"), "steps: 0 "), (dict(steps="1-500"), "steps: '1-500' .* 100 "),
+    (dict(axis="cfg", axis_values=""), "axis_values: ''"), (dict(axis="cfg", axis_values="0.5"), "cfg: 0.5 "),
+    (dict(axis="stochasticity", axis_values="1, 2"), "stochasticity: 2 "), (dict(axis="shift", axis_values="0"), "shift: 0 "),
+    (dict(axis="seed", axis_values="1.5"), "seed: 1.5 "),
+    (dict(steps="1-100", axis="seed", axis_values="1-100", batch_size=50), "64x64.* 268 "),
+])
+def test_a_sweep_refuses(comfyui, settings, said):
     graph = Graph()
-    assert "steps: '1, x'" in refusal(comfyui, graph, sweep_latent(graph, "1, x"))
+    sweep = swept(graph, **({"steps": "1"} | settings))
+    message = refusal(comfyui, graph, graph.add("VAEEncode", pixels=sweep, vae=graph.vae))
+    assert re.search(said, message), message
+
+
+def test_a_sweep_says_where_it_is(comfyui):
+    graph = Graph()
+    graph.add("SaveImage", images=swept(graph, "1, 2", seed=31, axis="cfg", axis_values="1, 3"), filename_prefix="said")
+    said = [event for event in events_of(comfyui, graph.prompt) if isinstance(event, bytes) and b" of 4" in event]
+    assert [event[event.index(b" of 4") - 1 :].decode() for event in said] == [
+        "1 of 4: 1 step, cfg 1", "2 of 4: 2 steps, cfg 1", "3 of 4: 1 step, cfg 3", "4 of 4: 2 steps, cfg 3", "4 of 4"]
 
 
 def sweep_latent(graph: Graph, steps: str | list, output: int = 0) -> list:
-    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""), latent_image=graph.empty())
-    sweep = graph.add("TiMStepSweep", **links, seed=0, steps=steps, cfg=2.5, guidance_low=0.0, guidance_high=1.0)
-    return graph.add("VAEEncode", pixels=[sweep[0], output], vae=graph.vae)
+    return graph.add("VAEEncode", pixels=swept(graph, steps, output), vae=graph.vae)
 
 
 def sweep_images(graph: Graph, steps: str | list) -> list:
@@ -661,16 +703,17 @@ def sweep_images(graph: Graph, steps: str | list) -> list:
 
 
 def count_evaluations(model, clip, vae):
-    """The labels under a sweep of 1, 2 and 5 steps, read before they become pixels, and whether the clone left the model alone."""
+    """The labels under sweeps of two images a cell, read before they become pixels."""
     import sys
 
     sweep = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.sweep"))
     labels, real = [], sweep.contact_sheet
-    sweep.contact_sheet = lambda images, texts: labels.extend(texts) or real(images, texts)
+    sweep.contact_sheet = lambda images, texts, columns: labels.extend(texts) or real(images, texts, columns)
     try:
         conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a red circle", "")]
-        latent = sys.modules[sweep.__name__.replace(".sweep", ".adapters.sampling")].empty_latent(model, 64, 64, 1)
+        latent = sys.modules[sweep.__name__.replace(".sweep", ".adapters.sampling")].empty_latent(model, 64, 64, 2)
         sweep.TiMStepSweep.execute(model, vae, *conds, latent, 0, "1, 2, 5", 2.5, 0.0, 1.0)
+        sweep.TiMStepSweep.execute(model, vae, *conds, latent, 0, 2, 2.5, 0.0, 1.0, "cfg", "1, 2.5")
     finally:
         sweep.contact_sheet = real
     return labels
@@ -678,7 +721,8 @@ def count_evaluations(model, clip, vae):
 
 def test_the_sweep_counts_evaluations(comfyui):
     labels = inside(comfyui, count_evaluations)
-    assert [label.split(" · ")[:2] for label in labels] == [["1 step", "1 NFE"], ["2 steps", "3 NFE"], ["5 steps", "9 NFE"]]
+    assert [label.rpartition(" · ")[0] for label in labels] == [
+        "1 step · 1 NFE", "2 steps · 3 NFE", "5 steps · 9 NFE", "cfg 1 · 2 steps · 2 NFE", "cfg 2.5 · 2 steps · 3 NFE"]
 
 
 @pytest.mark.parametrize("kind", ["upscale", "sweep"])

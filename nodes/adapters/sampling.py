@@ -183,14 +183,3 @@ def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
         logging.info(f"Empty TiM Latent: {width}x{height} rounded to {size[0]}x{size[1]}, multiples of {size_multiple(model)}")
     shape = (batch_size, inner.latent_format.latent_channels, size[1] // factor, size[0] // factor)
     return {"samples": torch.zeros(shape, device=mm.intermediate_device()), "downscale_ratio_spacial": factor}
-
-
-def first_of_batch(latent: dict) -> dict:
-    """The first latent of a batch, with its own noise mask and batch_index."""
-    first = {name: latent[name][:1] for name in ("samples", "noise_mask", "batch_index") if name in latent}
-    return {**latent, **first}
-
-
-def as_batch(images: list[Tensor]) -> Tensor:
-    """Images (H, W, 3) as one IMAGE (B, H, W, 3)."""
-    return torch.stack(images)

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
 
     width, height = args.size or (0, 0)
     total = sum(stage_steps(args.steps, args.stages))
-    check_strength(args.strength)
+    if args.strength is not None:
+        check_strength(args.strength)
     options.check_sampling(args, [total])
     size = image_size(args.image)
     wanted = target_size(*size, width, height, args.factor)

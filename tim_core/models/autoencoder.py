@@ -407,7 +407,7 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         self._check(x)
-        return self.encoder(x) * self.config.scaling_factor
+        return (self.encoder(x) * self.config.scaling_factor).contiguous()
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z / self.config.scaling_factor)

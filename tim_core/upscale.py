@@ -54,7 +54,8 @@ def stage_sizes(size: tuple[int, int], target: tuple[int, int], stages: int, mul
         raise TimError(f"size: {target[0]}x{target[1]} is too small; use at least {multiple}x{multiple}")
     if max(target) > MAX_SIDE:
         raise TimError(f"size: {target[0]}x{target[1]} is over {MAX_SIDE} pixels a side; reduce factor, width or height")
-    if any(kept.start >= kept.stop for kept in _crop(size[1], size[0], target[1], target[0])):
+    scale = max(after / before for before, after in zip(size, target))
+    if min(round(after / scale) for after in target) < 1:
         shape = f"{target[0]}x{target[1]} keeps less than a pixel of an image of {size[0]}x{size[1]}"
         raise TimError(f"size: {shape}; use a similar aspect ratio")
 
@@ -110,10 +111,11 @@ def crop_mask(mask: Tensor, width: int, height: int) -> Tensor:
 
 
 def _crop(old_height: int, old_width: int, height: int, width: int) -> tuple[slice, slice]:
-    """The rows and columns that have the new aspect ratio, in the middle."""
+    """The rows and columns that have the new aspect ratio, in the middle; at least one of each."""
     old_aspect, aspect = old_width / old_height, width / height
     left = round((old_width - old_width * aspect / old_aspect) / 2) if old_aspect > aspect else 0
     top = round((old_height - old_height * old_aspect / aspect) / 2) if old_aspect < aspect else 0
+    top, left = min(top, (old_height - 1) // 2), min(left, (old_width - 1) // 2)
     return slice(top, old_height - top), slice(left, old_width - left)
 
 

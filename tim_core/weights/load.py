@@ -56,6 +56,10 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
         raise TimError(f"{part.source}: {error}") from None
     except Exception as error:  # transformers raises many kinds
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
+    for token, own in {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id}.items():
+        if (wanted := model.gemma_config[f"{token}_token_id"]) is not None and own != wanted:
+            use = "use the tokenizer and the config.json of this model"
+            raise TimError(f"{tokenizer.name}: <{token}> is token {own}, the text model's {token}_token_id is {wanted}; {use}")
     damaged = damaged_weight(part.tensors)
     model.damaged_weight = None if damaged is None else f"transformer.{damaged}"
     try:

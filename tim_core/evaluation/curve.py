@@ -267,7 +267,7 @@ def _check_points(curve: Sequence[dict], samples: Sequence[EvalSample], path: st
         correct = unpack(point["correct"])
         found = summarise(samples, correct) if len(correct) == len(samples) else None
         if found is None or not math.isclose(found["overall"], point["overall"], abs_tol=1e-6) or found["tasks"] != point["tasks"]:
-            raise TimError(f"{path}: at {point['steps']} steps, its accuracy is not that of its images; restore it, or choose another folder")
+            raise TimError(f"{path}: at {point['steps']} steps, its accuracy is not that of its images; restore it, or use another folder")
 
 
 def write_report(report: dict, folder: Path, baseline: dict | None = None) -> None:

@@ -393,3 +393,24 @@ def test_a_closed_pipe_stops_silently(capsys, monkeypatch, tiny):
         pipe.write("what was still to come")
         pipe.flush()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_stops_nothing(monkeypatch, tmp_path, tiny, closed):
+    """As in `tim sample ... >&-`, where Python has no such stream."""
+    monkeypatch.setattr(sys, closed, None)
+    assert cli.main(["sample", "a circle", "--model", str(tiny), "--size", "16x16", "--steps", "1", "-o", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_usage_errors_are_one_printable_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "a circle", "--steps", "4\n\x1b[31m" + "9" * 5000])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "\x1b" not in line and len(line) < 2200
+
+
+def test_a_size_is_the_models_or_bounded(fails, tiny):
+    """One limit for every way to sample."""
+    for words in (("sample", "a"), ("sweep", "a"), ("evaluate",)):
+        assert mentions(fails(1, *words, "--model", tiny, "--size", "8x100000"), "size: 8x100000", "4096", "nearest", "8x4096")

@@ -431,6 +431,8 @@ BAD = {
     "half a seed": ({"seed": 1.5}, "seed: 1.5 "), "no seed": ({"seed": None}, "seed: None "), "mode": ({"mode": "leap"}, "mode: 'leap' "),
     "interval": ({"guidance_interval": (-1, 1)}, "guidance interval: -1 "),
     "inverted": ({"guidance_interval": (0.9, 0.1)}, "guidance interval: 0.9 to 0.1 "),
+    "beyond all times": ({"guidance_interval": (1, 2)}, "guidance interval: 1 to 2 "), "a huge size": ({"width": 8192}, "size: 8192x"),
+    "too many steps": ({"steps": 10**6}, "steps: 1000000 "),
     "little cfg": ({"cfg": 0.5}, "cfg: 0.5 "), "much cfg": ({"cfg": 1e20}, "cfg: 1e+20 "),
     "stochasticity": ({"stochasticity": -0.1}, "stochasticity: -0.1 "), "too much of it": ({"stochasticity": 1.5}, "stochasticity: 1.5 "),
     "times": ({"times": "1, 2"}, "times: 2 "), "times without an end": ({"times": [1, 0.5]}, "times: [1.0, 0.5] "),

@@ -120,7 +120,7 @@ TOO_MUCH = {  # a right type, but more than anyone can mean
     ("tim", "text.heads"): [3, 10**9],
     ("tim", "text.head_dim"): [1026, 10**9],
     ("tim", "transformer.new_condition"): ["t-t", "r-t"],
-    ("tim", "matching.cfg"): [0, -1, 101, 1e20],
+    ("tim", "matching.cfg"): [-1, 101, 1e20],
     ("tim", "matching.rollout_cfg"): [0.5, 1e20],
     ("tim", "matching.weight"): [0, 1e20],
     ("tim", "data.sizes"): ["{5000x64: 1}", "{64x64: 1e20}", "{64x64: 0}", "{0x64: 1}", "{64: 1}", "{99999x99999: 1}", "{}"],

@@ -17,6 +17,7 @@ from ..limits import MAX_BATCH, MAX_STEPS
 from ..processes import ALONE, Processes
 
 LAYOUTS = ("geneval", "dpg")
+MOST_PROMPT = 2**16  # characters
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def read_prompts(path: str | Path, layout: str = "geneval") -> list[PromptRecord
             name = str(metadata.get("item_id", metadata.get("id", "")) if named else len(records))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             prompt = name = None
-        if not isinstance(prompt, str) or not re.fullmatch(r"[\w-]+", name):
+        if isinstance(prompt, str) and len(prompt) > MOST_PROMPT:
+            raise TimError(f"{path}: line {number} has a prompt of {len(prompt)} characters; use at most {MOST_PROMPT}")
+        if not isinstance(prompt, str) or not re.fullmatch(r"[\w-]{1,240}", name) or len(name.encode()) > 240:
             wanted = ' and "item_id", a name without dots' if named else ""
             raise TimError(f'{path}: line {number}: {line[:60]} is not a JSON object with "prompt"{wanted}')
         records.append(PromptRecord(len(records), prompt, name, metadata))

@@ -7,19 +7,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import TimError
-from ..files import atomic_write, make_folder, parse_json, read_text, user_path
-from ..limits import MAX_BATCH, MAX_STEPS
+from ..files import atomic_write, check_output, make_folder, parse_json, read_text, user_path
+from ..limits import MAX_BATCH, MAX_CFG, MAX_STEPS
 from ..processes import ALONE, Processes
 from ..sampler import check_guidance, check_seed
 from ..shapes.detector import is_correct
 from ..shapes.scenes import TASKS, Prompt, scoring_prompts
 
 MOST_SEEDS = 100_000  # of a task's images, after which the next task's begin
+MOST_POINTS = 100  # of a curve
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 LABELS = ("name", "version")  # entries of a report's model that images do not depend on
 SAMPLING = ("mode", "shift", "guidance_interval", "stochasticity", "negative")  # pipeline options that a report records
@@ -117,6 +119,8 @@ def check_protocol(steps: Sequence[int], prompts_per_task: int, images: int, bat
     for name, values in zip(most, (steps, [prompts_per_task], [images], [batch])):
         if not values or any(not 1 <= value <= most[name] for value in values):
             raise TimError(f"{name}: {', '.join(map(str, values)) or 'none given'}; use whole numbers from 1 to {most[name]}")
+    if len(set(steps)) > MOST_POINTS:
+        raise TimError(f"steps: {len(set(steps))} step counts; use at most {MOST_POINTS}")
     if prompts_per_task * images > MOST_SEEDS:
         raise TimError(f"prompts per task: {prompts_per_task} with {images} images each; use at most {MOST_SEEDS // images}")
 
@@ -157,16 +161,21 @@ def evaluate(
     protocol = {"seed": seed, "prompts_per_task": prompts_per_task, "images": images, "width": width, "height": height,
                 "tasks": [task for task in TASKS if task in tasks]}
     other = None if baseline is None else read_report(baseline, protocol)
+    samples = eval_samples(protocol["tasks"], prompts_per_task, images, seed)
+    if other is not None:
+        _check_points(other["curve"], samples, baseline)
     folder = None if output is None else user_path(output)
     if folder is not None:
         make_folder(folder)
-    samples = eval_samples(protocol["tasks"], prompts_per_task, images, seed)
+        for name in ("report.json", "curve.png"):
+            check_output(folder / name)
     steps = sorted(set(steps))
     sampling = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if name in SAMPLING}
     sampling["cfg"] = float(cfg)
     report: dict = {"model": model, "protocol": protocol, "sampling": sampling, "curve": []}
     if folder is not None and model is not None:
         report["curve"] = read_points(folder / "report.json", report)
+        _check_points(report["curve"], samples, folder / "report.json")
     processes.wait()
 
     def save() -> None:
@@ -215,19 +224,50 @@ def read_report(path: str | Path, protocol: dict | None = None) -> dict:
     """A report.json. TimError if it cannot be read, or is not of `protocol` where that is given."""
     try:
         report = parse_json(read_text(user_path(path)), str(path))
-        found = report["protocol"]
-        for point in report["curve"]:
-            unpack(point["correct"])
-            if missing := {"steps", "cfg", "nfe", "overall", "stderr", "tasks"} - point.keys():
-                raise KeyError(missing)
     except TimError as error:
         raise TimError(f"{error}; give a report.json of tim evaluate") from None
-    except (ValueError, TypeError, LookupError, AttributeError):
-        raise TimError(f"{path}: not a report.json of tim evaluate") from None
-    if protocol is not None and found != protocol:
-        name = next(name for name in protocol if found.get(name) != protocol[name])
-        raise TimError(f"{path}: its {name} is {found.get(name)}, this run's is {protocol[name]}; only the same prompts and noise compare")
+    if not _is_report(report):
+        raise TimError(f"{path}: not a report.json of tim evaluate, or damaged; give another")
+    found = report["protocol"]
+    if protocol is not None:
+        for name in protocol:
+            if found.get(name) != protocol[name]:
+                raise TimError(
+                    f"{path}: its {name} is {found.get(name)}, this run's is {protocol[name]}; only the same prompts and noise compare")
     return report
+
+
+def _is_report(report: Any) -> bool:
+    """Whether a JSON value has what is read of a report."""
+    if not isinstance(report, dict) or not isinstance(report.get("protocol"), dict) or not isinstance(report.get("sampling", {}), dict):
+        return False
+    curve = report.get("curve")
+    if not isinstance(report.get("model"), (dict, type(None))) or not isinstance(curve, list) or len(curve) > MOST_POINTS:
+        return False
+    return all(map(_is_point, curve)) and len({point["steps"] for point in curve}) == len(curve)
+
+
+def _is_point(point: Any) -> bool:
+    def number(value: Any, least: float, most: float) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+    if not isinstance(point, dict) or not isinstance(tasks := point.get("tasks"), dict) or not isinstance(point.get("correct"), str):
+        return False
+    whole = isinstance(point.get("steps"), int) and isinstance(point.get("nfe"), int)
+    return (
+        whole and number(point["steps"], 1, MAX_STEPS) and number(point["nfe"], 1, 2 * MAX_STEPS) and number(point.get("cfg"), 1, MAX_CFG)
+        and all(number(point.get(name), 0, 1) for name in ("overall", "stderr")) and bool(tasks)
+        and all(task in TASKS and number(value, 0, 1) for task, value in tasks.items()) and set(point["correct"]) <= {"0", "1"}
+    )
+
+
+def _check_points(curve: Sequence[dict], samples: Sequence[EvalSample], path: str | Path) -> None:
+    """TimError for a point whose accuracy is not that of its images."""
+    for point in curve:
+        correct = unpack(point["correct"])
+        found = summarise(samples, correct) if len(correct) == len(samples) else None
+        if found is None or not math.isclose(found["overall"], point["overall"], abs_tol=1e-6) or found["tasks"] != point["tasks"]:
+            raise TimError(f"{path}: at {point['steps']} steps, its accuracy is not that of its images; restore it, or use another folder")
 
 
 def write_report(report: dict, folder: Path, baseline: dict | None = None) -> None:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,14 @@ from tqdm import tqdm
 from ..errors import TimError
 from ..files import digest, make_folder, parse_json, read_text, user_path
 from ..images import ENDINGS, image_size, open_image
-from ..processes import Processes, Shard
+from ..processes import ALONE, Processes, Shard
 from .config import MAX_BATCH, FolderConfig
 from .writing import write_tensors
 
 VERSION = "4"  # of cached files; files of another version are encoded again
 ENCODE_PIXELS = 2 * 1024 * 1024  # pixels of the images that are encoded together
-MOST_CAPTION, MOST_LIST = 2**16, 2**30  # bytes of a caption file and of a .jsonl
+MOST_CAPTION, MOST_LIST = 2**16, 2**27  # bytes of a caption and of a .jsonl
+MOST_SKIPPED = 20  # images that are named; the rest are counted
 IMAGE_DIGEST = "image"  # key in the metadata of cached files
 
 
@@ -89,6 +91,8 @@ def _line(place: Path, number: int, line: str, labels: bool) -> Item:
         file, value = values["image"], values[name]
     except (TimError, TypeError, LookupError):
         file = value = None
+    if isinstance(value, str) and len(value) > MOST_CAPTION:
+        raise TimError(f"{place}: line {number} has a caption of {len(value)} characters; use at most {MOST_CAPTION}")
     if not isinstance(file, str) or not isinstance(value, kind) or isinstance(value, bool):
         raise TimError(f'{place}: line {number} is {line[:60]}; write {{"image": path, "{name}": {kind.__name__}}}')
     return Item(place.parent / file, value)
@@ -219,7 +223,14 @@ class Encoder:
         encode_images: (B, 3, H, W) -> tensors (B, ...) by name. encode_conditions: captions or labels -> a tensor each.
         """
         self.cache, self.identity = cache, identity
-        self.encode_images, self.encode_conditions = encode_images, encode_conditions
+        self.encode_images, self.encode_conditions, self.skipped = encode_images, encode_conditions, 0
+
+    def skip(self, reason: str, processes: Processes = ALONE) -> None:
+        """Warns of an image that cannot be used, of the first MOST_SKIPPED ones."""
+        self.skipped += 1
+        if processes.is_main and self.skipped <= MOST_SKIPPED:
+            with tqdm.external_write_mode(file=sys.stderr):  # above the progress bar
+                logging.warning(f"skipped {reason}" + (" (more are not listed)" if self.skipped == MOST_SKIPPED else ""))
 
     def cache_path(self, item: Item) -> Path:
         """The cached file of an item. Its name changes with the encoders, the image file, the caption or label, and the size."""
@@ -238,7 +249,7 @@ class Encoder:
             try:
                 images[item] = load_image(item)
             except TimError as error:
-                logging.warning(f"skipped {error}")
+                self.skip(str(error))
         if not images:
             return
         encoded = {name: value.cpu() for name, value in self.encode_images(torch.stack(list(images.values()))).items()}
@@ -278,21 +289,26 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     The processes share the encoding. TimError if no image is usable.
     """
     items, fitted = scan(config, labels), []
+    if labels:
+        encode.encode_conditions(sorted({item.caption_or_label for item in items}))  # names a class that the model lacks
     for item in items:
         if item.problem:
-            _skip(item.problem, processes)
+            encode.skip(item.problem, processes)
             continue
         try:
             width, height = image_size(item.file)
         except TimError as error:
-            _skip(str(error), processes)
+            encode.skip(str(error), processes)
             continue
         size = native_size(width, height, unit, config.max_pixels)
         if not all(size):
             limit = "" if min(width, height) < unit else f" within max_pixels {config.max_pixels}"
-            _skip(f"{item.file}: {width}x{height} pixels; at least {unit}x{unit} are needed{limit}", processes)
+            encode.skip(f"{item.file}: {width}x{height} pixels; at least {unit}x{unit} are needed{limit}", processes)
             continue
         fitted.append(Item(item.file, item.caption_or_label, *size))
+    none = f"{config.path}: none of {len(items)} images is usable; add some ({', '.join(ENDINGS)})"
+    if not fitted:
+        raise TimError(none)
     fitted = similar_sizes(fitted, config.min_bucket_size)
     make_folder(encode.cache)
     mine = processes.shard(list({encode.cache_path(item): item for item in fitted}.values()))  # duplicates share a cached file
@@ -304,12 +320,7 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     processes.wait()
     usable = [item for item in fitted if encode.cache_path(item).is_file()]  # cached files are complete
     if not usable:
-        raise TimError(f"{config.path}: none of {len(items)} images is usable; add some ({', '.join(ENDINGS)})")
+        raise TimError(none)
     if processes.is_main and len(usable) < len(items):
         logging.warning(f"{config.path}: {len(items) - len(usable)} of {len(items)} images were skipped")
     return usable
-
-
-def _skip(reason: str, processes: Processes) -> None:
-    if processes.is_main:
-        logging.warning(f"skipped {reason}")

@@ -4,7 +4,7 @@ import re
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ..errors import TimError, one_line, state_dict_mismatch
 from ..files import check_file
 from ..processes import Processes
-from ..settings import Count, NotNegative, WholeNumber, shown
+from ..settings import Count, WholeNumber, shown
 from ..weights.torch_file import check_torch_file
 from . import metrics
 from .config import LoopConfig
@@ -46,7 +46,7 @@ class ResumeState:
     """
 
     step: WholeNumber = 0
-    seconds: NotNegative = 0.0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
     totals: dict[str, float] = Field(default_factory=dict)
     counted: WholeNumber = 0
     changed: dict[str, dict[str, list]] = Field(default_factory=dict)
@@ -141,9 +141,22 @@ def load(file: Path) -> SavedState:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise TimError(f"{file}: is no checkpoint of a run ({where}: {first['msg']}); {advice}") from None
+    if wrong := _not_finite({"model": state.model, AVERAGED: state.ema, "optimizers": state.optimizers}):
+        raise TimError(f"{file}: {wrong} has values that are not finite; {advice}")
     if state.step != step_of(file):
         raise TimError(f"{file}: holds step {state.step}; {advice}")
     return state
+
+
+def _not_finite(state: dict, where: str = "") -> str | None:
+    """The place of a tensor in nested mappings that has NaN or infinite values."""
+    for name, value in state.items():
+        place = f"{where}{name}"
+        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            return place
+        if isinstance(value, dict) and (found := _not_finite(value, f"{place}.")):
+            return found
+    return None
 
 
 def newest(folder: Path, processes: Processes) -> tuple[Path, SavedState] | None:

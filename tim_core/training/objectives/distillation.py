@@ -30,7 +30,7 @@ class DistillationConfig:
     knee: float = 0.1                            # the loss is quadratic below this error (RMS over channels) and linear above it
 
     def __post_init__(self) -> None:
-        for name, (least, most) in {"batch_fraction": (1e-6, 1), "cfg": (1, MAX_CFG), "weight": (1e-6, 1e6), "knee": (1e-6, 1e6)}.items():
+        for name, (least, most) in {"batch_fraction": (1e-6, 1), "cfg": (0, MAX_CFG), "weight": (1e-6, 1e6), "knee": (1e-6, 1e6)}.items():
             if not least <= getattr(self, name) <= most:
                 raise TimError(f"distillation.{name} is {getattr(self, name)}; use {least:g} to {most:g}")
         falling = all(0 <= after < before <= 1 for before, after in zip(self.times, self.times[1:]))

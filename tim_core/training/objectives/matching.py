@@ -41,7 +41,7 @@ class MatchingConfig:
 
     def __post_init__(self) -> None:
         limits = {"batch_fraction": (1e-6, 1), "weight": (1e-6, 1e6), "critic_lr": (1e-12, 10), "critic_muon_lr": (1e-12, 10),
-                  "p_mean": (-20, 20), "p_std": (1e-6, 20), "rollout_cfg": (1, MAX_CFG), "cfg": (1, MAX_CFG)}
+                  "p_mean": (-20, 20), "p_std": (1e-6, 20), "rollout_cfg": (1, MAX_CFG), "cfg": (0, MAX_CFG)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise TimError(f"matching.{name} is {getattr(self, name)}; use {least:g} to {most:g}")

@@ -65,7 +65,7 @@ class ObjectiveConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise TimError(f"objective.{name} is {getattr(self, name)}; use 0 to 1")
         # below the lower limits float32 loses all digits of a difference or of a weight
-        limits = {"adaptive_floor": (1e-8, 1e3), "epsilon": (1e-4, 0.49), "proj_coeff": (0, 1e3), "w_gt": (0, 1e3), "w_cond": (0, 1e3),
+        limits = {"adaptive_floor": (1e-8, 1e3), "epsilon": (1e-6, 0.49), "proj_coeff": (0, 1e3), "w_gt": (0, 1e3), "w_cond": (0, 1e3),
                   "w_start": (-1e3, 1e3), "w_end": (-1e3, 1e3)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:

@@ -26,8 +26,8 @@ WITHOUT_EFFECT = {"control": "ControlNet", "gligen": "GLIGEN", "reference_latent
                   "unclip_conditioning": "unCLIPConditioning"}  # keys of conditionings -> what sets them
 KNOWN_KEYS = {  # of conditionings: what core and we read of them, whatever the model
     "area", "clip_end_percent", "clip_start_percent", "control_apply_to_uncond", "cross_attn", "default", "end_percent", "hooks", "mask",
-    "mask_strength", "model_conds", "pooled_output", "set_area_to_bounds", "start_percent", "strength", "timestep_end", "timestep_start",
-    "uuid", PADDED,
+    "mask_strength", "model_conds", "pooled_output", "prompt_type", "set_area_to_bounds", "start_percent", "strength", "timestep_end",
+    "timestep_start", "uuid", PADDED,
 }
 IMAGE_KEYS = {"concat_latent_image", "concat_mask"}  # of models for inpainting and editing
 

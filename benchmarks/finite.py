@@ -1,8 +1,9 @@
 """What the checks for NaN and infinite values cost: images with and without them, in pairs.
 
-    python benchmarks/finite.py [--model tim-shapes] [--size 64x64] [--pairs 40] [--json FILE]
+    python benchmarks/finite.py [--model tim-shapes] [--size 64x64] [--pairs 40] [--json FILE] [--graph]
 
-Prints the median time of a 4-step image with the checks over that without them. The goal: at most 1.01.
+Prints the median time of a 4-step image with the checks over that without them. The goal: at most 1.01. With --graph the bundled model's
+image is made by KSampler and VAE Decode in a real ComfyUI, found as the tests find it, and all checks of a run are counted.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import contextlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -49,22 +51,87 @@ def seconds(pipe, width: int, height: int) -> float:
     return time.perf_counter() - started
 
 
+def timed_in_graph(model, clip, vae):
+    """Runs inside ComfyUI: seconds of PAIRS images of WIDTH x HEIGHT each, checked and unchecked."""
+    import contextlib
+    import sys
+    import time
+    from unittest import mock
+
+    import torch
+
+    from nodes import KSampler, VAEDecode
+
+    modules = {name: next(module for key, module in sys.modules.items() if key.endswith(f"ComfyUI-TiM.nodes.adapters.{name}"))
+               for name in ("run", "vae")}
+    checks = ("check_finite", "check_result", "check_start", "check_areas", "_check_coverage", "_check_keys", "_check_sigmas")
+    conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a red circle", "")]
+    latent = {"samples": torch.zeros(1, vae.latent_channels, HEIGHT // 8, WIDTH // 8)}  # noqa: F821
+
+    @contextlib.contextmanager
+    def unchecked():
+        with contextlib.ExitStack() as stack:
+            for name in checks:
+                stack.enter_context(mock.patch.object(modules["run"], name, lambda *args, **options: None))
+            stack.enter_context(mock.patch.object(modules["run"].Trace, "add", lambda *args: None))
+            stack.enter_context(mock.patch.object(modules["vae"].CheckedAutoencoder, "_finite", lambda self, made, *args: made))
+            yield
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        sampled = KSampler().sample(model, 0, 4, 2.5, "euler", "simple", *conds, latent)[0]
+        VAEDecode().decode(vae, sampled)
+        return time.perf_counter() - started
+
+    times = {"checked": [], "unchecked": []}
+    for number in range(-3, PAIRS):  # noqa: F821
+        for kind in ("checked", "unchecked") if number % 2 else ("unchecked", "checked"):
+            with unchecked() if kind == "unchecked" else contextlib.nullcontext():
+                taken = seconds()
+            if number >= 0:
+                times[kind].append(taken)
+    return times
+
+
+def graph_times(width: int, height: int, pairs: int) -> dict[str, list[float]]:
+    from tests.comfy_graph import BUNDLED_NAME, Graph
+    from tests.comfy_support import Server, find, probe
+
+    if (found := find()) is None:
+        raise SystemExit("no ComfyUI found; COMFYUI_PATH and COMFYUI_PYTHON name one")
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder) / "base", *found)
+        try:
+            graph, given = Graph(BUNDLED_NAME), probe(timed_in_graph)
+            given["source"] += f"\nPAIRS, WIDTH, HEIGHT = {pairs}, {width}, {height}\n"
+            node = graph.add("TiMTestProbe", **given, model=graph.model, clip=graph.clip, vae=graph.vae)[0]
+            return json.loads(server.run(graph.prompt)[node]["text"][0])
+        finally:
+            server.stop()
+
+
+def pipeline_times(model: str, width: int, height: int, pairs: int) -> dict[str, list[float]]:
+    pipe = Pipeline.load(model)
+    times: dict[str, list[float]] = {"checked": [], "unchecked": []}
+    for _ in range(3):
+        seconds(pipe, width, height)  # warm-up
+    for number in range(pairs):
+        for kind in ("checked", "unchecked") if number % 2 else ("unchecked", "checked"):
+            with unchecked() if kind == "unchecked" else contextlib.nullcontext():
+                times[kind].append(seconds(pipe, width, height))
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tim-shapes", help="bundled name, checkpoint or folder of parts (default: tim-shapes)")
     parser.add_argument("--size", default="64x64", help="WIDTHxHEIGHT (default: 64x64)")
     parser.add_argument("--pairs", type=int, default=40, help="images of each kind (default: 40)")
+    parser.add_argument("--graph", action="store_true", help="measure KSampler and VAE Decode in ComfyUI, with the bundled model")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
     args = parser.parse_args()
     width, height = map(int, args.size.split("x"))
-    pipe = Pipeline.load(args.model)
-    times: dict[str, list[float]] = {"checked": [], "unchecked": []}
-    for _ in range(3):
-        seconds(pipe, width, height)  # warm-up
-    for number in range(args.pairs):
-        for kind in ("checked", "unchecked") if number % 2 else ("unchecked", "checked"):
-            with unchecked() if kind == "unchecked" else contextlib.nullcontext():
-                times[kind].append(seconds(pipe, width, height))
+    times = graph_times(width, height, args.pairs) if args.graph else pipeline_times(args.model, width, height, args.pairs)
     checked, plain = (statistics.median(times[kind]) for kind in ("checked", "unchecked"))
     spread = statistics.quantiles([a / b for a, b in zip(times["checked"], times["unchecked"])], n=4)
     print(f"{args.model}, {args.size}: {1000 * checked:.2f} ms checked, {1000 * plain:.2f} ms unchecked, ratio {checked / plain:.4f} "

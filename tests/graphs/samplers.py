@@ -6,12 +6,13 @@ FLOW = 30  # steps from time 1 to 0 that samplers without an end time need
 ENOUGH = (
     "euler_ancestral", "heun", "heunpp2", "dpm_2", "lms", "dpm_fast", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde",
     "dpmpp_3m_sde", "ddpm", "ipndm", "deis", "res_multistep", "gradient_estimation", "er_sde", "seeds_2", "sa_solver", "uni_pc",
-    "uni_pc_bh2", "exp_heun_2_x0", "euler_cfg_pp", "euler_ancestral_cfg_pp",
+    "uni_pc_bh2", "exp_heun_2_x0",
 )
+CFG_PP = ("euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "gradient_estimation_cfg_pp")
 NAMED_OTHERWISE = {"uni_pc": "unipc", "uni_pc_bh2": "unipc"}  # in the log, as core's function is
-TOO_FEW = {name: 4 for name in ENOUGH} | {"seeds_3": 8, "sa_solver_pece": 29, "dpmpp_2m_cfg_pp": 8, "res_multistep_cfg_pp": 8, "ipndm_v": 8}
+TOO_FEW = {name: 4 for name in ENOUGH} | {"seeds_3": 8, "sa_solver_pece": 29, "ipndm_v": 8}
 SAMPLER_NODES = {
-    "SamplerEulerAncestral": {}, "SamplerEulerAncestralCFGPP": {}, "SamplerEulerCFGpp": {}, "SamplerLMS": {}, "SamplerDPMPP_3M_SDE": {},
+    "SamplerEulerAncestral": {}, "SamplerLMS": {}, "SamplerDPMPP_3M_SDE": {},
     "SamplerDPMPP_2M_SDE": {}, "SamplerDPMPP_SDE": {}, "SamplerDPMPP_2S_Ancestral": {}, "SamplerER_SDE": {}, "SamplerSASolver": {},
     "SamplerSEEDS2": {},
 }
@@ -38,6 +39,8 @@ CASES = [
     *(Case(f"lcm, {n} steps", stock("lcm", n), Draws(4)) for n in (1, 2, 4)),
     *(Case(f"{name}, {FLOW} steps", stock(name, FLOW), Draws(1, count=2)) for name in ENOUGH),
     *(Case(f"{name}, {steps} steps", stock(name, steps), Runs(), few(name, steps)) for name, steps in TOO_FEW.items()),
+    *(Case(f"{name}, {FLOW} steps, cfg 1.5", stock(name, FLOW, cfg=1.5), Draws(1, count=2)) for name in CFG_PP),
+    *(Case(f"{name}, 8 steps, cfg 2.5", stock(name, 8), Runs(), ((name, "CFG++", "1.5"), *few(name, 8))) for name in CFG_PP),
     Case("dpm_adaptive chooses its steps", stock("dpm_adaptive", 4), Draws(1, count=2)),
     *(Case(kind, select(kind, **settings), Draws(1, count=2)) for kind, settings in SAMPLER_NODES.items()),
     Case("SamplerDPMAdaptative", select("SamplerDPMAdaptative"), Draws(1, count=2)),

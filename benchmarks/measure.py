@@ -69,25 +69,25 @@ def child(script: str, *arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def seconds(function: Callable[[], object], clock: str = "wall") -> float:
+    """Seconds of a call on the clock on the wall, or of the processor."""
+    now = time.perf_counter if clock == "wall" else time.process_time
+    started = now()
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return now() - started
 
 
-def pairs(first: Callable[[], object], second: Callable[[], object], count: int, warm_up: int = 0) -> list[tuple[float, float]]:
+def pairs(first: Callable[[], object], second: Callable[[], object], count: int, clock: str = "wall") -> list[tuple[float, float]]:
     """Seconds of two functions, run by turns, the order changing from pair to pair."""
-    for _ in range(warm_up):
-        seconds(first), seconds(second)
     times = []
     for number in range(count):
         if number % 2:
-            other = seconds(second)
-            times.append((seconds(first), other))
+            other = seconds(second, clock)
+            times.append((seconds(first, clock), other))
         else:
-            times.append((seconds(first), seconds(second)))
+            times.append((seconds(first, clock), seconds(second, clock)))
     return times
 
 

@@ -5,11 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.support import load_all, mentions
 from tim_core import Pipeline, TimError, pipeline
@@ -214,6 +217,68 @@ def test_the_released_model_reaches_from_256_to_4096(channels, released, near, f
     made_for = find_defaults({} if released else {"native_size": [1024, 1024]}, channels, 32)
     assert all(made_for.far_size(*size) is None for size in near)
     assert all(mentions(made_for.far_size(*size), f"{size[0]}x{size[1]}", "1024x1024") for size in far)
+
+
+class NoHostCopies(TorchDispatchMode):
+    """Refuses what waits for a device, or copies to it: reading a value, and moving a tensor between CPU and meta device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        devices = {value.device.type for value in tree_leaves((args, made)) if isinstance(value, torch.Tensor) and value.ndim}
+        assert len(devices) < 2 and "_local_scalar_dense" not in str(function), function
+        return made
+
+
+@torch.no_grad()
+def test_an_evaluation_never_waits_for_the_device(pipe, monkeypatch):
+    """The second step of a batch whose prompts differ in length, on the meta device, which stands for a GPU."""
+    features = pipe.text_encoder.encode(["a circle", PROMPT, "", ""])
+    monkeypatch.setattr(pipe.text_encoder, "encode", lambda texts: replace(features, rows=[rows.to("meta") for rows in features.rows]))
+    monkeypatch.setattr(pipe.text_encoder, "to", lambda device: None)
+    monkeypatch.setattr(pipeline, "check_finite", lambda *arguments, **options: None)
+    meta = Pipeline(TransitionTransformer(pipe.transformer.config, device="meta"), pipe.text_encoder, pipe.autoencoder)
+    condition = meta._condition(["a circle", PROMPT], [""])
+    x, t = torch.empty(4, meta.transformer.config.in_channels, 8, 8, device="meta"), torch.empty(4, device="meta")
+    both = torch.cat((condition.prompts, condition.null))
+    condition.model(x, t, t, both)
+    with NoHostCopies():
+        assert condition.model(x, t, t, both).shape == x.shape
+        with pytest.raises(AssertionError):
+            torch.ones(2).to("meta")
+        with pytest.raises(AssertionError):
+            torch.ones(1).sum().item()
+
+
+def test_the_compiled_network_is_one_graph_and_makes_the_same_images(tiny, monkeypatch):
+    """With torch.compile's own backend "eager"; fullgraph, so that a graph break is an error."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend=backend, **options))
+    options = dict(width=32, height=32, steps=3, cfg=2.0)
+    images = Pipeline.load(tiny, "cpu", compile=True)([PROMPT], **options)
+    assert len(graphs) == 2  # with and without guidance: batches of 1 and of 2
+    assert torch.allclose(images, Pipeline.load(tiny, "cpu")([PROMPT], **options), atol=1e-4)
+
+
+@pytest.mark.parametrize("left, moves", [
+    (2**40, []),
+    (0, ["transformer", "autoencoder", "text_encoder", "autoencoder", "text_encoder", "transformer"]),
+])
+def test_networks_leave_a_device_that_is_short_of_memory(tiny, monkeypatch, left, moves):
+    """Before each stage those of the others leave. The networks only note where they are sent, and stay on the CPU."""
+    pipe, sent = Pipeline.load(tiny, "cpu"), []
+    expected = pipe(PROMPT, steps=1)
+    for name in ("text_encoder", "transformer", "autoencoder"):
+        monkeypatch.setattr(getattr(pipe, name), "to", lambda device, name=name: sent.append((name, str(device))))
+    monkeypatch.setattr(pipeline, "OFFLOAD_DEVICE", torch.device("meta"))
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: left - 1)
+    assert torch.equal(pipe(PROMPT, steps=1), expected)
+    assert sent == [(name, "meta") for name in moves]
 
 
 def test_odd_prompts_give_images(pipe):

@@ -22,6 +22,7 @@ from .limits import MAX_BATCH, MAX_SIDE, MAX_STEPS
 from .memory import available_bytes
 from .models.attention import get_attention
 from .models.autoencoder import TILE
+from .models.transformer import PEAK_TENSORS
 from .sampler import Model, check_guidance, check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
 from .weights.defaults import Defaults, find_defaults, read_defaults
@@ -31,7 +32,8 @@ from .weights.lora import Lora, merge_lora, read_lora
 from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts, read_parts
 
 MIN_TILE = 256  # pixels
-SHARE_OF_MEMORY = 0.8  # of what is available that a whole image may take
+SHARE_OF_MEMORY = 0.8  # of what is available that a run of a network may take
+OFFLOAD_DEVICE = torch.device("cpu")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,6 +75,7 @@ class Pipeline:
         self.defaults = defaults or find_defaults({}, config.in_channels, self.factor, config.patch_size, self.class_conditional)
         self.nfe = 0
         self.tile = "auto"
+        self.device = next(transformer.parameters()).device
         self._mentioned: set[str] = set()  # unknown words, and lines, each of which is logged once
 
     @classmethod
@@ -83,12 +86,14 @@ class Pipeline:
         dtype: str | torch.dtype = "auto",
         attention: str = "auto",
         lora: str | Path | Mapping[str | Path, float] | Sequence[tuple[str | Path, float]] | None = None,
+        compile: bool = False,
     ) -> Pipeline:
         """Load a bundled name, a one-file checkpoint, a folder of parts, a dict {"model": ..., "text-encoder": ..., "vae": ...}, or Parts.
 
         device: "auto" is the GPU if there is one. dtype: "auto" is bfloat16 on a GPU that computes in it. On a CPU it is float32; but where
         the CPU multiplies bfloat16 and the weights would take a GiB or more in float32, parts stored in it or in 8 bits stay in it.
         attention: "auto", "sdpa" or "flash". lora: a file, {file: strength}, or pairs of these, see `load_lora`.
+        compile: compile the network with torch.compile, at the first image of each size and batch; it takes a C++ compiler or a GPU.
         TimError unless the source has all parts; a class-conditional model has no text encoder.
         """
         device = pick_device(device)
@@ -110,6 +115,8 @@ class Pipeline:
         )
         for file, strength in loras:
             pipe.load_lora(file, strength)
+        if compile:
+            pipe.transformer.compile(fullgraph=True)
         return pipe
 
     def load_lora(self, lora: str | Path | Lora, strength: float = 1.0) -> None:
@@ -134,10 +141,6 @@ class Pipeline:
     def class_conditional(self) -> bool:
         """Whether prompts are classes."""
         return self.transformer.config.text_dim is None
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -261,6 +264,8 @@ class Pipeline:
         if isinstance(seed, (list, tuple)):
             check_seed_count(seed, len(latent))
         fresh = fresh_noise(latent.shape, seed)
+        config, cells = self.transformer.config, latent[:, 0].numel() * (2 if options["cfg"] > 1 else 1)
+        self._make_room(self.transformer, PEAK_TENSORS * cells // config.patch_size**2 * config.hidden_size * self.dtype.itemsize)
         network = StepRecorder(condition.model)
         latent, evaluations = sample(
             network, latent.to(self.device), grid, condition.prompts, condition.null, noise_sampler=fresh, **options)
@@ -294,6 +299,7 @@ class Pipeline:
     ) -> Tensor:
         """Run the autoencoder over a batch, about a megapixel at a time -> float32 on the CPU. size: height and width in pixels."""
         dtype = next(self.autoencoder.parameters()).dtype
+        self._make_room(self.autoencoder, self.autoencoder.peak_bytes(*size, dtype, self.device))
         tile = self._tile(size, dtype)
         parts = []
         for some in batch.split(max(1, 2**20 // (size[0] * size[1]))):
@@ -302,6 +308,17 @@ class Pipeline:
             check_finite(done, stage, self.autoencoder)
             parts.append(done.float().cpu())
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _make_room(self, network: torch.nn.Module, needed: int) -> None:
+        """Bring a network to the device. Where its run needs more bytes than the device has left, the other networks leave for the CPU."""
+        away = [parameter for parameter in network.parameters() if parameter.device != self.device]
+        needed += sum(parameter.nbytes for parameter in away)
+        if self.device != OFFLOAD_DEVICE and needed > SHARE_OF_MEMORY * available_bytes(self.device):
+            for other in (self.text_encoder, self.transformer, self.autoencoder):
+                if other is not None and other is not network:
+                    other.to(OFFLOAD_DEVICE)
+        if away:
+            network.to(self.device)
 
     def _tile(self, size: tuple[int, int], dtype: torch.dtype) -> int | None:
         """The side of tiles in pixels; None for whole images."""
@@ -365,20 +382,30 @@ class Pipeline:
         if unknown:
             self._mentioned.update(unknown)
             self._mention(line)
+        self._make_room(self.text_encoder, 0)
         features = self.text_encoder.encode(texts)
         check_finite(features.rows, "text encoder", self.text_encoder)
         lengths = [max(pair) for pair in zip(features.lengths[: len(prompts)], features.lengths[len(prompts) :])]
         rows_of = [rows[:length] for rows, length in zip(features.rows, lengths * 2)]
 
-        def model(x: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
-            groups: dict[int, list[int]] = {}  # rows of equal length share a call, so that none is padded
-            for place, row in enumerate(rows.tolist()):
+        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # places and features of each group, made at a batch's first step
+
+        def grouped(rows: list[int]) -> list[tuple[Tensor, Tensor]]:
+            """Rows of equal length share a call, so that none is padded."""
+            groups: dict[int, list[int]] = {}
+            for place, row in enumerate(rows):
                 groups.setdefault(len(rows_of[row]), []).append(place)
+            return [(torch.tensor(places, device=self.device), torch.stack([rows_of[rows[place]] for place in places]))
+                    for places in groups.values()]
+
+        def model(x: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
+            key = tuple(rows.tolist())  # on the CPU
+            groups = batches[key] = batches.get(key) or grouped(list(key))
+            if len(groups) == 1:
+                return self.transformer(x.to(self.dtype), t, r, groups[0][1]).to(x.dtype)
             out = torch.empty_like(x)
-            for places in groups.values():
-                y = torch.stack([rows_of[rows[place]] for place in places])
-                some = torch.tensor(places, device=x.device)
-                out[some] = self.transformer(x[some].to(self.dtype), t[some], r[some], y).to(out.dtype)
+            for places, y in groups:
+                out[places] = self.transformer(x[places].to(self.dtype), t[places], r[places], y).to(out.dtype)
             return out
 
         return Condition(model, *torch.arange(len(rows_of)).chunk(2))

@@ -96,6 +96,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
                        help="decode in tiles: auto (where memory is short), off, or their side in pixels (default: auto)")
     group.add_argument("--attention", default="auto", choices=["auto", "sdpa", "flash"],
                        help="attention kernel; flash needs the flash-attn package (default: auto)")
+    group.add_argument("--compile", action="store_true", help="compile the network; worth it for many images of one size (default: off)")
 
 
 def add_guidance(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +153,9 @@ def load_pipeline(args: argparse.Namespace, check_with: Callable[[Any], None] = 
     parts = read_parts(args.model)
     check_with(parts)
     check_tile(args.tile, parts.latent_factor)
-    pipe = Pipeline.load(parts, args.device, args.dtype, args.attention, args.lora)
+    pipe = Pipeline.load(parts, args.device, args.dtype, args.attention, args.lora, args.compile)
+    if args.compile:
+        logging.warning("--compile: the first image of each size and batch waits for the compiler, up to some minutes")
     pipe.tile = args.tile
     return pipe
 

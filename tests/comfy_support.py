@@ -254,6 +254,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         for name in [*order.get("required", []), *order.get("optional", [])]:
             kind, options = ((info["input"].get("required", {}) | info["input"].get("optional", {}))[name] + [{}])[:2]
             if isinstance(kind, list) or options.get("widgetType", kind) in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                if not values and name in order.get("optional", []):
+                    continue  # saved before the input was there: the editor takes its default
                 value = values.pop(0)
                 if options.get("control_after_generate") or name in ("seed", "noise_seed"):
                     assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")

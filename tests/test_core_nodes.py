@@ -509,6 +509,16 @@ def test_sizes_far_from_the_model_s_say_so_once(comfyui):
         assert len(lines) == said and all(f"{side}x{side}" in line and "64x64" in line for line in lines)
 
 
+def test_words_that_the_model_does_not_know_are_named(comfyui):
+    def encode(graph: Graph, text: str) -> None:
+        graph.add("SaveLatent", samples=graph.tim(positive=graph.text(text), steps=1), filename_prefix="latent")
+        comfyui.run(graph.prompt)
+
+    for text, words in (("a (red:1.2) circle above two blue squares", []), ("five cats on a red sofa", ["five", "cats", "on", "sofa"])):
+        lines = [line for line in lines_of(comfyui, lambda: encode(Graph(BUNDLED_NAME), text)) if "does not know" in line]
+        assert len(lines) == bool(words) and all(", ".join(words) in line and "circle" in line for line in lines)
+
+
 def test_a_node_of_several_runs_says_a_line_once(comfyui):
     graph = Graph(BUNDLED_NAME)
     links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""), latent_image=graph.empty(512, 512))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, images_of, inside, latent_of, refusal, run_images, run_latents, same_image
@@ -856,8 +857,6 @@ def test_limits_beyond_the_model_s_own_are_refused(comfyui, classes):
 
 def test_the_interval_of_a_record(comfyui, tiny, tmp_path):
     """An upper end above 1 guides the first step, too."""
-    from safetensors import safe_open
-
     with safe_open(tiny, "pt") as file:
         record = json.loads(file.metadata()["tim"])
     save_file(load_file(tiny), tmp_path / "whole.safetensors", {"tim": json.dumps(record | {"guidance_interval": [0.3, 1.1]})})
@@ -873,9 +872,48 @@ def test_the_interval_of_a_record(comfyui, tiny, tmp_path):
     assert (255 * (expected - pipe(PROMPT, steps=4, cfg=4.0, guidance_interval=(0.0, 1.0)))).abs().max() > 2
 
 
-def test_a_record_that_cannot_be_used_is_refused_when_loaded(comfyui, tiny, tmp_path):
-    from safetensors import safe_open
+def test_a_replaced_file_is_loaded_by_the_next_run_and_an_untouched_one_is_not(comfyui, tiny, tmp_path):
+    def loads_and_image() -> tuple[list[str], torch.Tensor]:
+        graph = Graph("replaced.safetensors")
+        node = graph.picture(graph.tim(steps=1))
+        entry = comfyui.wait(comfyui.queue(graph.prompt))
+        cached = next(message["nodes"] for kind, message in entry["status"]["messages"] if kind == "execution_cached")
+        loaders = [key for key, value in graph.prompt.items() if value["class_type"] == "TiMCheckpointLoader"]
+        return [key for key in loaders if key not in cached], images_of(comfyui, entry["outputs"], node)
 
+    comfyui.add("checkpoints", tiny, "replaced.safetensors")
+    first = loads_and_image()
+    again = loads_and_image()
+    with safe_open(tiny, "pt") as file:
+        record = file.metadata()
+    tensors = load_file(tiny)
+    tensors["model.diffusion_model.final_layer.linear.weight"] *= -1
+    save_file(tensors, tmp_path / "other.safetensors", record)
+    (tmp_path / "other.safetensors").replace(comfyui.base / "models" / "checkpoints" / "replaced.safetensors")
+    replaced = loads_and_image()
+    assert [bool(loads) for loads, _ in (first, again, replaced)] == [True, False, True]
+    assert torch.equal(first[1], again[1]) and (first[1] - replaced[1]).abs().max() > 2
+
+
+def test_a_replaced_part_of_a_folder_is_loaded_by_the_next_run(comfyui, parts):
+    layout = comfyui.base / "models" / "text_encoders" / "tiny-gemma"
+    graph = Graph()
+    graph.clip = graph.add("TiMTextEncoderLoader", text_encoder_name="tiny-gemma/")
+    loader, latent = graph.clip[0], graph.tim(steps=1)
+    graph.save(latent)
+
+    def runs() -> bool:
+        entry = comfyui.wait(comfyui.queue(graph.prompt))
+        return loader not in next(message["nodes"] for kind, message in entry["status"]["messages"] if kind == "execution_cached")
+
+    seen = [runs(), runs()]
+    config = (layout / "config.json").read_text()
+    (layout / "new.json").write_text(config)
+    (layout / "new.json").replace(layout / "config.json")
+    assert [*seen, runs(), runs()] == [True, False, True, False]
+
+
+def test_a_record_that_cannot_be_used_is_refused_when_loaded(comfyui, tiny, tmp_path):
     with safe_open(tiny, "pt") as file:
         record = json.loads(file.metadata()["tim"])
     save_file(load_file(tiny), tmp_path / "bad.safetensors", {"tim": json.dumps(record | {"guidance_interval": [0.7, 0.1]})})

@@ -147,7 +147,7 @@ def made_without_metadata(file: Path) -> Path:
 def test_without_a_record_the_shapes_give_the_size(channels, factor, patch, side, strength):
     """32 and 4 channels are the released weights; any other file gets 8 latent cells per side, in whole patches."""
     found = find_defaults({}, channels, factor, patch)
-    assert found == Defaults(side, side, 4, 2.5, (0.0, 1.0), strength)
+    assert found == Defaults(side, side, 4, 2.5, (0.0, 1.0), strength, reach=4 if channels == 32 else 2)
 
 
 def test_released_class_conditional_models_have_their_published_settings():
@@ -184,6 +184,36 @@ def test_a_image_does_not_depend_on_its_batch(pipe):
         alone = pipe(prompts[k], negatives[k], width=32, height=32, noise=noise[k : k + 1])
         assert torch.allclose(together[k], alone[0], atol=1e-5)
     assert torch.allclose(pipe([prompts[1]] * 4, negatives[1], width=32, height=32, seed=2)[1], together[1], atol=1e-5)
+
+
+def test_words_and_sizes_that_it_was_not_made_for_are_mentioned_once(tiny, caplog):
+    pipe = Pipeline.load(tiny, device="cpu")
+    assert (pipe.defaults.width, pipe.defaults.height) == (64, 64)
+    pipe("a red circle", steps=1, width=128, height=64)
+    pipe.upscale(torch.rand(1, 16, 16, 3), "a red circle", steps=1)
+    assert not caplog.text
+    pipe(["a cat", "a red circle"], "a sofa", steps=1, width=128, height=64)
+    assert mentions(caplog.text, "cat", "sofa", "circle") and len(caplog.records) == 1
+    pipe("a cat on a sofa", steps=1, width=256, height=64)
+    assert len(caplog.records) == 3 and "cat" not in caplog.records[2].message and mentions(caplog.records[2].message, "on")
+    assert mentions(caplog.records[1].message, "256x64", "64x64", "128x128")
+    pipe("a sofa", steps=1, width=256, height=64)
+    pipe("a circle", steps=1, width=24, height=64)
+    pipe.upscale(torch.rand(1, 64, 64, 3), "a red circle", steps=1, factor=3)
+    assert [("24x64" in r.message, "192x192" in r.message) for r in caplog.records[3:]] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    "channels, released, near, far",
+    [
+        (32, True, [(1024, 1024), (256, 256), (4096, 4096), (512, 2048)], [(128, 1024), (4096, 4128)]),
+        (32, False, [(512, 512), (1024, 2048)], [(256, 256), (4096, 1024)]),  # a record's native size
+    ],
+)
+def test_the_released_model_reaches_from_256_to_4096(channels, released, near, far):
+    made_for = find_defaults({} if released else {"native_size": [1024, 1024]}, channels, 32)
+    assert all(made_for.far_size(*size) is None for size in near)
+    assert all(mentions(made_for.far_size(*size), f"{size[0]}x{size[1]}", "1024x1024") for size in far)
 
 
 def test_odd_prompts_give_images(pipe):

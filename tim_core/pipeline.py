@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Pipeline:
         self.defaults = defaults or find_defaults({}, config.in_channels, self.factor, config.patch_size, self.class_conditional)
         self.nfe = 0
         self.tile = "auto"
+        self._mentioned: set[str] = set()  # unknown words, and lines, each of which is logged once
 
     @classmethod
     def load(
@@ -179,6 +181,7 @@ class Pipeline:
         grid = self._grid(self.defaults.steps if steps is None else steps, shift, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
         options = self._options(cfg, guidance_interval, stochasticity, mode=mode, callback=callback)
+        self._mention(self.defaults.far_size(width, height))
         condition = self._condition(prompts, _as_list(negative))
         latent, self.nfe = self._sample(noise, grid, condition, seed, **options)
         return self.decode(latent)
@@ -220,6 +223,7 @@ class Pipeline:
         condition = self._condition(prompts, _as_list(negative))
         counts = stage_steps(steps, stages)
         strength = self.defaults.strength if strength is None else strength
+        self._mention(self.defaults.far_size(*sizes[-1]))
         self.nfe = 0
 
         def resample(latents: Tensor, times: Tensor, stage: int) -> Tensor:
@@ -230,6 +234,12 @@ class Pipeline:
             return latents
 
         return upscale(images, sizes, counts, strength, encode=self.encode, sample=resample, decode=self.decode)[0]
+
+    def _mention(self, line: str | None) -> None:
+        """Log a line, once."""
+        if line is not None and line not in self._mentioned:
+            self._mentioned.add(line)
+            logging.warning(line)
 
     def _options(self, cfg: float | None, guidance_interval: tuple[float, float] | None, stochasticity: float, **others) -> dict[str, Any]:
         """The sampler's options, with the checkpoint's values for None. TimError for values that cannot be used."""
@@ -356,6 +366,10 @@ class Pipeline:
             if not isinstance(text, str):
                 raise TimError(f"prompt: {text!r} is not text")
             texts.append(text)
+        unknown, line = self.text_encoder.unknown_words(texts, self._mentioned)
+        if unknown:
+            self._mentioned.update(unknown)
+            self._mention(line)
         features = self.text_encoder.encode(texts)
         check_finite(features.rows, "text encoder", self.text_encoder)
         lengths = [max(pair) for pair in zip(features.lengths[: len(prompts)], features.lengths[len(prompts) :])]

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from ...tim_core.errors import TimError
-from ...tim_core.weights.defaults import RELEASED_SIDES
 from .log import say
 
 
@@ -22,12 +21,6 @@ def outside_times(sigmas: Tensor) -> float | None:
 
 def check_size(model_config, noise: Tensor, options: dict) -> None:
     """Logs a line if the image is much larger or smaller than what the checkpoint is made for."""
-    config, made_for = model_config.unet_config["config"], model_config.defaults
     factor = model_config.latent_format.spacial_downscale_ratio
-    width, height = noise.shape[3] * factor, noise.shape[2] * factor
-    released = config.text_dim is not None and config.in_channels in RELEASED_SIDES and "native_size" not in model_config.record
-    reach = 16 if released else 4  # the released text-to-image model was trained from 256 to 4096 pixels a side, a class model at one size
-    ratio = width * height / (made_for.width * made_for.height)
-    if not 1 / reach <= ratio <= reach:
-        say(options, f"size: {width}x{height} is far from {made_for.width}x{made_for.height}, which this model is made for; "
-                     "expect a broken image, or use TiM Native Upscale")
+    if line := model_config.defaults.far_size(noise.shape[3] * factor, noise.shape[2] * factor):
+        say(options, line)

@@ -13,6 +13,7 @@ from .parts import TRANSFORMER, Parts
 RECORD = ("native_size", "steps", "cfg", "guidance_interval", "strength")  # keys of a transformer's record
 RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
 MOST_SIDE, MOST_STEPS, MOST_CFG = 16384, 1000, 100
+RELEASED_REACH = 4  # the released text-to-image model was trained from 256 to 4096 pixels a side
 RELEASED_CLASSES = {32: (512, 3.0, (0.0, 0.7)), 4: (256, 2.5, (0.0, 0.6))}  # class-conditional: pixels per side, cfg, guidance interval
 # where neither record nor channels tell: as suits tim-shapes, of factor 8, which was trained mostly at 64x64
 OTHER_CELLS = 8  # latent cells per side
@@ -21,7 +22,10 @@ OTHER_STRENGTH = 0.3
 
 @dataclass(frozen=True)
 class Defaults:
-    """Image size in pixels, number of steps, guidance scale, times between which guidance acts, and start time of upscaling."""
+    """Image size in pixels, number of steps, guidance scale, times between which guidance acts, and start time of upscaling.
+
+    reach: by how much a side may be longer or shorter before `far_size` remarks on it.
+    """
 
     width: int
     height: int
@@ -29,6 +33,14 @@ class Defaults:
     cfg: float = 2.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     strength: float = 0.5
+    reach: int = 2
+
+    def far_size(self, width: int, height: int) -> str | None:
+        """A line about a size in pixels that is far from what the checkpoint is made for; None for others."""
+        near = all(own <= side * self.reach and side <= own * self.reach for side, own in ((width, self.width), (height, self.height)))
+        low, high = (f"{self.width * a // b}x{self.height * a // b}" for a, b in ((1, self.reach), (self.reach, 1)))
+        made_for = f"this model is made for {self.width}x{self.height} and expects sides between those of {low} and {high}"
+        return None if near else f"size: {width}x{height} is likely to give a broken image; {made_for}"
 
 
 def find_defaults(
@@ -69,6 +81,8 @@ def find_defaults(
         if not _is_number(strength) or not 0 < strength <= 1:
             raise TimError(f"strength: {strength!r} is not a number above 0 and at most 1; correct the file's metadata")
         found["strength"] = float(strength)
+    if channels == 32 and not class_conditional and "native_size" not in record:
+        found["reach"] = RELEASED_REACH
     return Defaults(int(size[0]), int(size[1]), **found)
 
 

@@ -1,14 +1,15 @@
 """Make the README's screenshot, the templates' thumbnails and the help pages' images of nodes: `python docs/screenshots.py [NAME ...]`.
 
-Every template is run in a real ComfyUI, and its last image is its thumbnail. Nodes and graph are photographed in the editor (Debian's
-chromium), each node in a template that has it. Look at the results. ComfyUI is found as the tests find it. NAMEs are templates, nodes and
-`graph`, the README's screenshot; without one, all are made.
+Every template is run in a real ComfyUI, and its last image is its thumbnail; of a template whose weights are not here, a photograph of
+its main node is. Nodes and graph are photographed in the editor (Debian's chromium), each node in a template that has it. Look at the
+results. ComfyUI is found as the tests find it. NAMEs are templates, nodes and `graph`, the README's screenshot; without one, all are made.
 """
 
 import json
 import sys
 import tempfile
 import time
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -22,6 +23,7 @@ SIDE = 400
 LAST = {  # template -> the prefix of the image to show, where there are several
     "draft-and-refine": "TiM-refined", "native-upscale": "TiM-large", "image-to-image": "TiM-after", "inpainting": "TiM-after",
 }
+PHOTOGRAPHED = {"class-conditional": "TiMClassLabel", "lora": "LoraLoaderModelOnly"}  # templates without weights -> the node to show
 WHERE = {  # node -> the template that shows it
     "TiMCheckpointLoader": "text-to-image", "TiMEmptyLatent": "text-to-image", "TiMSampler": "text-to-image",
     "TiMModelLoader": "class-conditional", "TiMVAELoader": "class-conditional", "TiMClassLabel": "class-conditional",
@@ -106,6 +108,16 @@ def photograph(page, name: str) -> None:
     page.screenshot(path=str(ROOT / "web" / "docs" / name / "graph.jpg"), type="jpeg", quality=80, clip=clip)
 
 
+def photograph_thumbnail(page, name: str) -> None:
+    """A square around the main node of a template, for the gallery."""
+    show(page, workflow(name))
+    x, y, w, h = page.evaluate(CENTRE, PHOTOGRAPHED[name])
+    time.sleep(1)
+    clip = {"x": x - w / 2 - 20, "y": y - w / 2 - 20, "width": w + 40, "height": w + 40}
+    shot = Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    shot.resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
+
+
 def show(page, graph: dict) -> None:
     page.evaluate("graph => app.loadGraphData(graph, true, true, 'shown')", graph)
     time.sleep(2)
@@ -122,24 +134,31 @@ def main(names: list[str]) -> None:
     server = comfy_support.Server(base / "comfyui", *comfy_support.find())
     try:
         comfy_support.make_class_files(server, base / "class")
+        comfy_support.make_lora(server, base)
         for file in sorted((ROOT / "workflows").glob("*.json")):
-            if not names or file.stem in names:
+            if file.stem not in PHOTOGRAPHED and (not names or file.stem in names):
                 thumbnail(server, file.stem)
                 print(file.stem)
-        wanted = [name for name in (*WHERE, "graph") if not names or name in names]
+        wanted = [name for name in (*PHOTOGRAPHED, *WHERE, "graph") if not names or name in names]
         if not wanted:
             return
         with sync_playwright() as playwright:
             options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
             browser = playwright.chromium.launch(executable_path=find_chromium(), args=options)
-            page = browser.new_context(viewport={"width": 1700, "height": 1000}).new_page()
+            page = browser.new_context(viewport={"width": 2000, "height": 1300}).new_page()
             page.set_default_timeout(240_000)
-            server.read("settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False})
+            server.read("settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False,
+                                     "Comfy.Minimap.Visible": False})
             page.add_init_script(START_EMPTY)
             page.goto(f"http://127.0.0.1:{server.port}")
             page.wait_for_function(READY)
             for name in wanted:
-                photograph_graph(page) if name == "graph" else photograph(page, name)
+                if name in PHOTOGRAPHED:
+                    photograph_thumbnail(page, name)
+                elif name == "graph":
+                    photograph_graph(page)
+                else:
+                    photograph(page, name)
                 print(name)
             browser.close()
     finally:

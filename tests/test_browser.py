@@ -3,6 +3,7 @@
 TIM_SCREENSHOTS names a folder for the screenshots; without it they are in pytest's own.
 """
 
+import base64
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from tests.comfy_support import FOLDER, ROOT, RUN_SECONDS
 
 pytestmark = [pytest.mark.browser, pytest.mark.comfyui]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-PREPARE = {"class-conditional": "class_files"}  # workflow -> the fixture that makes the files it names
+PREPARE = {"class-conditional": "class_files", "lora": "lora_file"}  # workflow -> the fixture that makes the files it names
 
 # a saved empty graph: on a first visit the editor opens a workflow of its own, with models that are missing here
 START_EMPTY = "localStorage.setItem('workflow', JSON.stringify({last_node_id: 0, last_link_id: 0, nodes: [], links: [], version: 0.4}))"
@@ -113,6 +114,42 @@ def test_steps_are_a_widget_that_takes_numbers_and_text(comfyui, page, name):
     for kind in ("PrimitiveInt", "PrimitiveString"):
         assert page.evaluate(CONNECT, [kind, name]) == [True, True, True], kind
     assert page.evaluate(CONNECT, ["PrimitiveFloat", name]) == [False, False, True]
+
+
+DROP = """async ([name, data]) => { app.graph.clear()
+    const bytes = Uint8Array.from(atob(data), character => character.charCodeAt(0))
+    await app.handleFile(new File([bytes], name, {type: 'image/png'})) }"""
+
+
+def test_an_image_dragged_back_restores_the_graph(comfyui, page):
+    """Also the seed, which the editor changes after the run."""
+    workflow = json.loads((ROOT / "workflows" / "text-to-image.json").read_text(encoding="utf-8"))
+    before = sorted([str(node["id"]), node["type"], node.get("widgets_values", [])] for node in workflow["nodes"])
+    open_editor(page, comfyui)
+    page.evaluate("graph => app.loadGraphData(graph, true, true, 'shared')", workflow)
+    page.evaluate(LISTEN)
+    page.evaluate("() => app.queuePrompt(0)")
+    page.wait_for_function("() => ended.length > 0")
+    assert page.evaluate("() => ended") == [["execution_success", ""]] and sorted(page.evaluate(NODES)) != before
+    image = max((comfyui.base / "output").glob("TiM_*.png"), key=lambda file: file.stat().st_mtime)
+    page.evaluate(DROP, [image.name, base64.b64encode(image.read_bytes()).decode()])
+    page.wait_for_function("() => app.graph._nodes.length > 0")
+    assert sorted(page.evaluate(NODES)) == before and page.evaluate(TROUBLE) == []
+
+
+SEARCH = """word => document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('nodeDef')
+    .nodeSearchService.searchNode(word).map(node => node.name)"""
+WORDS = {
+    "imagenet": "TiMClassLabel", "few step": "TiMSampler", "hires fix": "TiMNativeUpscale", "xy plot": "TiMStepSweep",
+    "sigmas": "TiMScheduler", "aspect ratio": "TiMEmptyLatent", "transition models": "TiMCheckpointLoader",
+    "gemma": "TiMTextEncoderLoader", "dc-ae": "TiMVAELoader", "step sweep": "TiMStepSweep", "native upscale": "TiMNativeUpscale",
+}
+
+
+def test_search_finds_the_nodes(comfyui, page):
+    open_editor(page, comfyui)
+    found = {word: page.evaluate(SEARCH, word) for word in WORDS}
+    assert {word: name for word, name in WORDS.items() if name not in found[word]} == {}
 
 
 def test_help(comfyui, page, shoot):

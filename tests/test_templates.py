@@ -108,16 +108,31 @@ def class_conditional(run: Template, pipe: Pipeline, server) -> dict:
         return {"TiM-class": autoencoder.decode(latent).add(1).div(2).clamp(0, 1).movedim(1, -1)}
 
 
+def ksampler(run: Template, pipe: Pipeline) -> dict:
+    node = run.inputs["KSampler"]
+    assert (node["sampler_name"], node["scheduler"], node["denoise"]) == ("euler", "simple", 1.0)
+    return {"TiM-ksampler": pipe(run.inputs["Positive"]["text"], **{name: node[name] for name in ("steps", "cfg", "seed")})}
+
+
+def lora(run: Template, pipe: Pipeline, server) -> dict:
+    prompt, node = run.inputs["Positive"]["text"], run.inputs["LoraLoaderModelOnly"]
+    patched = Pipeline.load("tim-shapes", device="cpu", lora={server.base / "models" / "loras" / node["lora_name"]: node["strength_model"]})
+    made = {"TiM-lora": (patched, "With the LoRA"), "TiM-plain": (pipe, "Without")}
+    images = {prefix: model(prompt, steps=run.inputs[title]["steps"], **run.settings(title)) for prefix, (model, title) in made.items()}
+    assert (images["TiM-lora"] - images["TiM-plain"]).abs().max() > 0.05
+    return images
+
+
 EXPECTED = {
     "text-to-image": text_to_image, "few-steps-to-many": few_steps_to_many, "draft-and-refine": draft_and_refine,
     "native-upscale": native_upscale, "image-to-image": again, "inpainting": inpainting, "custom-sampling": custom_sampling,
-    "class-conditional": class_conditional,
+    "class-conditional": class_conditional, "ksampler": ksampler, "lora": lora,
 }
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_template(comfyui, pipe, class_files, stem):
-    more = {"server": comfyui} if stem == "class-conditional" else {}
+def test_template(comfyui, pipe, class_files, lora_file, stem):
+    more = {"server": comfyui} if stem in ("class-conditional", "lora") else {}
     run = Template(comfyui, stem)
     expected = EXPECTED[stem](run, pipe, **more)
     assert run.pictures.keys() == expected.keys()

@@ -19,6 +19,7 @@ from ...tim_core.weights.write import json_tensor
 from .log import SAID
 from .network import TiMNetwork
 from .patches import usable_patches
+from .preview import PLAIN, DecodedPreview, decoded_preview
 from .quantized import add_scales, keep_quantized, use_quantized_layers
 from .run import install, resolve_r
 from .trace import TRACE
@@ -60,10 +61,13 @@ class TiMModel(comfy.model_base.BaseModel):
 class TiMLatent(comfy.latent_formats.LatentFormat):
     """Latents of unit variance: DC-AE's scale is applied by the VAE, that of the stock SD VAE here.
 
-    `preview` is None or {"factors": (C, 3), "bias": (3)}: a linear map from latent to RGB, for live previews.
+    For live previews, `preview` is None or {"factors": (C, 3), "bias": (3)}: a linear map from latent to RGB, and `decoded` what does
+    better, if anything does.
     """
 
-    def __init__(self, config: TransformerConfig, factor: int, preview: dict | None = None):
+    def __init__(
+        self, config: TransformerConfig, factor: int, preview: dict | None = None, decoded: DecodedPreview | None = None
+    ):
         self.latent_channels = config.in_channels
         self.spacial_downscale_ratio = factor
         if config.in_channels == 4 and config.text_dim is None:  # released class model at 256x256: latents of the stock SD VAE
@@ -72,6 +76,8 @@ class TiMLatent(comfy.latent_formats.LatentFormat):
             self.taesd_decoder_name = stock.taesd_decoder_name
         if preview is not None:
             self.latent_rgb_factors, self.latent_rgb_factors_bias = preview["factors"], preview["bias"]
+        if decoded is not None:
+            self.latent_rgb_factors, self.latent_rgb_factors_bias, self.latent_rgb_factors_reshape = PLAIN, None, decoded
 
 
 class TiMConfig(comfy.supported_models_base.BASE):
@@ -82,8 +88,10 @@ class TiMConfig(comfy.supported_models_base.BASE):
     text_encoder_key_prefix = ["text_encoders."]
     latent_format = None
 
-    def __init__(self, config: TransformerConfig, factor: int, record: dict, defaults: Defaults):
-        self.latent_format = lambda: TiMLatent(config, factor, record.get("preview"))  # BASE calls it
+    def __init__(
+        self, config: TransformerConfig, factor: int, record: dict, defaults: Defaults, decoded: DecodedPreview | None = None
+    ):
+        self.latent_format = lambda: TiMLatent(config, factor, record.get("preview"), decoded)  # BASE calls it
         super().__init__({"config": config})
         self.record, self.defaults = record, defaults
         # Core multiplies latent cells by dtype size, 0.01 MiB and this factor.
@@ -107,7 +115,8 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
     config = part.config
     check_tensors(part, TransitionTransformer(config, device="meta"))  # plain layers: core's may be without weights until they load
     record = {**part.record, **config.record(), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
-    model_config = TiMConfig(config, parts.latent_factor, record, read_defaults(parts))
+    decoded = decoded_preview(parts, record.get("preview"))
+    model_config = TiMConfig(config, parts.latent_factor, record, read_defaults(parts), decoded)
 
     load_device = model_options.get("load_device", mm.get_torch_device())
     offload_device = model_options.get("offload_device", mm.unet_offload_device())

@@ -1,8 +1,9 @@
 """Make the README's screenshot, the templates' thumbnails and the help pages' images of nodes: `python docs/screenshots.py [NAME ...]`.
 
-Every template is run in a real ComfyUI, and its last image is its thumbnail; of a template whose weights are not here, a photograph of
-its main node is. Nodes and graph are photographed in the editor (Debian's chromium), each node in a template that has it. Look at the
-results. ComfyUI is found as the tests find it. NAMEs are templates, nodes and `graph`, the README's screenshot; without one, all are made.
+Every template is run in a real ComfyUI, and its last image is its thumbnail. Of a template whose weights are not here a photograph of its
+main node is, and of those of the released text-to-image model, which has not been run, their graph. Nodes and graph are photographed in
+the editor (Debian's chromium), each node in a template that has it. Look at the results. ComfyUI is found as the tests find it. NAMEs are
+templates, nodes and `graph`, the README's screenshot; without one, all are made.
 """
 
 import json
@@ -35,6 +36,7 @@ CENTRE = """name => { const node = app.graph._nodes.find(node => node.type === n
     canvas.ds.offset[0] = view.width / 2 - node.pos[0] - w / 2; canvas.ds.offset[1] = view.height / 2 - node.pos[1] - h / 2
     canvas.setDirty(true, true); canvas.draw(true, true)
     return [view.left + view.width / 2, view.top + view.height / 2, w, h] }"""
+RELEASED = ("text-to-image-1024", "staged-upscale-4096", "lora-1024")
 GRAPH = """() => { const canvas = app.canvas, view = canvas.canvas.getBoundingClientRect()
     app.graph._nodes.filter(node => node.type === 'MarkdownNote').forEach(node => app.graph.remove(node))
     for (const node of app.graph._nodes.filter(node => node.type === 'TiMSampler')) {  // its live preview
@@ -96,6 +98,19 @@ def photograph_graph(page) -> None:
     page.screenshot(path=str(ROOT / "docs" / "graph.jpg"), type="jpeg", quality=82, clip=clip)
 
 
+def photograph_template(page, name: str) -> None:
+    """The thumbnail of a template whose weights are not at hand: its graph, without the note."""
+    show(page, workflow(name))
+    x, y, w, h = page.evaluate(GRAPH)
+    side = min(max(w + 20, h + 55), 1000)
+    if "upscale" in name:  # its last nodes, which no other template has
+        page.evaluate("pixels => { app.canvas.ds.offset[0] -= pixels; app.canvas.draw(true, true) }", w + 20 - side)
+    time.sleep(2)
+    picture = page.screenshot(type="png", clip={"x": x - 10, "y": y - 45, "width": side, "height": min(h + 55, side)})
+    with Image.open(BytesIO(picture)) as image:
+        ImageOps.pad(image.convert("RGB"), (SIDE, SIDE), color=(25, 25, 30)).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
+
+
 def photograph(page, name: str) -> None:
     graph = workflow(WHERE[name])
     graph = with_text_encoder_loader(graph) if name == "TiMTextEncoderLoader" else graph
@@ -135,11 +150,12 @@ def main(names: list[str]) -> None:
     try:
         comfy_support.make_class_files(server, base / "class")
         comfy_support.make_lora(server, base)
+        comfy_support.make_released_files(server, base / "released")
         for file in sorted((ROOT / "workflows").glob("*.json")):
-            if file.stem not in PHOTOGRAPHED and (not names or file.stem in names):
+            if file.stem not in (*PHOTOGRAPHED, *RELEASED) and (not names or file.stem in names):
                 thumbnail(server, file.stem)
                 print(file.stem)
-        wanted = [name for name in (*PHOTOGRAPHED, *WHERE, "graph") if not names or name in names]
+        wanted = [name for name in (*PHOTOGRAPHED, *RELEASED, *WHERE, "graph") if not names or name in names]
         if not wanted:
             return
         with sync_playwright() as playwright:
@@ -158,7 +174,7 @@ def main(names: list[str]) -> None:
                 elif name == "graph":
                     photograph_graph(page)
                 else:
-                    photograph(page, name)
+                    photograph_template(page, name) if name in RELEASED else photograph(page, name)
                 print(name)
             browser.close()
     finally:

@@ -117,13 +117,16 @@ def refusal(server, graph: Graph, result: list) -> str:
 
 
 class Template:
-    """A workflow, run: images by the SaveImage's prefix, and what its nodes are set to."""
+    """A workflow, run: images by the SaveImage's prefix, and what its nodes are set to. changes: of their inputs, by title."""
 
-    def __init__(self, server, stem: str):
+    def __init__(self, server, stem: str, changes: dict[str, dict] = {}):
         workflow = json.loads((ROOT / "workflows" / f"{stem}.json").read_text())
         titles = {str(node["id"]): node.get("title", node["type"]) for node in workflow["nodes"]}
         prompt = to_api(workflow, server.object_info)
         self.inputs = {titles[key]: node["inputs"] for key, node in prompt.items()}
+        for title, inputs in changes.items():
+            assert self.inputs[title].keys() >= inputs.keys()
+            self.inputs[title].update(inputs)
         outputs = server.run(prompt)
         saves = {key: node["inputs"]["filename_prefix"] for key, node in prompt.items() if node["class_type"] == "SaveImage"}
         self.pictures = {prefix: images_of(server, outputs, key) for key, prefix in saves.items()}

@@ -244,6 +244,44 @@ def lora_file(comfyui, tmp_path_factory) -> None:
     make_lora(comfyui, tmp_path_factory.mktemp("lora"))
 
 
+def make_released_files(server: Server, folder: Path) -> dict[str, Path]:
+    """What the templates of the released model ask for, small and random, with the DC-AE of make_class_files -> the parts, for Pipeline."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tim_core.models.config import TransformerConfig
+    from tim_core.models.text_encoder import TextEncoder, Tokenizer
+    from tim_core.models.transformer import TransitionTransformer
+    from tim_core.shapes.tokenizer import VOCABULARY_SIZE, shapes_tokenizer
+
+    torch.manual_seed(1)
+    folder.mkdir(exist_ok=True)
+    gemma = {
+        "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16,
+    }
+    config = TransformerConfig(in_channels=32, hidden_size=32, depth=2, num_heads=2, text_dim=32, lora_hidden_size=8)
+    network = TransitionTransformer(config)
+    torch.save(network.state_dict(), folder / "t2i_model.bin")
+    encoder = TextEncoder(gemma, Tokenizer.from_json(shapes_tokenizer()))
+    text = server.base / "models" / "text_encoders" / "gemma-3-1b-it"
+    text.mkdir(exist_ok=True)
+    save_file(encoder.transformer.state_dict(), text / "model.safetensors")
+    (text / "config.json").write_text(json.dumps({**gemma, "model_type": "gemma3_text"}))
+    (text / "tokenizer.json").write_bytes(shapes_tokenizer())
+    lora = {"lora_A": torch.randn(2, 32), "lora_B": torch.randn(96, 2)}
+    save_file({f"diffusion_model.blocks.0.attn.qkv.{name}.weight": value for name, value in lora.items()}, folder / "lora.safetensors")
+    server.add("diffusion_models", folder / "t2i_model.bin", "t2i_model.bin")
+    server.add("loras", folder / "lora.safetensors", "lora-1024.safetensors")
+    vae = server.base / "models" / "vae" / "dc-ae-f32c32-sana-1.1.safetensors"
+    return {"model": folder / "t2i_model.bin", "text-encoder": text, "vae": vae}
+
+
+@pytest.fixture(scope="session")
+def released_files(comfyui, class_files, tmp_path_factory) -> dict[str, Path]:
+    return make_released_files(comfyui, tmp_path_factory.mktemp("released"))
+
+
 def to_api(workflow: dict, object_info: dict) -> dict:
     """A workflow as the editor saves it -> the prompt that the editor queues. No subgraphs, reroutes or bypassed nodes."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}

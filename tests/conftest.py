@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from tests import comfy_support
-from tests.comfy_support import class_files, comfyui, lora_file  # noqa: F401 (fixtures)
+from tests.comfy_support import class_files, comfyui, lora_file, released_files  # noqa: F401 (fixtures)
 
 REPLAYED = pytest.StashKey[Counter]()
 DEVIATED = pytest.StashKey[Counter]()

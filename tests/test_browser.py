@@ -14,7 +14,8 @@ import pytest
 from tests.comfy_support import FOLDER, ROOT, RUN_SECONDS
 
 pytestmark = [pytest.mark.browser, pytest.mark.comfyui]
-WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+RELEASED = [ROOT / "workflows" / f"{stem}.json" for stem in ("text-to-image-1024", "staged-upscale-4096", "lora-1024")]
+WORKFLOWS = sorted({*(ROOT / "workflows").glob("*.json")} - {*RELEASED})
 PREPARE = {"class-conditional": "class_files", "lora": "lora_file"}  # workflow -> the fixture that makes the files it names
 
 # a saved empty graph: on a first visit the editor opens a workflow of its own, with models that are missing here
@@ -79,11 +80,9 @@ def open_editor(page, server) -> None:
     page.wait_for_function(READY)
 
 
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_template(request, comfyui, page, file):
-    if file.stem in PREPARE:
-        request.getfixturevalue(PREPARE[file.stem])
-    open_editor(page, comfyui)
+def open_template(page, server, file: Path) -> None:
+    """Opens a template from the gallery: all its nodes and values are there."""
+    open_editor(page, server)
     page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
     page.get_by_text(FOLDER, exact=True).click()
     card = page.get_by_test_id(f"template-workflow-{file.stem}")
@@ -92,6 +91,42 @@ def test_template(request, comfyui, page, file):
     page.wait_for_function("() => app.graph._nodes.length > 0")
     nodes = json.loads(file.read_text())["nodes"]
     assert sorted(page.evaluate(NODES)) == sorted([str(node["id"]), node["type"], node.get("widgets_values", [])] for node in nodes)
+
+
+@pytest.fixture
+def nothing_released(comfyui):
+    """The released model's files are not in the models folders; they come back afterwards."""
+    names = ("diffusion_models/t2i_model.bin", "text_encoders/gemma-3-1b-it", "vae/dc-ae-f32c32-sana-1.1.safetensors")
+    there = [name for name in (*names, "loras/lora-1024.safetensors") if (comfyui.base / "models" / name).exists()]
+    away = comfyui.base / "away"
+    for name in there:
+        (away / name).parent.mkdir(parents=True, exist_ok=True)
+        (comfyui.base / "models" / name).rename(away / name)
+    yield
+    for name in there:
+        (away / name).rename(comfyui.base / "models" / name)
+
+
+@pytest.mark.parametrize("file", RELEASED, ids=lambda file: file.stem)
+def test_missing_models_are_listed(comfyui, nothing_released, page, file):
+    """In a dialog, or behind a button of the error message. No node is unknown."""
+    open_template(page, comfyui, file)
+    models = [model for node in json.loads(file.read_text())["nodes"] for model in node["properties"].get("models", [])]
+    assert len(models) == 3
+    listed = f"() => {json.dumps([model['name'] for model in models])}.every(name => document.body.innerText.includes(name))"
+    more = page.get_by_text(re.compile("^(View details|Show missing models)$"))
+    more.or_(page.get_by_text("Missing Models", exact=True)).first.wait_for()
+    if more.count():
+        more.first.click()
+    page.wait_for_function(listed)
+    assert page.evaluate("() => app.graph._nodes.filter(node => !(node.type in LiteGraph.registered_node_types)).length") == 0
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_template(request, comfyui, page, file):
+    if file.stem in PREPARE:
+        request.getfixturevalue(PREPARE[file.stem])
+    open_template(page, comfyui, file)
     assert page.evaluate(TROUBLE) == [] and page.evaluate(HIDDEN) == []
 
     page.evaluate("() => { app.extensionManager.command.execute('Comfy.Canvas.FitView') }")

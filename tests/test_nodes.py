@@ -289,6 +289,17 @@ def test_parts_are_listed(comfyui, parts):
     assert options("TiMModelLoader", "weight_dtype") == ["default", "bf16", "fp8_e4m3fn", "fp8_e4m3fn_fast"]
 
 
+def names_on_systems(model, clip, vae):
+    import sys
+
+    portable = next(module.portable for name, module in sys.modules.items() if name.endswith("nodes.adapters.files"))
+    return [portable("gemma\\model.safetensors", "\\"), portable("gemma/model.safetensors", "/"), portable("a\\b", "/")]
+
+
+def test_files_in_subfolders_have_one_name_on_every_system(comfyui):
+    assert inside(comfyui, names_on_systems) == ["gemma/model.safetensors", "gemma/model.safetensors", "a\\b"]
+
+
 def test_parts_make_the_same_image(comfyui, parts):
     whole = run_images(comfyui, graph := Graph(), graph.tim())
     graph = separately()

@@ -11,7 +11,8 @@ from tim_core.images import MARGIN, contact_sheet, to_tensor
 from tim_core.weights.load import load_autoencoder, load_transformer
 
 pytestmark = pytest.mark.comfyui
-STEMS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
+RELEASED = ("text-to-image-1024", "staged-upscale-4096", "lora-1024")  # templates of the released text-to-image model
+STEMS = sorted({file.stem for file in (ROOT / "workflows").glob("*.json")} - set(RELEASED))
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,30 @@ def test_template(comfyui, pipe, class_files, lora_file, stem):
     more = {"server": comfyui} if stem in ("class-conditional", "lora") else {}
     run = Template(comfyui, stem)
     expected = EXPECTED[stem](run, pipe, **more)
+    assert run.pictures.keys() == expected.keys()
+    for prefix, images in expected.items():
+        same_image(run.pictures[prefix], images)
+
+
+@pytest.mark.parametrize("stem", RELEASED)
+def test_template_of_the_released_model(comfyui, released_files, stem):
+    """On small stand-ins under the released names; enlarged from 64 to 256 in place of 1024 to 4096."""
+    small = {"TiMEmptyLatent": {"aspect_ratio": "custom", "width": 64, "height": 64}} if "upscale" in stem else {}
+    run = Template(comfyui, stem, small)
+    node, prompt = run.inputs["TiMSampler"], run.inputs["Positive"]["text"]
+    lora = {comfyui.base / "models" / "loras" / run.inputs["LoraLoaderModelOnly"]["lora_name"]: 1.0} if "lora" in stem else None
+    pipe = Pipeline.load(released_files, "cpu", "float32", lora=lora)
+    assert (pipe.defaults.width, pipe.defaults.height, pipe.defaults.steps, pipe.defaults.cfg) == (1024, 1024, node["steps"], node["cfg"])
+    size = dict(width=64, height=64) if small else {}
+    first = pipe(prompt, steps=node["steps"], **size, **run.settings("TiMSampler"))
+    expected = {"TiM-lora" if lora else "TiM-1024": first}
+    if small:
+        upscale = run.inputs["TiMNativeUpscale"]
+        options = {name: upscale[name] for name in ("factor", "stages", "steps", "strength")}
+        expected["TiM-4096"] = pipe.upscale(first, prompt, **options, **run.settings("TiMNativeUpscale"))
+        assert (upscale["factor"], upscale["stages"]) == (4, 2) and expected["TiM-4096"].shape[1:3] == (256, 256)
+    else:
+        assert first.shape[1:3] == (1024, 1024)
     assert run.pictures.keys() == expected.keys()
     for prefix, images in expected.items():
         same_image(run.pictures[prefix], images)

@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 
 import tim_core
+from tim_core.weights.download import RELEASES
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 OURS = "TiM"
+HUB = "https://huggingface.co"
+ENDINGS = (".safetensors", ".bin")
+PUBLISHED = {  # folder and name -> link, as `tim download --comfyui` places them
+    tuple(asset.place.split("/", 1)): f"{HUB}/{asset.source.repository}/resolve/main/{asset.name}"
+    for release in RELEASES.values() for asset in release
+}  # fmt: skip
 
 
 def test_only_templates_are_in_the_folder():
@@ -33,11 +40,12 @@ def test_workflow(file):
         assert node["properties"].items() >= wanted.items()
         if "Loader" in node["type"]:  # none where the chosen file comes with the pack: the editor offers to download what is listed
             models = node["properties"]["models"]
-            assert [model["name"] for model in models] == [name for name in node["widgets_values"] if name.endswith(".safetensors")]
-            assert all(model["url"].startswith("https://") and model["directory"] for model in models)
+            assert [model["name"] for model in models] == [name for name in node["widgets_values"] if name.endswith(ENDINGS)]
+            for model in models:
+                assert model["url"] == PUBLISHED[model["directory"], model["name"]]
     note = " ".join(text for node in nodes.values() if "Note" in node["type"] for text in node["widgets_values"])
     licences = ("Apache-2.0", "MIT") if file.stem == "class-conditional" else ("Apache-2.0", "MIT", "Gemma terms")
-    folders = ("| vae |",) if file.stem == "class-conditional" else ("| text_encoders/", "| vae/", "models/checkpoints")
+    folders = ("| vae |",) if file.stem == "class-conditional" else ("| text_encoders/", "| vae", "models/checkpoints")
     for word in ("| diffusion_models |", *folders, *licences):
         assert word in note
     assert re.search(r"\d+ (equal )?steps|steps \"?\d", note) and re.search(r"cfg \d", note)

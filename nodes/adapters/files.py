@@ -1,5 +1,6 @@
 """Lists the files of ComfyUI's models folders, bundled models first, and opens one of them."""
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -12,7 +13,12 @@ BUNDLED_NAMES = {f"{name} (bundled)": name for name in BUNDLED}
 
 def list_files(folder: str) -> list[str]:
     """Names of the bundled models, then of the files in a models folder."""
-    return [*BUNDLED_NAMES, *folder_paths.get_filename_list(folder)]
+    return [*BUNDLED_NAMES, *map(portable, folder_paths.get_filename_list(folder))]
+
+
+def portable(name: str, separator: str = os.sep) -> str:
+    """A name in a subfolder with / on every system, so that a workflow saved on one opens on another. Windows opens it, too."""
+    return name.replace(separator, "/")
 
 
 def list_folders(folder: str) -> list[str]:

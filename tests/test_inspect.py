@@ -212,3 +212,29 @@ def test_nodes_and_folders_are_those_of_the_loaders():
             opened = next(call for call in strings if getattr(call.func, "id", "") == "open_parts")
             calls[title] = opened.args[0].value
     assert {place.node: place.folder for place in (ONE_FILE, *PLACES.values())} == calls
+
+
+@pytest.fixture(params=["one file", "folder of parts", "classes"])
+def model(request, tiny, folder, tmp_path):
+    """The forms of --model, and a size that each cannot make."""
+    if request.param != "classes":
+        return (tiny if request.param == "one file" else folder), "63x64"
+    config = TransformerConfig(in_channels=16, hidden_size=32, depth=1, num_heads=2, num_classes=9, text_dim=None, lora_hidden_size=8)
+    return pack({"model": TransitionTransformer(config), "vae": folder / "vae"}, tmp_path / "classes.safetensors"), "63x64"
+
+
+def test_sizes_and_records_are_checked_before_weights_are_loaded(model, tmp_path, monkeypatch, capsys):
+    """A full-size model takes a minute to load."""
+    from tim_core.cli import main
+
+    source, size = model
+    for name in ("load_transformer", "load_text_encoder", "load_autoencoder"):
+        monkeypatch.setattr(f"tim_core.pipeline.{name}", lambda *args, **options: pytest.fail("weights are loaded"))
+    command = ["sample", "1", "--model", str(source), "-o", str(tmp_path / "a.png")]
+    assert main([*command, "--size", size]) == 1
+    assert mentions(capsys.readouterr().err, "size", size, "64x64")
+    bad = read_parts(source)
+    bad.parts["transformer"].record["steps"] = 0
+    monkeypatch.setattr("tim_core.weights.parts.read_parts", lambda source: bad)
+    assert main(command) == 1
+    assert mentions(capsys.readouterr().err, "steps", "0", "1000")

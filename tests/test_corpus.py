@@ -33,5 +33,5 @@ def test_names_are_unique():
     assert not [name for name, count in Counter(case.name for case in CASES).items() if count > 1]
 
 
-def test_another_seed_has_the_same_classes_with_other_values():
-    assert len(all_cases(SEED + 1)) == len(CASES)
+def test_another_seed_has_other_values():
+    assert {case.name for case in all_cases(SEED + 1)} != {case.name for case in CASES} and len(CASES) >= 300

@@ -150,6 +150,23 @@ def missing_and_unknown_tensors(random: Random) -> Iterator[Case]:
             yield Case(f"{title} in the {part}", build, fails(f"model.{ending}"))
 
 
+@generator
+def scalars_that_shapes_are_read_from(random: Random) -> Iterator[Case]:
+    names = {
+        "model.diffusion_model.": ["x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "y_embedder.norm.weight"],
+        "text_encoders.transformer.": ["embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight"],
+        "vae.": ["encoder.conv_out.weight", "decoder.up_blocks.2.0.attn.to_q.weight", "decoder.up_blocks.0.0.conv.weight"],
+    }
+    for prefix, some in names.items():
+        for name in random.sample(some, 2):
+
+            def change(tensors: dict[str, Tensor], _: str, key=prefix + name) -> None:
+                tensors[key] = torch.tensor(1.0)
+
+            build = with_tensors(change, prefix, 0, (*SAMPLE, "--model", "MODEL"), ending := random.choice(ENDINGS))
+            yield Case(f"a scalar {name}", build, fails(f"model.{ending}", name))
+
+
 EXTRA = {
     "model.diffusion_model.": [
         "blocks.2.attn.qkv.weight",

@@ -52,12 +52,17 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
     if part.tokenizer is None:
         raise TimError(f"{part.source}: no tokenizer; put tokenizer.json or tokenizer.model into the same folder")
     tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
+    config = part.config
     try:
-        model = TextEncoder(part.config, tokenizer, parts.escape if escape is None else escape, device="meta")
+        model = TextEncoder(config, tokenizer, parts.escape if escape is None else escape, device="meta")
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
     except Exception as error:  # transformers raises many kinds
         raise TimError(f"{part.source}: transformers cannot build this Gemma config ({one_line(error)})") from None
+    for token, own in {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id}.items():
+        if (wanted := model.gemma_config[f"{token}_token_id"]) is not None and own != wanted:
+            use = "use the tokenizer and the config.json of this model"
+            raise TimError(f"{tokenizer.name}: <{token}> is token {own}, the text model's {token}_token_id is {wanted}; {use}")
     damaged = damaged_weight(part.tensors)
     model.damaged_weight = None if damaged is None else f"transformer.{damaged}"
     model.tokenize([""])  # the ids of <bos> and <pad>, too, must be the model's

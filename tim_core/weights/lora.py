@@ -153,7 +153,7 @@ def _adapter(roles: dict[str, Tensor], name: str) -> Adapter:
     if damaged := damaged_weight({"down": down, "up": up}):
         raise TimError(f"{name}: its lora_{damaged} tensor has NaN or infinite values; the file is damaged")
     alpha = roles.get("alpha")
-    if alpha is not None and (alpha.numel() != 1 or not bool(alpha.float().isfinite())):
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool or not bool(alpha.float().isfinite())):
         raise TimError(f"{name}: its alpha is not one finite number; the file is damaged")
     return Adapter(down, up, None if alpha is None else float(alpha))
 

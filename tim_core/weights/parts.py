@@ -28,7 +28,7 @@ from torch import Tensor
 from ..errors import TimError, one_line
 from ..files import is_file, parse_json, read_bytes, user_path
 from ..models.config import AutoencoderConfig, TransformerConfig
-from ..models.text_encoder import MOST_TOKENIZER, normalise_config, tokenizer_file
+from ..models.text_encoder import MOST_TOKENIZER, is_json, normalise_config, tokenizer_file
 from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
 
@@ -44,7 +44,10 @@ CONFIG_KEYS = {
 PART_FOLDERS = {"transformer": "model", "text_encoder": "text-encoder", "vae": "vae"}  # of a folder of parts
 PART_NAMES = {"model": TRANSFORMER, "text-encoder": TEXT_ENCODER, "clip": TEXT_ENCODER, "vae": AUTOENCODER} | {n: n for n in TITLES}
 
-DIMENSIONS = {"embed_tokens.weight": 2, "layers.0.self_attn.q_norm.weight": 1, "x_embedder.proj.weight": 4}
+DIMENSIONS = {
+    "embed_tokens.weight": 2, "layers.0.self_attn.q_norm.weight": 1, "layers.0.self_attn.q_proj.weight": 2,
+    "layers.0.self_attn.k_proj.weight": 2, "layers.0.mlp.gate_proj.weight": 2, "x_embedder.proj.weight": 4,
+}
 
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 GEMMA_1B_WIDTH = 1152
@@ -225,7 +228,7 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
         parts.parts[kind] = _part(kind, source, own, record, prefix)
     tokenizers = [_bytes(tensor) for key, tensor in rest.items() if key.rpartition(".")[2] in ("tokenizer_json", "spiece_model")]
     if tokenizers and TEXT_ENCODER in parts:
-        parts.parts[TEXT_ENCODER] = replace(parts[TEXT_ENCODER], tokenizer=tokenizers[-1])
+        parts.parts[TEXT_ENCODER] = replace(parts[TEXT_ENCODER], tokenizer=_not_empty(tokenizers[-1], f"{source}: tokenizer"))
     parts.rest = [key for key in rest if key.rpartition(".")[2] not in BYTE_KEYS]
     return parts
 
@@ -327,8 +330,16 @@ def _complete(part: Part, folder: Path) -> Part:
             with naming(str(file), part.kind):
                 record = AutoencoderConfig.from_diffusers(config).record()
     if part.kind == TEXT_ENCODER and tokenizer is None and (found := tokenizer_file(folder)):
-        tokenizer = read_bytes(found, MOST_TOKENIZER)
+        tokenizer = _not_empty(read_bytes(found, MOST_TOKENIZER), str(found))
+        if found.suffix == ".json" and not is_json(tokenizer):
+            raise TimError(f"{found}: not a valid tokenizer.json; download it again")
     return replace(part, record=record, tokenizer=tokenizer)
+
+
+def _not_empty(data: bytes, name: str) -> bytes:
+    if not data.strip():
+        raise TimError(f"{name}: is empty; download it again")
+    return data
 
 
 def _gemma_config(tensors: Mapping[str, Tensor]) -> dict:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import TimError, printable
 from ..files import atomic_write, check_output, user_path
-from ..models.text_encoder import is_json
+from ..models.text_encoder import Tokenizer, is_json
 from .defaults import RECORD
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .load import cast
@@ -38,6 +38,8 @@ def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_
         tensors[CONFIG_KEYS[kind]] = json_tensor(record)
     if TEXT_ENCODER in parts and (tokenizer := parts[TEXT_ENCODER].tokenizer) is not None:
         name = "tokenizer_json" if is_json(tokenizer) else "spiece_model"
+        if is_json(tokenizer):
+            Tokenizer.from_json(tokenizer, f"{parts[TEXT_ENCODER].source}: tokenizer")  # TimError for a damaged one
         tensors[f"text_encoders.{name}"] = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     return _write(tensors, dst, _whole_record(parts, records, metadata or {}))
 

@@ -10,6 +10,7 @@ import io
 import math
 import pickle
 import pickletools
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -123,6 +124,9 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
             raise ValueError(f"has {len(pickles)} records named data.pkl")
         if records[pickles[0]].file_size > MOST_PICKLE:
             raise ValueError(f"data.pkl has {records[pickles[0]].file_size} bytes")
+        order = records.get(f"{pickles[0].removesuffix('data.pkl')}byteorder")
+        if order is not None and (order.file_size > 16 or archive.read(order).decode() != sys.byteorder):
+            raise ValueError(f"its byte order is not {sys.byteorder}-endian")
         reader = _Reader(io.BytesIO(archive.read(pickles[0])), old=False)
         end = archive.start_dir
     names = _check_tensors(reader.load(), reader.tensors, path)

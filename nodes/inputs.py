@@ -2,7 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..tim_core.limits import MAX_CFG, MAX_SIDE, MAX_STEPS
+from ..tim_core.limits import MAX_CFG, MAX_SHIFT, MAX_SIDE, MAX_STEPS, MIN_SHIFT
+
+
+def advanced(*inputs: io.Input) -> list[io.Input]:
+    """Inputs that the editor shows on demand. As a plain option, since the class of older versions does not know it."""
+    for each in inputs:
+        each.extra_dict = {**(each.extra_dict or {}), "advanced": True}
+    return list(inputs)
 
 
 def conditioning_inputs() -> list[io.Conditioning.Input]:
@@ -19,6 +26,11 @@ def side_input(name: str, default: int, minimum: int, tooltip: str) -> io.Int.In
 
 def steps_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip=tooltip)
+
+
+def step_list_input(default: str, tooltip: str) -> io.MultiType.Input:
+    """Step counts as text; a number can be connected as well."""
+    return io.MultiType.Input(io.String.Input("steps", default=default, tooltip=tooltip), [io.Int])
 
 
 def time_input(name: str, default: float, tooltip: str) -> io.Float.Input:
@@ -64,6 +76,10 @@ def limit_inputs() -> list[io.Float.Input]:
             "a one-step image has none.",
         ),
     ]
+
+
+def shift_input(tooltip: str, optional: bool = False) -> io.Float.Input:
+    return io.Float.Input("shift", default=1.0, min=MIN_SHIFT, max=MAX_SHIFT, step=0.1, round=0.01, optional=optional, tooltip=tooltip)
 
 
 def stochasticity_input() -> io.Float.Input:

@@ -6,7 +6,7 @@ from ..tim_core.errors import TimError
 from ..tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER
 from .adapters.clip import build_clip
 from .adapters.compat import Schema
-from .adapters.files import list_files, list_folders, open_parts
+from .adapters.files import fingerprint, list_files, list_folders, open_parts
 from .adapters.model import WEIGHT_DTYPES, build_model
 from .adapters.vae import TiMVAE
 
@@ -34,6 +34,10 @@ class TiMCheckpointLoader(io.ComfyNode):
                 io.Vae.Output(display_name="VAE", tooltip="The DC-AE autoencoder, for VAE Decode and VAE Encode."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, ckpt_name=None, **kwargs):
+        return fingerprint("checkpoints", ckpt_name)
 
     @classmethod
     def execute(cls, ckpt_name) -> io.NodeOutput:
@@ -71,6 +75,10 @@ class TiMModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model_name=None, **kwargs):
+        return fingerprint("diffusion_models", model_name)
+
+    @classmethod
     def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
         if weight_dtype not in WEIGHT_DTYPES:
             raise TimError(f"weight_dtype: '{weight_dtype}' is not offered; choose {', '.join(WEIGHT_DTYPES)}")
@@ -98,6 +106,10 @@ class TiMTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, text_encoder_name=None, **kwargs):
+        return fingerprint("text_encoders", text_encoder_name)
+
+    @classmethod
     def execute(cls, text_encoder_name) -> io.NodeOutput:
         return io.NodeOutput(build_clip(open_parts("text_encoders", text_encoder_name, TEXT_ENCODER)))
 
@@ -121,6 +133,10 @@ class TiMVAELoader(io.ComfyNode):
             ],
             outputs=[io.Vae.Output(display_name="VAE", tooltip="The DC-AE autoencoder, for VAE Decode and VAE Encode.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name=None, **kwargs):
+        return fingerprint("vae", vae_name)
 
     @classmethod
     def execute(cls, vae_name) -> io.NodeOutput:

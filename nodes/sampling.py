@@ -4,13 +4,23 @@ from comfy_api.latest import io
 
 from ..tim_core import schedule
 from ..tim_core.errors import TimError
-from ..tim_core.limits import MAX_SHIFT, MIN_SHIFT
 from ..tim_core.sampler import MODES
 from .adapters.compat import Schema
 from .adapters.guidance import with_interval
 from .adapters.model import tim_model
-from .adapters.sampling import sample_latent, transition_sampler
-from .inputs import cfg_input, conditioning_inputs, interval_inputs, limit_inputs, seed_input, steps_input, stochasticity_input, time_inputs
+from .adapters.sampling import check_sigmas, sample_latent, time_grid, transition_sampler, with_shift
+from .inputs import (
+    advanced,
+    cfg_input,
+    conditioning_inputs,
+    interval_inputs,
+    limit_inputs,
+    seed_input,
+    shift_input,
+    steps_input,
+    stochasticity_input,
+    time_inputs,
+)
 
 
 class TiMSampler(io.ComfyNode):
@@ -32,19 +42,32 @@ class TiMSampler(io.ComfyNode):
                 seed_input(),
                 steps_input("Number of equal steps from start to end. 1 makes an image, 4 a better one, 16 to 64 the best."),
                 cfg_input(),
-                *limit_inputs(),
-                stochasticity_input(),
-                *time_inputs(),
-                io.Boolean.Input(
-                    "add_noise",
-                    default=True,
-                    tooltip="On for an empty latent or a finished image. Off for a latent that another sampler left at the start time.",
+                *advanced(
+                    *limit_inputs(),
+                    stochasticity_input(),
+                    *time_inputs(),
+                    io.Boolean.Input(
+                        "add_noise",
+                        default=True,
+                        tooltip="On for an empty latent or a finished image. Off for a latent that another sampler left at the start time.",
+                    ),
+                    io.Boolean.Input(
+                        "return_with_leftover_noise",
+                        default=True,
+                        tooltip="Used only when end is above 0. On: the latent keeps its noise for the next sampler, TiM Sampler or "
+                        "KSampler (Advanced). Off: the last step goes to 0 instead of end and finishes the image.",
+                    ),
                 ),
-                io.Boolean.Input(
-                    "return_with_leftover_noise",
-                    default=True,
-                    tooltip="Used only when end is above 0. On: the latent keeps its noise for the next sampler, TiM Sampler or KSampler "
-                    "(Advanced). Off: the last step goes to 0 instead of end and finishes the image.",
+                io.Sigmas.Input(
+                    "sigmas", optional=True, tooltip="Times of the steps, falling from at most 1 to at least 0. They replace steps, shift, "
+                    "start and end."
+                ),
+                *advanced(
+                    shift_input(
+                        "Denser steps at high noise above 1, near the image below 1, as the node ModelSamplingSD3 makes them. 1 keeps the "
+                        "model's own times. start and end are shifted, too.",
+                        optional=True,
+                    )
                 ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The sampled latent, for VAE Decode.")],
@@ -53,13 +76,16 @@ class TiMSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high, stochasticity, start, end, add_noise,
-        return_with_leftover_noise,
+        return_with_leftover_noise, sigmas=None, shift=1.0,
     ) -> io.NodeOutput:
-        times, interval = schedule.uniform(steps, start, end), (guidance_low, guidance_high)
-        if not add_noise and start >= 1:
-            raise TimError(f"add_noise: off, but start is {start:g}; turn it on, or set start to the time at which another sampler stopped")
+        model = with_shift(model, shift)
+        times = time_grid(model, steps, start, end) if sigmas is None else check_sigmas(sigmas).clone()
+        if not add_noise and times[0] >= 1:
+            where = f"start is {start:g}" if sigmas is None else f"sigmas start at {float(times[0]):g}"
+            raise TimError(f"add_noise: off, but {where}; turn it on, or start at the time at which another sampler stopped")
         if not return_with_leftover_noise:
             times[-1] = 0.0
+        interval = guidance_low, guidance_high
         return io.NodeOutput(
             sample_latent(model, positive, negative, latent_image, seed, cfg, times, interval, stochasticity, add_noise)
         )
@@ -103,15 +129,7 @@ class TiMScheduler(io.ComfyNode):
             inputs=[
                 steps_input("Number of steps from start to end."),
                 *time_inputs(),
-                io.Float.Input(
-                    "shift",
-                    default=1.0,
-                    min=MIN_SHIFT,
-                    max=MAX_SHIFT,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="1: equal steps, as published. Above 1: denser steps at high noise. Below 1: denser steps near the image.",
-                ),
+                shift_input("1: equal steps, as published. Above 1: denser steps at high noise. Below 1: denser steps near the image."),
                 io.String.Input(
                     "times",
                     default="",

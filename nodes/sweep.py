@@ -1,24 +1,23 @@
-"""One prompt and one noise at several step counts."""
+"""One prompt and one noise at several step counts, and along a second axis."""
 
 import time
 
+import torch
 from comfy_api.latest import io
 
-from ..tim_core import schedule
 from ..tim_core.errors import TimError
 from ..tim_core.images import contact_sheet, step_label, to_tensor
+from ..tim_core.ranges import parse_counts, parse_numbers
+from ..tim_core.sampler import check_guidance, check_seed
 from .adapters.compat import Schema
-from .adapters.log import log_once
-from .adapters.sampling import as_batch, count_evaluations, first_of_batch, sample_latent, shared_progress
-from .inputs import cfg_input, conditioning_inputs, limit_inputs, seed_input
+from .adapters.log import log_once, show_progress
+from .adapters.model import tim_model
+from .adapters.sampling import count_evaluations, sample_latent, shared_progress, time_grid, with_shift
+from .inputs import advanced, cfg_input, conditioning_inputs, limit_inputs, seed_input, step_list_input
 
-
-def step_counts(text: str) -> list[int]:
-    """ "1, 2, 4" -> [1, 2, 4]. TimError unless all are whole numbers of at least 1."""
-    words = text.replace(",", " ").split()
-    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise TimError(f"steps: '{text}' is not a list of whole numbers of at least 1, such as 1, 2, 4, 8")
-    return [int(word) for word in words]
+NONE = "none"
+AXES = (NONE, "cfg", "seed", "shift", "stochasticity")
+MOST_PIXELS = 2**28  # of all images: 3.2 GB in memory
 
 
 class TiMStepSweep(io.ComfyNode):
@@ -28,45 +27,102 @@ class TiMStepSweep(io.ComfyNode):
             node_id="TiMStepSweep",
             display_name="TiM Step Sweep",
             category="TiM",
-            description="Renders one prompt at several step counts, from the same noise, on a labelled sheet.",
+            description="Renders one prompt at several step counts, from the same noise, on a labelled sheet; a second axis varies cfg, "
+            "seed, shift or stochasticity.",
             search_aliases=["xy plot", "compare steps", "grid", "transition models"],
             inputs=[
                 io.Model.Input("model", tooltip="A TiM model."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 *conditioning_inputs(),
                 io.Latent.Input(
-                    "latent_image", tooltip="An empty latent that sets the size; of a batch only the first is used. Every image starts "
-                    "from noise."
+                    "latent_image", tooltip="An empty latent that sets the size and, by its batch, the number of images in each cell. "
+                    "Every image starts from noise."
                 ),
-                seed_input("Noise seed, the same for every step count."),
-                io.String.Input("steps", default="1, 2, 4, 8, 16, 32", tooltip="Step counts to compare."),
+                seed_input("Noise seed, the same for every cell unless axis is seed."),
+                step_list_input("1, 2, 4, 8, 16, 32", "Step counts to compare: a list, a range such as 1-8, or 1-32 x2, which doubles."),
                 cfg_input(),
-                *limit_inputs(),
+                *advanced(*limit_inputs()),
+                io.Combo.Input(
+                    "axis",
+                    options=list(AXES),
+                    default=NONE,
+                    optional=True,
+                    tooltip="What changes from row to row. none: one row of cells after the other.",
+                ),
+                io.String.Input(
+                    "axis_values",
+                    default="",
+                    optional=True,
+                    tooltip="Values of axis, one for each row: a list, or a range such as 1-4 +0.5. Not used with none.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="SHEET", tooltip="All images, labelled with steps, network evaluations and seconds."),
-                io.Image.Output(display_name="IMAGES", tooltip="The images as a batch, in the order of the step counts."),
+                io.Image.Output(display_name="IMAGES", tooltip="The images as a batch, in the order of the sheet."),
             ],
         )
 
     @classmethod
     def execute(
-        cls, model, vae, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high
+        cls, model, vae, positive, negative, latent_image, seed, steps, cfg, guidance_low, guidance_high, axis=NONE, axis_values=""
     ) -> io.NodeOutput:
-        counts = step_counts(steps)
-        model, rows = count_evaluations(log_once(model))
-        latent, interval = first_of_batch(latent_image), (guidance_low, guidance_high)
-        progress = shared_progress(model, 1 + sum(counts))
+        counts, values = parse_counts(steps, "steps"), read_axis(axis, axis_values)
+        fixed = {"cfg": cfg, "seed": seed, "shift": 1.0, "stochasticity": 0.0}
+        rows = [fixed if axis == NONE else {**fixed, axis: value} for value in values]
+        check_size(model, latent_image["samples"], len(rows) * len(counts))
+        model, evaluations = count_evaluations(log_once(model))
+        models = [with_shift(model, row["shift"]) for row in rows]
+        progress = shared_progress(model, 1 + sum(counts) * len(rows))
+        interval, batch = (guidance_low, guidance_high), len(latent_image["samples"])
 
-        def run(count: int, done: int):
-            rows.clear()
-            start_time = time.perf_counter()
+        def run(row: int, count: int, done: int):
+            evaluations.clear()
+            start_time, settings = time.perf_counter(), rows[row]
             sampled = sample_latent(
-                model, positive, negative, latent, seed, cfg, schedule.uniform(count), interval, callback=progress(done)
+                models[row], positive, negative, latent_image, settings["seed"], settings["cfg"], time_grid(models[row], count), interval,
+                settings["stochasticity"], callback=progress(done),
             )
-            return vae.decode(sampled["samples"])[0], step_label(count, sum(rows), time.perf_counter() - start_time)
+            images = vae.decode(sampled["samples"])
+            label = step_label(count, sum(evaluations) // batch, time.perf_counter() - start_time)
+            return images, label if axis == NONE else f"{axis} {settings[axis]} · {label}"
 
-        run(1, 0)  # warm-up: the first run also loads the model
-        shown = [run(count, 1 + sum(counts[:i])) for i, count in enumerate(counts)]
-        images = [image for image, _ in shown]
-        return io.NodeOutput(to_tensor(contact_sheet(images, [label for _, label in shown])), as_batch(images))
+        run(0, 1, 0)  # warm-up: the first run also loads the model
+        cells = [(row, count) for row in range(len(rows)) for count in counts]
+        images, labels, done = None, [], 1
+        for i, (row, count) in enumerate(cells):
+            place = "" if axis == NONE else f", {axis} {rows[row][axis]}"
+            show_progress(f"{i + 1} of {len(cells)}: {count} step{'s' if count > 1 else ''}{place}")
+            made, label = run(row, count, done)
+            images = torch.empty(len(cells), *made.shape, dtype=made.dtype, device=made.device) if images is None else images
+            images[i] = made
+            labels.append(label)
+            done += count
+        show_progress(f"{len(cells)} of {len(cells)}")
+        sheet = contact_sheet(images, labels, None if axis == NONE else len(counts))
+        return io.NodeOutput(to_tensor(sheet), images.flatten(0, 1))
+
+
+def read_axis(axis: str, text: str) -> list[int | float]:
+    """The values of the second axis; one, without meaning, if there is none. TimError for values that the axis cannot have."""
+    if axis not in AXES:
+        raise TimError(f"axis: '{axis}' is not offered; choose {', '.join(AXES)}")
+    if axis == NONE:
+        return [0]
+    values = parse_numbers(text, "axis_values")
+    for value in values:
+        if axis == "cfg":
+            check_guidance(value)
+        elif axis == "stochasticity":
+            check_guidance(1.0, stochasticity=value)
+        elif axis == "seed":
+            check_seed(value)
+    return values
+
+
+def check_size(model, samples: torch.Tensor, cells: int) -> None:
+    """TimError if the images of all cells would take more memory than MOST_PIXELS."""
+    factor = tim_model(model).latent_format.spacial_downscale_ratio
+    width, height, count = samples.shape[-1] * factor, samples.shape[-2] * factor, cells * len(samples)
+    if count * width * height > MOST_PIXELS:
+        raise TimError(f"sweep: {count} images of {width}x{height} are over {MOST_PIXELS / 1e6:.0f} megapixels; use fewer steps or values, "
+                       "a smaller batch or a smaller size")

@@ -27,7 +27,7 @@ class Graph:
         return self.add("CLIPTextEncode", text=text, clip=self.clip)
 
     def empty(self, width: int = 64, height: int = 64, batch_size: int = 1) -> list:
-        preset = dict(aspect_ratio="custom", megapixels="1")
+        preset = dict(aspect_ratio="custom", area_factor="1")
         return self.add("TiMEmptyLatent", model=self.model, **preset, width=width, height=height, batch_size=batch_size)
 
     def tim(self, latent=None, positive=None, negative=None, **settings) -> list:
@@ -98,6 +98,13 @@ def same_image(a: torch.Tensor, b: torch.Tensor) -> None:
     """a from the graph, in 0..255; b from Pipeline, in [0, 1]."""
     assert a.shape == b.shape and (a - 255 * b).abs().max() <= 2
     assert b.std() > 0.02
+
+
+def lines_of(server, run) -> list[str]:
+    """What our pack logs while `run` is called."""
+    start = len(server.log_text())
+    run()
+    return [line for line in server.log_text()[start:].splitlines() if "TiM: " in line]
 
 
 def refusal(server, graph: Graph, result: list) -> str:

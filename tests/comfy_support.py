@@ -78,7 +78,11 @@ def probe(function) -> dict:
 
 
 class Failed(Exception):
-    """A prompt that ComfyUI refused or could not run; the text is what it said."""
+    """A prompt that ComfyUI refused or could not run; the text is what it said, `kind` the type of a node's exception as it named it."""
+
+    def __init__(self, text: str, kind: str = ""):
+        super().__init__(text)
+        self.kind = kind
 
 
 class Server:
@@ -175,7 +179,7 @@ class Server:
         entry = self.wait(self.queue(prompt))
         for kind, message in entry["status"]["messages"]:
             if kind == "execution_error":
-                raise Failed(message["exception_message"].strip())
+                raise Failed(message["exception_message"].strip(), message["exception_type"])
         assert entry["status"]["status_str"] == "success", entry["status"]
         return entry["outputs"]
 
@@ -233,7 +237,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         order = info["input_order"]
         for name in [*order.get("required", []), *order.get("optional", [])]:
             kind, options = ((info["input"].get("required", {}) | info["input"].get("optional", {}))[name] + [{}])[:2]
-            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+            if isinstance(kind, list) or options.get("widgetType", kind) in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
                 value = values.pop(0)
                 if options.get("control_after_generate") or name in ("seed", "noise_seed"):
                     assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")

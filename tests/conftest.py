@@ -42,7 +42,11 @@ def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "full" not in config.option.markexpr:  # by hand only, whatever other markers are asked for
+        full = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if item not in full]
+        config.hook.pytest_deselected(items=full)
     lacking = {"comfyui": None if comfy_support.find() else "no ComfyUI found", "browser": no_browser(), "gpu": no_gpu()}
     for item in items:
         for marker, reason in lacking.items():

@@ -27,6 +27,10 @@ TROUBLE = """() => [...document.querySelectorAll('[role=dialog], [role=alertdial
     .concat(app.graph._nodes.filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types)).map(node => node.type))"""
 LISTEN = """() => { window.ended = []; for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
     app.api.addEventListener(kind, event => ended.push([kind, event.detail.exception_message ?? ''])) }"""
+# advanced inputs that a node sets, but does not show
+HIDDEN = """() => app.graph._nodes.filter(node => !node.showAdvanced).flatMap(node => (node.widgets ?? []).filter(widget => {
+    const spec = node.constructor.nodeData?.input, [, options] = spec?.required?.[widget.name] ?? spec?.optional?.[widget.name] ?? []
+    return options?.advanced && widget.value !== options.default }).map(widget => `${node.title}: ${widget.name}`))"""
 IMAGES = """() => { const nodes = app.graph._nodes.filter(node => ['SaveImage', 'PreviewImage'].includes(node.type))
     return nodes.length > 0 && nodes.every(node => node.imgs?.[0]?.naturalWidth > 0) }"""
 ALONE = """name => { app.graph._nodes.slice().forEach(node => app.graph.remove(node)); const node = LiteGraph.createNode(name)
@@ -87,7 +91,7 @@ def test_template(request, comfyui, page, file):
     page.wait_for_function("() => app.graph._nodes.length > 0")
     nodes = json.loads(file.read_text())["nodes"]
     assert sorted(page.evaluate(NODES)) == sorted([str(node["id"]), node["type"], node.get("widgets_values", [])] for node in nodes)
-    assert page.evaluate(TROUBLE) == []
+    assert page.evaluate(TROUBLE) == [] and page.evaluate(HIDDEN) == []
 
     page.evaluate("() => { app.extensionManager.command.execute('Comfy.Canvas.FitView') }")
     page.evaluate(LISTEN)
@@ -96,6 +100,19 @@ def test_template(request, comfyui, page, file):
     assert page.evaluate("() => ended") == [["execution_success", ""]], page.evaluate(TROUBLE)
     page.wait_for_function(IMAGES)
     assert page.evaluate(TROUBLE) == []
+
+
+CONNECT = """([kind, name]) => { const source = LiteGraph.createNode(kind), target = LiteGraph.createNode(name)
+    app.graph.add(source); app.graph.add(target); const slot = target.findInputSlot('steps')
+    return [Boolean(source.connect(0, target, slot)), target.inputs[slot].link != null, target.widgets.some(w => w.name === 'steps')] }"""
+
+
+@pytest.mark.parametrize("name", ["TiMNativeUpscale", "TiMStepSweep"])
+def test_steps_are_a_widget_that_takes_numbers_and_text(comfyui, page, name):
+    open_editor(page, comfyui)
+    for kind in ("PrimitiveInt", "PrimitiveString"):
+        assert page.evaluate(CONNECT, [kind, name]) == [True, True, True], kind
+    assert page.evaluate(CONNECT, ["PrimitiveFloat", name]) == [False, False, True]
 
 
 def test_help(comfyui, page, shoot):

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, images_of, inside, refusal, run_latents
+from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, images_of, inside, lines_of, refusal, run_latents
 from tests.comfy_support import probe
 from tim_core import Pipeline, schedule
 from tim_core.shapes.detector import is_correct
@@ -23,13 +23,6 @@ FLUX = dict(max_shift=1.15, base_shift=0.5, width=1024, height=1024)
 @pytest.fixture(scope="module")
 def pipe(tiny):
     return Pipeline.load(tiny, device="cpu")
-
-
-def lines_of(comfyui, run) -> list[str]:
-    """What our pack logs while `run` is called."""
-    start = len(comfyui.log_text())
-    run()
-    return [line for line in comfyui.log_text()[start:].splitlines() if "TiM: " in line]
 
 
 def patched(graph: Graph, kind: str, **settings) -> Graph:
@@ -507,6 +500,16 @@ def test_sizes_far_from_the_model_s_say_so_once(comfyui):
         result = graph.tim(graph.empty(side, side), steps=1)
         lines = lines_of(comfyui, lambda: run_latents(comfyui, graph, result))
         assert len(lines) == said and all(f"{side}x{side}" in line and "64x64" in line for line in lines)
+
+
+def test_words_that_the_model_does_not_know_are_named(comfyui):
+    def encode(graph: Graph, text: str) -> None:
+        graph.add("SaveLatent", samples=graph.tim(positive=graph.text(text), steps=1), filename_prefix="latent")
+        comfyui.run(graph.prompt)
+
+    for text, words in (("a (red:1.2) circle above two blue squares", []), ("five cats on a red sofa", ["five", "cats", "on", "sofa"])):
+        lines = [line for line in lines_of(comfyui, lambda: encode(Graph(BUNDLED_NAME), text)) if "does not know" in line]
+        assert len(lines) == bool(words) and all(", ".join(words) in line and "circle" in line for line in lines)
 
 
 def test_a_node_of_several_runs_says_a_line_once(comfyui):

@@ -180,6 +180,29 @@ def test_long_labels_are_broken_and_large_images_kept():
     assert contact_sheet(torch.rand(1, 300, 500, 3), [""]).width == 516
 
 
+@pytest.mark.parametrize("count, columns, share", [(6, None, 0.4), (36, 6, 0.9), (256, 16, 0.9)])
+def test_sheets_of_large_images_are_bounded_and_legible(count, columns, share):
+    images = torch.rand(1, 1024, 1024, 3).expand(count, -1, -1, -1)
+    labels = [step_label(32, 63, 12.34)] * count
+    sheet = contact_sheet(images, labels, columns)
+    assert share * 2**24 < sheet.width * sheet.height <= 2**24
+    across = columns or 3
+    cell = sheet.width / across
+    row = np.array(sheet)[: sheet.height // math.ceil(count / across), : int(cell)]
+    text = (row > 200).all(-1)[int(cell * 0.98):]  # what stands under the image is bright
+    assert np.ptp(np.nonzero(text.any(1))[0]) >= cell / 40
+
+
+def test_a_cell_can_hold_several_images():
+    one, four = torch.zeros(2, 64, 96, 3), torch.rand(2, 3, 64, 96, 3)
+    small, large = contact_sheet(one, ["a", "b"]), contact_sheet(four, ["a", "b"])
+    assert large.width == 2 * 192 + 3 * 8 == small.width  # both are 192 wide: two by two, and enlarged
+    pixels = torch.from_numpy(np.array(large)).float() / 255
+    assert (pixels[8:72, 8:104] - four[0, 0]).abs().max() < 0.01 and (pixels[72:136, 8:104] - four[0, 2]).abs().max() < 0.01
+    assert pixels[72:136, 104:200].std() < 0.01  # three of four
+
+
+
 def test_labels_and_images_go_together():
     with pytest.raises(ValueError, match="2 images and 1 labels"):
         contact_sheet(torch.rand(2, 8, 8, 3), ["one"])

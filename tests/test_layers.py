@@ -10,11 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # what a room may import of tim_core besides itself; a file at the top of tim_core is a room of its own
 FLOOR = {"errors", "files", "finite", "limits", "memory"}
-INFERENCE = FLOOR | {"models", "weights", "sampler", "schedule", "transport", "upscale", "pipeline", "images", "imagenet", "processes"}
+INFERENCE = FLOOR | {
+    "models", "weights", "sampler", "schedule", "transport", "upscale", "pipeline", "images", "imagenet", "processes", "ranges",
+}
 MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "finite": {"errors"}, "memory": set(), "limits": set(), "imagenet": FLOOR,
+    "ranges": FLOOR,
     "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
-    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"schedule"}, "models": FLOOR, "weights": FLOOR | {"images", "models"},
+    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"images", "schedule"}, "models": FLOOR, "weights": FLOOR | {"images", "models"},
     "pipeline": INFERENCE - {"images", "processes"},
     "settings": {"errors"}, "shapes": FLOOR | {"processes", "settings"},
     "evaluation": FLOOR | {"images", "processes", "sampler", "shapes"},

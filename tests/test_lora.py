@@ -83,13 +83,14 @@ CORE_READS = ("core", "kohya")  # what ComfyUI's loaders map without conversion
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_convert_and_describe(spelling, adapters, tmp_path):
     file = write(tmp_path / "a.safetensors", adapters, **SPELLINGS[spelling])
-    kind = describe(file).kind
-    assert kind.startswith("LoRA of a TiM transformer, 3 layers, rank 2")
-    assert ("LoraLoaderModelOnly" in kind) == (spelling in CORE_READS) and ("tim convert" in kind) == (spelling not in CORE_READS)
+    described = describe(file)
+    assert described.kind == "LoRA of a TiM transformer, 3 layers, rank 2"
+    assert [(place.node, place.folder, place.option) for place in described.places] == [("LoraLoaderModelOnly", "loras", "--lora")]
+    assert ("tim convert" in str(described)) == (spelling not in CORE_READS)
     made = convert(file, tmp_path / "b.safetensors")
     expected, found = load_file(write(tmp_path / "c.safetensors", adapters)), load_file(made)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
-    assert "LoraLoaderModelOnly" in describe(made).kind
+    assert "tim convert" not in str(describe(made))
     half = load_file(convert(file, tmp_path / "d.safetensors", torch.bfloat16))
     assert {value.dtype for key, value in half.items() if not key.endswith("alpha")} == {torch.bfloat16}
 

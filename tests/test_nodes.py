@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.comfy_graph import PROMPT, Graph, close, images_of, inside, latent_of, refusal, run_images, run_latents, same_image
 from tests.comfy_support import events_of, probe
+from tests.support import mentions
 from tim_core import Pipeline, schedule
 from tim_core.weights.load import load_text_encoder
 from tim_core.weights.parts import read_parts
-from tim_core.weights.save import pack
+from tim_core.weights.save import convert, pack
 
 pytestmark = pytest.mark.comfyui
 
@@ -76,6 +78,76 @@ def test_shifted_times(comfyui, pipe):
     graph = Graph()
     images = run_images(comfyui, graph, custom(graph, steps=5, shift=3.0))
     same_image(images, pipe(PROMPT, times=schedule.shifted(5, 3.0).tolist()))
+
+
+@pytest.mark.parametrize("shift", [0.4, 3.0])
+@pytest.mark.parametrize("steps, start", [(4, 1.0), (8, 1.0), (4, 0.5)])
+def test_a_sampler_s_shift_equals_ksampler_behind_model_sampling(comfyui, shift, steps, start):
+    graph = Graph()
+    first = graph.tim(seed=1) if start < 1 else None
+    ours, plain = graph.tim(first, steps=steps, start=start, shift=shift), graph.tim(first, steps=steps, start=start)
+    graph.model = graph.add("ModelSamplingSD3", model=graph.model, shift=shift)
+    stock, kept = graph.stock(first, steps=steps, denoise=start), graph.tim(first, steps=steps, start=start)
+    again = graph.tim(first, steps=steps, start=start, shift=1.7)
+    ours, plain, stock, kept, again = run_latents(comfyui, graph, ours, plain, stock, kept, again)
+    assert torch.equal(ours, kept)
+    close(ours, stock, 1e-5)  # the same times; core's euler adds in float32, TiM Sampler in float64
+    assert (ours - plain).abs().max() > 1e-3 < (ours - again).abs().max()
+
+
+def times_of(model, clip, vae):
+    """Times of TiM Sampler and of KSampler's scheduler, at several shifts, steps and starts."""
+    import sys
+
+    import comfy.samplers
+
+    sampling = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.sampling"))
+    found = []
+    for shift in (0.3, 1.7, 3.0):
+        shifted = sampling.with_shift(model, shift)
+        for steps in (1, 2, 4, 5, 8, 20, 100):
+            stock = comfy.samplers.calculate_sigmas(shifted.get_model_object("model_sampling"), "simple", steps)
+            found.append(sampling.time_grid(shifted, steps).tolist() == stock.tolist())
+    return found
+
+
+def test_shifted_times_are_those_of_the_scheduler(comfyui):
+    assert inside(comfyui, times_of) == [True] * 21
+
+
+def test_sigmas_replace_the_grid(comfyui):
+    graph = Graph()
+    sigmas = graph.add("TiMScheduler", steps=1, start=1.0, end=0.0, shift=1.0, times="1, 0.9, 0.4, 0")
+    basic = graph.add("BasicScheduler", model=graph.model, scheduler="simple", steps=4, denoise=1.0)
+    first = graph.add("SplitSigmas", sigmas=basic, step=2)
+    half = graph.tim(sigmas=first)
+    rest = graph.tim(half, sigmas=[first[0], 1], add_noise=False, steps=9, start=0.1, shift=5.0)
+    finished = graph.tim(sigmas=first, return_with_leftover_noise=False)
+    results = run_latents(
+        comfyui, graph, graph.tim(sigmas=sigmas), custom(graph, times="1, 0.9, 0.4, 0"), rest, graph.tim(), finished,
+        custom(graph, times="1, 0.75, 0"))
+    for ours, wanted in zip(results[::2], results[1::2]):
+        close(ours, wanted)
+
+
+@pytest.mark.parametrize("method, settings, said", [
+    ("KarrasScheduler", dict(steps=4, sigma_max=14.5, sigma_min=0.03, rho=7.0), "sigmas: 14.5 .* 0 to 1"),
+    ("FlipSigmas", {}, "sigmas: 0.5 follows 0"), ("ManualSigmas", dict(sigmas="1"), "sigmas: 1 .* two"),
+])
+def test_sigmas_that_are_no_times_are_refused(comfyui, method, settings, said):
+    if method not in comfyui.object_info:
+        pytest.skip(f"this version of ComfyUI has no {method}")
+    graph = Graph()
+    if method == "FlipSigmas":
+        settings = dict(sigmas=graph.add("TiMScheduler", steps=2, start=1.0, end=0.0, shift=1.0, times=""))
+    assert re.search(said, refusal(comfyui, graph, graph.tim(sigmas=graph.add(method, **settings))))
+
+
+def test_sigmas_from_noise_need_noise(comfyui):
+    graph = Graph()
+    sigmas = graph.add("TiMScheduler", steps=2, start=1.0, end=0.0, shift=1.0, times="")
+    message = refusal(comfyui, graph, graph.tim(sigmas=sigmas, add_noise=False))
+    assert mentions(message, "add_noise", "off", "sigmas start at 1")
 
 
 @pytest.mark.parametrize("times, said", [
@@ -284,21 +356,59 @@ def test_a_loader_says_what_the_wrong_file_is(comfyui, tiny, tmp_path, kind, nam
 # Latents
 
 
-@pytest.mark.parametrize("ratio, megapixels, size", [
-    ("1:1", "0.25", (512, 512)), ("16:9", "1", (1368, 768)), ("2:5", "4", (1296, 3240)), ("21:9", "16", (4096, 1752)),
-    ("5:2", "16", (4096, 1640)),
+def sizes_offered(model, clip, vae):
+    """(native, ratio, area, width, height) of every preset, for models of several native sizes."""
+    import dataclasses
+    import sys
+
+    latent = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.latent"))
+    config, found = model.model.model_config, []
+    before = config.defaults
+    try:
+        for native in ((64, 64), (256, 256), (1024, 1024), (96, 64)):
+            config.defaults = dataclasses.replace(before, width=native[0], height=native[1])
+            for ratio in ("native", *latent.RATIOS):
+                for area in latent.AREAS:
+                    made, width, height = latent.TiMEmptyLatent.execute(model, ratio, area, 0, 0, 1, False).result
+                    assert list(made["samples"].shape) == [1, 16, height // 8, width // 8]
+                    found.append([*native, ratio, int(area), width, height])
+    finally:
+        config.defaults = before
+    return found
+
+
+def test_presets_are_multiples_of_the_native_size(comfyui):
+    found = inside(comfyui, sizes_offered)
+    assert len(found) == 4 * 12 * 4
+    for *native, ratio, area, width, height in found:
+        across, down = native if ratio == "native" else map(int, ratio.split(":"))
+        wanted = (native[0] * native[1] * area * across / down) ** 0.5, (native[0] * native[1] * area * down / across) ** 0.5
+        if max(wanted) > 4096:
+            wanted = [side * 4096 / max(wanted) for side in wanted]
+        assert max(abs(width - wanted[0]), abs(height - wanted[1])) <= 4.5 and width % 8 == height % 8 == 0, (native, ratio, area)
+    assert [row[4:] for row in found if row[2] == "native" and row[3] == 1] == [[64, 64], [256, 256], [1024, 1024], [96, 64]]
+
+
+@pytest.mark.parametrize("settings, size", [
+    (dict(), (64, 64)), (dict(area_factor="4"), (128, 128)), (dict(aspect_ratio="2:3"), (56, 80)),
+    (dict(aspect_ratio="2:3", swap=True), (80, 56)), (dict(aspect_ratio="custom"), (64, 64)),
+    (dict(aspect_ratio="custom", width=100), (104, 64)), (dict(aspect_ratio="custom", width=48, height=96, swap=True), (96, 48)),
 ])
-def test_presets(comfyui, ratio, megapixels, size):
+def test_the_empty_latent_and_its_size(comfyui, settings, size):
+    """The tiny model is made for 64x64."""
     graph = Graph()
-    latent = graph.add("TiMEmptyLatent", model=graph.model, aspect_ratio=ratio, megapixels=megapixels, width=64, height=64, batch_size=1)
-    assert run_latents(comfyui, graph, latent)[0].shape == (1, 16, size[1] // 8, size[0] // 8)
+    settings = dict(aspect_ratio="native", area_factor="1", width=0, height=0, batch_size=2, swap=False) | settings
+    latent = graph.add("TiMEmptyLatent", model=graph.model, **settings)
+    canvas = graph.add("EmptyImage", width=[latent[0], 1], height=[latent[0], 2], batch_size=1, color=0)
+    empty, encoded = run_latents(comfyui, graph, latent, graph.add("VAEEncode", pixels=canvas, vae=graph.vae))
+    assert empty.shape == (2, 16, size[1] // 8, size[0] // 8) and not empty.any() and encoded.shape[1:] == empty.shape[1:]
 
 
 def test_an_aspect_ratio_that_is_not_offered_is_refused_once(comfyui):
     """The editor's first name for "custom" among them, which workflows saved with it still hold."""
     for ratio in ("as below", "7:5"):
         graph = Graph()
-        sizes = dict(megapixels="1", width=64, height=64, batch_size=1)
+        sizes = dict(area_factor="1", width=64, height=64, batch_size=1)
         message = refusal(comfyui, graph, graph.add("TiMEmptyLatent", model=graph.model, aspect_ratio=ratio, **sizes))
         assert ratio in message and "custom" in message and "16:9" in message
 
@@ -308,7 +418,7 @@ def test_an_aspect_ratio_that_is_not_offered_is_refused_once(comfyui):
 
 def upscaled(graph: Graph, **inputs) -> list:
     settings = dict(
-        seed=0, factor=2.0, width=0, height=0, stages=1, steps="4", strength=0.5, cfg=2.5, guidance_low=0.0, guidance_high=1.0,
+        seed=0, steps="4", cfg=2.5, strength=0.5, factor=2.0, width=0, height=0, stages=1, guidance_low=0.0, guidance_high=1.0,
         stochasticity=0.0,
     ) | inputs
     links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""))
@@ -325,7 +435,7 @@ def test_upscale_equals_pipeline(comfyui, pipe, settings):
     save = graph.add("SaveImage", images=result, filename_prefix="large")[0]
     latent = graph.save([result[0], 1])
     outputs = comfyui.run(graph.prompt)
-    expected = pipe.upscale(pipe(PROMPT), PROMPT, **settings)
+    expected = pipe.upscale(pipe(PROMPT), PROMPT, **({"strength": 0.5} | settings))
     same_image(images_of(comfyui, outputs, save), expected)
     same_image(255 * pipe.decode(latent_of(comfyui, outputs, latent)), expected)
 
@@ -350,6 +460,19 @@ def test_upscale_keeps_the_noise_of_a_image_of_a_batch(comfyui):
     close(both[1:], one, 1e-3)
 
 
+STEPS = {"INT": ("PrimitiveInt", 3, "3"), "STRING": ("PrimitiveString", "2, 3", "2, 3")}  # type -> core's node, its value, the widget's
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_can_be_a_connected_number_or_text(comfyui, kind):
+    node, value, text = STEPS[kind]
+    graph = Graph()
+    image, steps = graph.add("EmptyImage", width=32, height=32, batch_size=1, color=200), graph.add(node, value=value)
+    large = [[upscaled(graph, image=image, stages=2, steps=given)[0], 1] for given in (steps, text)]
+    a, b, swept_a, swept_b = run_latents(comfyui, graph, *large, sweep_images(graph, steps), sweep_images(graph, text))
+    assert torch.equal(a, b) and torch.equal(swept_a, swept_b) and len(swept_a) == len(text.split())
+
+
 def one_channel(model, clip, vae):
     """The shape of an upscaled image that had one channel, as masks and depth maps of some packs have."""
     import sys
@@ -358,8 +481,9 @@ def one_channel(model, clip, vae):
 
     node = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.upscale")).TiMNativeUpscale
     text = clip.encode_from_tokens_scheduled(clip.tokenize("a circle"))
-    settings = dict(seed=0, factor=2.0, width=0, height=0, stages=1, steps="1", strength=0.5, cfg=1.0, guidance_low=0.0, guidance_high=1.0)
-    done = node.execute(model, vae, text, text, stochasticity=0.0, image=torch.rand(1, 16, 16, 1), **settings)
+    settings = dict(seed=0, steps="1", cfg=1.0, strength=0.5, factor=2.0, width=0, height=0, stages=1)
+    limits = dict(guidance_low=0.0, guidance_high=1.0, stochasticity=0.0)
+    done = node.execute(model, vae, text, text, image=torch.rand(1, 16, 16, 1), **settings, **limits)
     return list(done.result[0].shape)
 
 
@@ -367,7 +491,132 @@ def test_upscale_takes_a_image_of_one_channel(comfyui):
     assert inside(comfyui, one_channel) == [1, 32, 32, 3]
 
 
+def upscale_model(server, folder: Path) -> str:
+    """A small random upscaler of factor 3, of the kind that Real-ESRGAN's compact models are -> its name."""
+    torch.manual_seed(3)
+    weights = {"body.1.weight": torch.rand(8), "body.3.weight": torch.rand(8)}
+    for i, (into, out) in {0: (3, 8), 2: (8, 8), 4: (8, 27)}.items():
+        weights |= {f"body.{i}.weight": torch.randn(out, into, 3, 3) / 20, f"body.{i}.bias": torch.zeros(out)}
+    save_file(weights, folder / "compact.safetensors")
+    (server.base / "models" / "upscale_models").mkdir(exist_ok=True)
+    return server.add("upscale_models", folder / "compact.safetensors", "compact.safetensors")
+
+
+def by_hand(graph: Graph, image: list, sizes: list, *, steps=2, strength=0.6, resize_method="bicubic", mask=None, upscale_model=None):
+    """What TiM Native Upscale does, in core's nodes and TiM Sampler -> IMAGE, LATENT."""
+    latent = None
+    for width, height in sizes:
+        if upscale_model:
+            image = graph.add("ImageUpscaleWithModel", upscale_model=upscale_model, image=image)
+        scale = dict(upscale_method=resize_method, width=width, height=height, crop="center")
+        large = graph.add("ImageScale", image=image, **scale)
+        latent = graph.add("VAEEncode", pixels=large, vae=graph.vae)
+        if mask:
+            latent = graph.add("SetLatentNoiseMask", samples=latent, mask=mask)
+        latent = graph.tim(latent, steps=steps, start=strength)
+        image = graph.add("VAEDecode", samples=latent, vae=graph.vae)
+        if mask:
+            image = graph.add("ImageCompositeMasked", destination=large, source=image, x=0, y=0, resize_source=False, mask=mask)
+    return image, latent
+
+
+def test_upscale_equals_the_nodes_it_is_made_of(comfyui, tmp_path):
+    graph = Graph()
+    small = graph.add("VAEDecode", samples=graph.tim(), vae=graph.vae)
+    enlarger = graph.add("UpscaleModelLoader", model_name=upscale_model(comfyui, tmp_path))
+    black, white = (graph.add("SolidMask", value=value, width=32, height=64) for value in (0.0, 1.0))
+    whole = graph.add("SolidMask", value=1.0, width=64, height=64)
+    mask = graph.add("MaskComposite", destination=whole, source=black, x=0, y=0, operation="multiply")
+    large, stages = [(128, 128)], [(88, 88), (128, 128)]
+    cases = {method: ({}, large, dict(resize_method=method)) for method in ("bicubic", "lanczos", "bilinear", "area", "nearest-exact")}
+    cases |= {
+        "two stages": (dict(stages=2), stages, {}),
+        "cropped": (dict(width=96, height=128), [(96, 128)], dict(resize_method="lanczos")),
+        "model": ({}, large, dict(upscale_model=enlarger)),
+        "model, cropped, lanczos": (dict(width=136, height=96), [(136, 96)], dict(upscale_model=enlarger, resize_method="lanczos")),
+        "mask": ({}, large, dict(mask=mask)), "mask, two stages": (dict(stages=2), stages, dict(mask=mask)),
+        "full mask": ({}, large, dict(mask=white)),
+    }
+    pairs = {}
+    for name, (sizes, steps, options) in cases.items():
+        node = upscaled(graph, image=small, steps=2, strength=0.6, **sizes, **options)
+        pairs[name] = ((node, [node[0], 1]), by_hand(graph, small, steps, **options))
+    saves = {name: [(graph.add("SaveImage", images=image, filename_prefix=name)[0], graph.save(latent)) for image, latent in pair]
+             for name, pair in pairs.items()}
+    plain = graph.add("ImageScale", image=small, upscale_method="bicubic", width=128, height=128, crop="disabled")
+    plain = graph.add("SaveImage", images=plain, filename_prefix="plain")[0]
+    outputs, found = comfyui.run(graph.prompt), {}
+    for name, pair in saves.items():
+        (image, latent), (hand_image, hand_latent) = pair
+        close(latent_of(comfyui, outputs, latent), latent_of(comfyui, outputs, hand_latent))
+        found[name] = images_of(comfyui, outputs, image)
+        assert (found[name] - images_of(comfyui, outputs, hand_image)).abs().max() <= 1, name
+    assert (found["bicubic"] - found["model"]).abs().max() > 2
+    redrawn = (images_of(comfyui, outputs, plain) - found["mask"]).abs().amax(dim=(0, 1, 3))
+    assert redrawn[:62].max() <= 1 < redrawn[66:].min()  # the right half
+
+
+def test_the_mask_of_an_upscale_keeps_the_enlargement(comfyui):
+    graph = Graph()
+    small = graph.add("VAEDecode", samples=graph.tim(), vae=graph.vae)
+    nothing = graph.add("SolidMask", value=0.0, width=16, height=16)
+    large = graph.add("ImageScale", image=small, upscale_method="bicubic", width=128, height=128, crop="disabled")
+    redrawn = upscaled(graph, image=small, mask=nothing)
+    saves = [graph.add("SaveImage", images=image, filename_prefix="kept")[0] for image in (redrawn, large)]
+    outputs = comfyui.run(graph.prompt)
+    kept, plain = (images_of(comfyui, outputs, save) for save in saves)
+    assert torch.equal(kept, plain)
+
+
+def tiled(model, clip, vae):
+    """Largest differences of a tiled upscale from tim_core's sampler on blended tiles, and from the whole; sizes the network saw."""
+    import sys
+
+    import torch
+    from comfy.patcher_extension import WrappersMP
+
+    modules = {name.split("ComfyUI-TiM.")[1]: module for name, module in sys.modules.items() if "ComfyUI-TiM." in name}
+    node = modules["nodes.upscale"].TiMNativeUpscale
+    text = clip.encode_from_tokens_scheduled(clip.tokenize("a circle"))
+    torch.manual_seed(0)
+    image, seen = torch.rand(1, 64, 48, 3), []
+    fixed = dict(seed=5, steps=3, cfg=1.0, strength=0.6, factor=2.0, width=0, height=0, stages=1)
+    limits = dict(guidance_low=0.0, guidance_high=1.0, stochasticity=0.0, image=image)
+    watched, latents = model.clone(), {}
+    watched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", lambda run, x, *a, **k: seen.append(x.shape[2:]) or run(x, *a, **k))
+    for side in (0, 64, 256):
+        latents[side] = node.execute(watched, vae, text, text, tile_size=side, **fixed, **limits).result[1]["samples"]
+
+    upscale, schedule, sampler = modules["tim_core.upscale"], modules["tim_core.schedule"], modules["tim_core.sampler"]
+    network, context = model.model.diffusion_model, text[0][0]
+    clean = vae.encode(upscale.enlarge(image, 96, 128))
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(5))
+
+    def in_tiles(x, t, r, y):
+        return upscale.in_tiles(lambda part: network(part, t, y, transformer_options={"tim_r": r}), x, 8)
+
+    wanted, _ = sampler.sample(in_tiles, 0.6 * noise + 0.4 * clean, schedule.uniform(3, 0.6), context)
+    gap = [float((latents[64] - wanted).abs().max()), float((latents[256] - latents[0]).abs().max()),
+           float((latents[64] - latents[0]).abs().max())]
+    return [*gap, sorted({tuple(shape) for shape in seen})]
+
+
+def test_tiles_are_blended_in_every_step(comfyui):
+    equal, whole, apart, sizes = inside(comfyui, tiled)
+    assert equal < 1e-4 and whole == 0 and apart > 1e-3 and sizes == [[8, 8], [16, 12]]
+
+
+def test_an_upscale_s_strength_defaults_to_the_record_s(comfyui, tiny, tmp_path):
+    comfyui.add("checkpoints", convert(tiny, tmp_path / "strong.safetensors", metadata={"strength": 0.7}), "strong.safetensors")
+    for checkpoint, strength in (("tiny.safetensors", 0.3), ("strong.safetensors", 0.7)):
+        graph = Graph(checkpoint)
+        small = graph.tim(steps=1)
+        a, b = run_latents(comfyui, graph, *([upscaled(graph, latent=small, strength=s)[0], 1] for s in (0.0, strength)))
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("settings, said", [
+    (dict(tile_size=8), "tile_size: 8 .* 16"), (dict(width=100), "size: 100x100 .* 256x256"), (dict(factor=0.4), "0.4 .*0.5"),
     (dict(steps="4, 4"), "steps: .*4, 4"), (dict(steps="none"), "steps: .*none"), (dict(factor=16.0), "8192x8192 .*4096"),
     (dict(stages=2, steps="1, 2, 3"), "steps: .*1, 2, 3.* 2"),
 ])
@@ -377,41 +626,94 @@ def test_upscale_refuses(comfyui, settings, said):
     assert re.search(said, refusal(comfyui, graph, [upscaled(graph, image=image, **settings)[0], 1]))
 
 
+def test_upscale_refuses_an_empty_latent(comfyui):
+    graph = Graph()
+    assert mentions(refusal(comfyui, graph, [upscaled(graph, latent=graph.empty())[0], 1]), "latent", "empty", "sampler")
+
+
 # Looking
+
+
+def swept(graph: Graph, steps: str | list, output: int = 0, batch_size: int = 1, **settings) -> list:
+    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""))
+    settings = dict(seed=0, cfg=2.5, guidance_low=0.0, guidance_high=1.0) | settings
+    node = graph.add("TiMStepSweep", **links, latent_image=graph.empty(batch_size=batch_size), steps=steps, **settings)
+    return [node[0], output]
 
 
 def test_sweep_equals_pipeline(comfyui, pipe):
     graph = Graph()
-    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""))
-    links["latent_image"] = graph.empty(batch_size=2)
-    sweep = graph.add("TiMStepSweep", **links, seed=3, steps="1, 2, 5", cfg=2.5, guidance_low=0.0, guidance_high=1.0)
+    sweep = swept(graph, "1-2, 5", batch_size=2, seed=3)
     sheet = graph.add("SaveImage", images=sweep, filename_prefix="sheet")[0]
     each = graph.add("SaveImage", images=[sweep[0], 1], filename_prefix="each")[0]
     outputs = comfyui.run(graph.prompt)
-    same_image(images_of(comfyui, outputs, each), torch.cat([pipe(PROMPT, steps=n, seed=3) for n in (1, 2, 5)]))
+    same_image(images_of(comfyui, outputs, each), torch.cat([pipe([PROMPT] * 2, steps=n, seed=3) for n in (1, 2, 5)]))
     found = images_of(comfyui, outputs, sheet)
-    assert found.shape[0] == 1 and found.shape[2] > 3 * 192
+    assert found.shape[0] == 1 and found.shape[2] == 3 * 256 + 4 * 8  # two images side by side in each cell, twice as large
+
+
+AXES = {"cfg": ("1-3", [1, 2, 3]), "seed": ("7, 3", [7, 3]), "shift": ("0.5, 3", [0.5, 3]), "stochasticity": ("0-1 +0.5", [0, 0.5, 1])}
+
+
+def test_the_second_axis_of_a_sweep_equals_tim_sampler(comfyui):
+    graph, saves = Graph(), {}
+    for axis, (text, values) in AXES.items():
+        sweep = swept(graph, "2, 4", 1, seed=5, axis=axis, axis_values=text)
+        hand = [graph.add("VAEDecode", samples=graph.tim(steps=steps, **({"seed": 5} | {axis: value})), vae=graph.vae)
+                for value in values for steps in (2, 4)]
+        sheet = graph.add("SaveImage", images=[sweep[0], 0], filename_prefix=f"{axis}-sheet")[0]
+        saves[axis] = [graph.add("SaveImage", images=image, filename_prefix=axis)[0] for image in (sweep, *hand)], sheet
+    outputs = comfyui.run(graph.prompt)
+    for axis, ((sweep, *hand), sheet) in saves.items():
+        found, wanted = images_of(comfyui, outputs, sweep), torch.cat([images_of(comfyui, outputs, each) for each in hand])
+        assert torch.equal(found, wanted), axis
+        assert (found[-2:] - found[:2]).abs().max() > 1, axis
+        assert images_of(comfyui, outputs, sheet).shape[2] == 2 * 192 + 3 * 8, axis  # a column for each step count
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(steps="1, x"), "steps: 'x'"), (dict(steps="0"), "steps: 0 "), (dict(steps="1-500"), "steps: '1-500' .* 100 "),
+    (dict(axis="cfg", axis_values=""), "axis_values: ''"), (dict(axis="cfg", axis_values="0.5"), "cfg: 0.5 "),
+    (dict(axis="stochasticity", axis_values="1, 2"), "stochasticity: 2 "), (dict(axis="shift", axis_values="0"), "shift: 0 "),
+    (dict(axis="seed", axis_values="1.5"), "seed: 1.5 "),
+    (dict(steps="1-100", axis="seed", axis_values="1-100", batch_size=50), "64x64.* 268 "),
+])
+def test_a_sweep_refuses(comfyui, settings, said):
     graph = Graph()
-    assert "steps: '1, x'" in refusal(comfyui, graph, sweep_latent(graph, "1, x"))
+    sweep = swept(graph, **({"steps": "1"} | settings))
+    message = refusal(comfyui, graph, graph.add("VAEEncode", pixels=sweep, vae=graph.vae))
+    assert re.search(said, message), message
 
 
-def sweep_latent(graph: Graph, steps: str) -> list:
-    links = dict(model=graph.model, vae=graph.vae, positive=graph.text(PROMPT), negative=graph.text(""), latent_image=graph.empty())
-    sweep = graph.add("TiMStepSweep", **links, seed=0, steps=steps, cfg=2.5, guidance_low=0.0, guidance_high=1.0)
-    return graph.add("VAEEncode", pixels=sweep, vae=graph.vae)
+def test_a_sweep_says_where_it_is(comfyui):
+    graph = Graph()
+    graph.add("SaveImage", images=swept(graph, "1, 2", seed=31, axis="cfg", axis_values="1, 3"), filename_prefix="said")
+    said = [event for event in events_of(comfyui, graph.prompt) if isinstance(event, bytes) and b" of 4" in event]
+    assert [event[event.index(b" of 4") - 1 :].decode() for event in said] == [
+        "1 of 4: 1 step, cfg 1", "2 of 4: 2 steps, cfg 1", "3 of 4: 1 step, cfg 3", "4 of 4: 2 steps, cfg 3", "4 of 4"]
+
+
+def sweep_latent(graph: Graph, steps: str | list, output: int = 0) -> list:
+    return graph.add("VAEEncode", pixels=swept(graph, steps, output), vae=graph.vae)
+
+
+def sweep_images(graph: Graph, steps: str | list) -> list:
+    """The sweep's images, which unlike its sheet do not say how long they took, encoded."""
+    return sweep_latent(graph, steps, output=1)
 
 
 def count_evaluations(model, clip, vae):
-    """The labels under a sweep of 1, 2 and 5 steps, read before they become pixels, and whether the clone left the model alone."""
+    """The labels under sweeps of two images a cell, read before they become pixels."""
     import sys
 
     sweep = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.sweep"))
     labels, real = [], sweep.contact_sheet
-    sweep.contact_sheet = lambda images, texts: labels.extend(texts) or real(images, texts)
+    sweep.contact_sheet = lambda images, texts, columns: labels.extend(texts) or real(images, texts, columns)
     try:
         conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a red circle", "")]
-        latent = sys.modules[sweep.__name__.replace(".sweep", ".adapters.sampling")].empty_latent(model, 64, 64, 1)
+        latent = sys.modules[sweep.__name__.replace(".sweep", ".adapters.sampling")].empty_latent(model, 64, 64, 2)
         sweep.TiMStepSweep.execute(model, vae, *conds, latent, 0, "1, 2, 5", 2.5, 0.0, 1.0)
+        sweep.TiMStepSweep.execute(model, vae, *conds, latent, 0, 2, 2.5, 0.0, 1.0, "cfg", "1, 2.5")
     finally:
         sweep.contact_sheet = real
     return labels
@@ -419,7 +721,8 @@ def count_evaluations(model, clip, vae):
 
 def test_the_sweep_counts_evaluations(comfyui):
     labels = inside(comfyui, count_evaluations)
-    assert [label.split(" · ")[:2] for label in labels] == [["1 step", "1 NFE"], ["2 steps", "3 NFE"], ["5 steps", "9 NFE"]]
+    assert [label.rpartition(" · ")[0] for label in labels] == [
+        "1 step · 1 NFE", "2 steps · 3 NFE", "5 steps · 9 NFE", "cfg 1 · 2 steps · 2 NFE", "cfg 2.5 · 2 steps · 3 NFE"]
 
 
 @pytest.mark.parametrize("kind", ["upscale", "sweep"])
@@ -541,8 +844,6 @@ def test_limits_beyond_the_model_s_own_are_refused(comfyui, classes):
 
 def test_the_interval_of_a_record(comfyui, tiny, tmp_path):
     """An upper end above 1 guides the first step, too."""
-    from safetensors import safe_open
-
     with safe_open(tiny, "pt") as file:
         record = json.loads(file.metadata()["tim"])
     save_file(load_file(tiny), tmp_path / "whole.safetensors", {"tim": json.dumps(record | {"guidance_interval": [0.3, 1.1]})})
@@ -558,9 +859,48 @@ def test_the_interval_of_a_record(comfyui, tiny, tmp_path):
     assert (255 * (expected - pipe(PROMPT, steps=4, cfg=4.0, guidance_interval=(0.0, 1.0)))).abs().max() > 2
 
 
-def test_a_record_that_cannot_be_used_is_refused_when_loaded(comfyui, tiny, tmp_path):
-    from safetensors import safe_open
+def test_a_replaced_file_is_loaded_by_the_next_run_and_an_untouched_one_is_not(comfyui, tiny, tmp_path):
+    def loads_and_image() -> tuple[list[str], torch.Tensor]:
+        graph = Graph("replaced.safetensors")
+        node = graph.picture(graph.tim(steps=1))
+        entry = comfyui.wait(comfyui.queue(graph.prompt))
+        cached = next(message["nodes"] for kind, message in entry["status"]["messages"] if kind == "execution_cached")
+        loaders = [key for key, value in graph.prompt.items() if value["class_type"] == "TiMCheckpointLoader"]
+        return [key for key in loaders if key not in cached], images_of(comfyui, entry["outputs"], node)
 
+    comfyui.add("checkpoints", tiny, "replaced.safetensors")
+    first = loads_and_image()
+    again = loads_and_image()
+    with safe_open(tiny, "pt") as file:
+        record = file.metadata()
+    tensors = load_file(tiny)
+    tensors["model.diffusion_model.final_layer.linear.weight"] *= -1
+    save_file(tensors, tmp_path / "other.safetensors", record)
+    (tmp_path / "other.safetensors").replace(comfyui.base / "models" / "checkpoints" / "replaced.safetensors")
+    replaced = loads_and_image()
+    assert [bool(loads) for loads, _ in (first, again, replaced)] == [True, False, True]
+    assert torch.equal(first[1], again[1]) and (first[1] - replaced[1]).abs().max() > 2
+
+
+def test_a_replaced_part_of_a_folder_is_loaded_by_the_next_run(comfyui, parts):
+    layout = comfyui.base / "models" / "text_encoders" / "tiny-gemma"
+    graph = Graph()
+    graph.clip = graph.add("TiMTextEncoderLoader", text_encoder_name="tiny-gemma/")
+    loader, latent = graph.clip[0], graph.tim(steps=1)
+    graph.save(latent)
+
+    def runs() -> bool:
+        entry = comfyui.wait(comfyui.queue(graph.prompt))
+        return loader not in next(message["nodes"] for kind, message in entry["status"]["messages"] if kind == "execution_cached")
+
+    seen = [runs(), runs()]
+    config = (layout / "config.json").read_text()
+    (layout / "new.json").write_text(config)
+    (layout / "new.json").replace(layout / "config.json")
+    assert [*seen, runs(), runs()] == [True, False, True, False]
+
+
+def test_a_record_that_cannot_be_used_is_refused_when_loaded(comfyui, tiny, tmp_path):
     with safe_open(tiny, "pt") as file:
         record = json.loads(file.metadata()["tim"])
     save_file(load_file(tiny), tmp_path / "bad.safetensors", {"tim": json.dumps(record | {"guidance_interval": [0.7, 0.1]})})

@@ -120,15 +120,16 @@ def test_the_noise_is_comfyuis(pipe):
 
 
 def test_sizes_default_to_what_the_checkpoint_is_made_for(tiny, pipe, tmp_path):
-    assert pipe.defaults == Defaults(64, 64, 4, 2.5, (0.0, 1.0))
-    record = {"native_size": [32, 16], "steps": 2, "cfg": 1.5, "guidance_interval": [0, 1.1]}
+    assert pipe.defaults == Defaults(64, 64, 4, 2.5, (0.0, 1.0), 0.3)
+    record = {"native_size": [32, 16], "steps": 2, "cfg": 1.5, "guidance_interval": [0, 1.1], "strength": 0.7}
     made = Pipeline.load(convert(tiny, tmp_path / "made.safetensors", metadata=record), device="cpu")
-    assert made.defaults == Defaults(32, 16, 2, 1.5, (0.0, 1.1))
+    assert made.defaults == Defaults(32, 16, 2, 1.5, (0.0, 1.1), 0.7)
     image = made(PROMPT)
     assert image.shape == (1, 16, 32, 3) and made.nfe == 4
     assert torch.equal(image, made(PROMPT, steps=2, cfg=1.5, width=32, height=16, guidance_interval=(0, 1.1)))
     assert made(PROMPT, height=24, steps=1).shape == (1, 24, 32, 3)
-    assert torch.equal(made.upscale(image, PROMPT, steps=2), made.upscale(image, PROMPT, cfg=1.5, steps=2, guidance_interval=(0, 1.1)))
+    given = dict(cfg=1.5, guidance_interval=(0, 1.1), strength=0.7)
+    assert torch.equal(made.upscale(image, PROMPT, steps=2), made.upscale(image, PROMPT, steps=2, **given))
     again = Pipeline.load(pack(made_without_metadata(tmp_path / "made.safetensors"), tmp_path / "again.safetensors"), device="cpu")
     assert again.defaults == made.defaults
 
@@ -140,13 +141,13 @@ def made_without_metadata(file: Path) -> Path:
     return bare
 
 
-@pytest.mark.parametrize("channels, factor, patch, side", [
-    (32, 32, 1, 1024), (4, 8, 2, 256), (16, 8, 1, 64), (16, 32, 1, 256), (8, 8, 3, 72),
+@pytest.mark.parametrize("channels, factor, patch, side, strength", [
+    (32, 32, 1, 1024, 0.5), (4, 8, 2, 256, 0.5), (16, 8, 1, 64, 0.3), (16, 32, 1, 256, 0.3), (8, 8, 3, 72, 0.3),
 ])
-def test_without_a_record_the_shapes_give_the_size(channels, factor, patch, side):
+def test_without_a_record_the_shapes_give_the_size(channels, factor, patch, side, strength):
     """32 and 4 channels are the released weights; any other file gets 8 latent cells per side, in whole patches."""
     found = find_defaults({}, channels, factor, patch)
-    assert found == Defaults(side, side, 4, 2.5, (0.0, 1.0))
+    assert found == Defaults(side, side, 4, 2.5, (0.0, 1.0), strength, reach=4 if channels == 32 else 2)
 
 
 def test_released_class_conditional_models_have_their_published_settings():
@@ -183,6 +184,36 @@ def test_a_image_does_not_depend_on_its_batch(pipe):
         alone = pipe(prompts[k], negatives[k], width=32, height=32, noise=noise[k : k + 1])
         assert torch.allclose(together[k], alone[0], atol=1e-5)
     assert torch.allclose(pipe([prompts[1]] * 4, negatives[1], width=32, height=32, seed=2)[1], together[1], atol=1e-5)
+
+
+def test_words_and_sizes_that_it_was_not_made_for_are_mentioned_once(tiny, caplog):
+    pipe = Pipeline.load(tiny, device="cpu")
+    assert (pipe.defaults.width, pipe.defaults.height) == (64, 64)
+    pipe("a red circle", steps=1, width=128, height=64)
+    pipe.upscale(torch.rand(1, 16, 16, 3), "a red circle", steps=1)
+    assert not caplog.text
+    pipe(["a cat", "a red circle"], "a sofa", steps=1, width=128, height=64)
+    assert mentions(caplog.text, "cat", "sofa", "circle") and len(caplog.records) == 1
+    pipe("a cat on a sofa", steps=1, width=256, height=64)
+    assert len(caplog.records) == 3 and "cat" not in caplog.records[2].message and mentions(caplog.records[2].message, "on")
+    assert mentions(caplog.records[1].message, "256x64", "64x64", "128x128")
+    pipe("a sofa", steps=1, width=256, height=64)
+    pipe("a circle", steps=1, width=24, height=64)
+    pipe.upscale(torch.rand(1, 64, 64, 3), "a red circle", steps=1, factor=3)
+    assert [("24x64" in r.message, "192x192" in r.message) for r in caplog.records[3:]] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    "channels, released, near, far",
+    [
+        (32, True, [(1024, 1024), (256, 256), (4096, 4096), (512, 2048)], [(128, 1024), (4096, 4128)]),
+        (32, False, [(512, 512), (1024, 2048)], [(256, 256), (4096, 1024)]),  # a record's native size
+    ],
+)
+def test_the_released_model_reaches_from_256_to_4096(channels, released, near, far):
+    made_for = find_defaults({} if released else {"native_size": [1024, 1024]}, channels, 32)
+    assert all(made_for.far_size(*size) is None for size in near)
+    assert all(mentions(made_for.far_size(*size), f"{size[0]}x{size[1]}", "1024x1024") for size in far)
 
 
 def test_odd_prompts_give_images(pipe):
@@ -228,7 +259,7 @@ def test_tiles_are_chosen_from_the_memory(tiny, monkeypatch, tile, available, ex
     pipe = Pipeline.load(tiny, "cpu")
     pipe.tile = tile
     monkeypatch.setattr(pipeline, "available_bytes", lambda device: available)
-    monkeypatch.setattr(pipe.autoencoder, "peak_bytes", lambda height, width, dtype: 1)
+    monkeypatch.setattr(pipe.autoencoder, "peak_bytes", lambda *arguments: 1)
     calls = []
     for name, shape in (("decode", (1, 3, 1032, 16)), ("encode", (1, 16, 129, 2))):
         monkeypatch.setattr(pipe.autoencoder, name, lambda x, shape=shape: calls.append(None) or torch.zeros(shape))
@@ -277,6 +308,28 @@ def test_a_gpu_makes_the_images_of_a_cpu(tiny, pipe):
 def test_auto_is_float32_on_a_cpu(tiny):
     loaded = Pipeline.load(str(tiny), device="cpu")
     assert loaded.dtype == torch.float32 and loaded.device.type == "cpu" and loaded.factor == 8
+
+
+@pytest.mark.parametrize("capabilities, large, half", [
+    ({"avx512_bf16": True}, True, True), ({"bf16": True}, True, True), ({"avx512_bf16": True}, False, False),
+    ({"avx512_bf16": False}, True, False), (None, True, False),
+])
+def test_auto_is_the_stored_dtype_of_large_models_where_a_cpu_has_bfloat16(capabilities, large, half, tiny, tmp_path, monkeypatch):
+    """None: a torch that cannot tell."""
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr("tim_core.pipeline.LARGE", 1 if large else 2**30)
+    stored = pack(tiny, tmp_path / "a.safetensors", torch.bfloat16)
+    pipe = Pipeline.load(stored, "cpu")
+    wanted = torch.bfloat16 if half else torch.float32
+    assert pipe.dtype == pipe.text_encoder.dtype == wanted and next(pipe.autoencoder.parameters()).dtype == torch.float32
+    assert pipe(PROMPT, width=16, height=16).isfinite().all()
+    assert Pipeline.load(tiny, "cpu").dtype == torch.float32  # stored so
+    assert Pipeline.load(stored, "cpu", "float32").dtype == torch.float32
+    small = convert(tiny, tmp_path / "b.safetensors", torch.float8_e4m3fn)
+    assert Pipeline.load(small, "cpu").dtype == wanted
 
 
 def test_a_dict_of_parts(tiny, pipe):

@@ -423,7 +423,7 @@ def replay_forward(case: Case, deviated) -> None:
     height, width = (side // model.config.patch_size for side in n["in/x"].shape[-2:])
     seen["out/v"], seen["out/h_proj"] = answer if want_projection else (answer, None)
     seen["in/rope_grid"] = rope.positions(height, width)
-    cos, sin = rope.rotary_table(model.config.head_dim, height, width, torch.device("cpu"), torch.float32)
+    cos, sin = rope.rotary_table(model.config.head_dim, height, width, torch.device("cpu"), torch.float32).unbind(-1)
     seen["mid/rope_cos"], seen["mid/rope_sin"] = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
     seen["mid/t_freq"] = time_features(n["in/t"])
 
@@ -502,7 +502,7 @@ def replay_rope_tables(case: Case, deviated) -> None:
             function, size = what.split("_")
             height, width = map(int, size.split("x"))
             table = rope.rotary_table(head_dim, height, width, torch.device("cpu"), torch.float32)
-            close(name, table[("cos", "sin").index(function)].repeat_interleave(2, -1), official, 1e-6)
+            close(name, table[..., ("cos", "sin").index(function)].repeat_interleave(2, -1), official, 1e-6)
 
 
 def replay_keys(case: Case, deviated) -> None:

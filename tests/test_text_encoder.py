@@ -169,6 +169,39 @@ def test_a_prompt_that_is_too_long_is_cut_and_said(tokenizer, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize(
+    "prompt, unknown",
+    [
+        ("a red circle left of a blue square", []), ("(A Red) CIRCLE, and two squares.", []), ("", []),
+        ("a cat on a sofa", ["cat", "on", "sofa"]), ("five red circles", ["five"]),
+        ("a Cat, a cat; the cats", ["Cat", "cat", "the", "cats"]),
+        ("a \u732b\U0001f408 circle", ["\u732b\U0001f408"]), ("a \ud800 circle", []), ("redcircle", ["redcircle"]),
+    ],
+)
+def test_the_words_of_a_closed_vocabulary(encoder, prompt, unknown):
+    assert encoder.tokenizer.unknown_words(prompt) == unknown
+    found, line = encoder.unknown_words([prompt, "a circle"])
+    assert found == unknown and (not found or all(word in line for word in (*map(ascii_text, unknown), *WORDS)))
+
+
+def ascii_text(word):
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in word)
+
+
+def test_unknown_words_are_few_in_a_line(encoder):
+    found, line = encoder.unknown_words([" ".join(f"word{i}" for i in range(500))], {"word1"})
+    assert len(found) == 499 and "word1," not in line and mentions(line, "word0", "489 more") and len(line) < 500
+
+
+def test_a_tokenizer_with_merges_knows_all_words():
+    data = json.loads(shapes_tokenizer())
+    start = data["model"]["vocab"]["<unused0>"]
+    data["model"]["vocab"] = {("\u2581b" if i == start else token): i for token, i in data["model"]["vocab"].items()}
+    data["model"]["vocab"]["b"] = VOCABULARY_SIZE
+    data["model"]["merges"] = [["\u2581", "b"]]
+    assert Tokenizer.from_json(json.dumps(data).encode()).unknown_words("a cat") == []
+
+
 def test_the_tokenizer_of_a_folder(tmp_path):
     assert tokenizer_file(tmp_path) is None
     for name in ("tokenizer.model", "tokenizer.json"):  # the second goes first

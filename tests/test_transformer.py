@@ -118,7 +118,7 @@ def test_times_and_angles_are_not_rounded_to_the_networks_dtype():
     assert not torch.equal(seen[1], model.delta_embedder.mlp[0](torch.zeros(1, 256).bfloat16()))
     assert (seen[1][:, 128:] > 0).any()  # an interval that bfloat16 times would have lost
     (table,) = rope._tables.values()
-    assert table[0].dtype == torch.float32
+    assert table.dtype == torch.float32
     model.float()(x.float(), t, r, y.float())
     assert len(rope._tables) == 1
 

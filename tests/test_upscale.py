@@ -7,7 +7,18 @@ from tim_core import Pipeline
 from tim_core.cli import main
 from tim_core.errors import TimError
 from tim_core.images import to_pil
-from tim_core.upscale import enlarge, stage_sizes, stage_steps, target_size, upscale
+from tim_core.upscale import (
+    RESIZE_METHODS,
+    crop_mask,
+    enlarge,
+    in_tiles,
+    paste,
+    stage_sizes,
+    stage_steps,
+    target_size,
+    tile_starts,
+    upscale,
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +55,8 @@ def test_steps_of_the_stages(steps, stages, counts):
     (lambda: stage_sizes((64, 64), (128, 128), 9, 8), "stages: 9"),
     (lambda: stage_sizes((1, 1), (0, 4), 1, 8), "size: 0x4 .* 8x8"), (lambda: target_size(64, 64, factor=float("nan")), "factor: nan"),
     (lambda: target_size(64, 64, factor=0.0), "factor: 0.0"), (lambda: target_size(64, 64, -1), "width: -1"),
+    (lambda: target_size(64, 64, factor=0.4), "factor: 0.4 .* 0.5"), (lambda: target_size(65, 48, 32, 48), "size: 32x48 .* 65x48.* 33x24"),
+    (lambda: enlarge(torch.rand(1, 4, 4, 3), 8, 8, "box"), "resize_method: 'box' .* lanczos"),
 ])
 def test_unusable_values_are_named(call, named):
     with pytest.raises(TimError, match=named):
@@ -56,6 +69,48 @@ def test_enlarging_keeps_colours_and_cuts_evenly():
     square = enlarge(ramp, 64, 64)  # half of the width is left over: a quarter goes at each end
     assert square.shape == (1, 64, 64, 3)
     assert square[0, 32, 0, 0] == pytest.approx(0.25, abs=0.02) and square[0, 32, -1, 0] == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.parametrize("method", RESIZE_METHODS)
+def test_every_method_keeps_a_plain_colour_and_the_size(method):
+    image = torch.tensor([0.2, 0.4, 0.6]).expand(2, 20, 30, 3)
+    for size in ((60, 40), (64, 64), (24, 48)):
+        large = enlarge(image, *size, method)
+        assert large.shape == (2, size[1], size[0], 3) and (large - image[:1, :1, :1]).abs().max() < 1 / 255
+
+
+def test_a_mask_pastes_what_is_redrawn():
+    mask = torch.zeros(1, 4, 4)
+    mask[..., 2:] = 1
+    images, _ = upscale(
+        torch.zeros(1, 8, 8, 3), [(16, 16), (32, 32)], [1, 1], 0.5, encode=lambda x: x, sample=lambda x, *_: x, mask=mask,
+        decode=torch.ones_like)
+    assert images.shape == (1, 32, 32, 3) and images[:, :, :8].abs().max() == 0 and images[:, :, 24:].min() == 1
+    below, above = torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8, 3)
+    assert torch.equal(paste(below, above, torch.full((1, 2, 2), 0.25)), torch.full((1, 8, 8, 3), 0.25))
+    assert crop_mask(torch.ones(1, 64, 32), 64, 64).shape == (1, 32, 32)  # as the image is cropped
+
+
+def test_tiles_cover_the_image_evenly():
+    for length, tile, overlap in ((16, 8, 2), (17, 8, 2), (100, 8, 2), (9, 8, 2), (8, 8, 2), (5, 8, 2), (12, 2, 1)):
+        starts = tile_starts(length, tile, overlap)
+        ends = [start + min(tile, length) for start in starts]
+        assert starts[0] == 0 and ends[-1] == length
+        assert all(overlap <= end - start < tile for start, end in zip(starts[1:], ends))
+
+
+def test_tiles_are_blended():
+    x = torch.randn(2, 3, 17, 30)
+    assert torch.allclose(in_tiles(lambda part: 2 * part, x, 8), 2 * x, atol=1e-6)
+    assert in_tiles(lambda part: part.half(), x, 8).dtype == x.dtype
+    seen = []
+    in_tiles(lambda part: seen.append(part.shape[2:]) or part, x, 8)
+    assert set(seen) == {(8, 8)} and len(seen) == 3 * 5
+    left, right = torch.zeros(1, 1, 8, 14), torch.zeros(1, 1, 8, 14)
+    values = iter((1.0, 0.0))
+    ramp = in_tiles(lambda part: torch.full_like(part, next(values)), left + right, 8)[0, 0, 0]
+    assert ramp[:6].min() == 1 and ramp[8:].max() == 0 and 1 > ramp[6] > ramp[7] > 0
+    assert in_tiles(lambda part: part.sum(dim=(2, 3), keepdim=True).expand_as(part), x, 64).shape == x.shape  # one tile is the whole
 
 
 def test_every_stage_sees_its_own_size_and_times():

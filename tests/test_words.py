@@ -58,6 +58,8 @@ CORE = {  # nodes of core as the editor calls them in ja, ko and zh
     "CLIP Text Encode": ("CLIPテキストエンコード", "CLIP 텍스트 인코딩", "CLIP文本编码"),
     "VAE Decode": ("VAEデコード", "VAE 디코드", "VAE解码"),
     "VAE Encode": ("VAEエンコード", "VAE 인코드", "VAE编码"),
+    "Load Upscale Model": ("拡大モデルを読み込む", "업스케일 모델 로드", "加载放大模型"),
+    "ModelSamplingSD3": ("モデルサンプリングSD3", "모델 샘플링 (SD3)", "采样算法（SD3）"),
     "Load VAE": ("VAEを読み込む", "VAE 로드", "加载VAE"),
 }
 

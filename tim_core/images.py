@@ -32,6 +32,7 @@ TRANSPOSE = {
 TO_8_BITS = {"L;2": lambda key: key * 85, "L;4": lambda key: key * 17, "RGB;16B": lambda key: tuple(part >> 8 for part in key)}
 MIN_WIDTH = 192  # pixels of a cell; smaller images are enlarged by a whole factor, so that pixels stay sharp and the label fits
 MARGIN = 8
+SHEET_PIXELS = 2**24
 PAPER, INK = (24, 24, 28), (235, 235, 235)
 
 
@@ -196,41 +197,80 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def contact_sheet(images: Sequence[Tensor] | Tensor, labels: Sequence[str], columns: int | None = None) -> Image.Image:
-    """Images (H, W, 3) in [0, 1] in a grid, each above its label.
+    """Images (H, W, 3) in [0, 1], or batches of them (B, H, W, 3), in a grid, each above its label.
 
-    columns: images per row; None makes even rows of at most four. Long labels wrap. ValueError unless there is one label per image, and
-    at least one image.
+    columns: cells per row; None makes even rows of at most four. Long labels wrap. Small images are enlarged, and all are shrunk if the
+    sheet were over SHEET_PIXELS; labels grow with the cells. Reads one cell at a time. ValueError unless there is one label per image,
+    and at least one image.
     """
     if not len(images) or len(images) != len(labels):
         raise ValueError(f"contact sheet: {len(images)} images and {len(labels)} labels; give one label per image, and at least one image")
     columns = min(columns or math.ceil(len(images) / math.ceil(len(images) / 4)), len(images))
-    font = ImageFont.load_default(size=15)
-    tiles = [_tile(to_pil(image), label, font) for image, label in zip(images, labels)]
-    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    widths = [max(tile.width for tile in tiles[j::columns]) for j in range(columns)]
-    heights = [max(tile.height for tile in row) for row in rows]
-    sheet = Image.new("RGB", (sum(widths) + MARGIN * (columns + 1), sum(heights) + MARGIN * (len(rows) + 1)), PAPER)
-    for i, row in enumerate(rows):
-        for j, tile in enumerate(row):
-            sheet.paste(tile, (sum(widths[:j]) + MARGIN * (j + 1), sum(heights[:i]) + MARGIN * (i + 1)))
+    layout = SheetLayout(images, labels, columns, 1.0)
+    while layout.width * layout.height > SHEET_PIXELS:
+        layout = SheetLayout(images, labels, columns, layout.scale * min(0.95, (SHEET_PIXELS / (layout.width * layout.height)) ** 0.5))
+    sheet = Image.new("RGB", (layout.width, layout.height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for i, cell in enumerate(images):
+        (left, top), size = layout.place(i), layout.sizes[i]
+        image = to_pil(_side_by_side(cell))
+        method = Image.Resampling.NEAREST if size[0] >= image.width else Image.Resampling.LANCZOS
+        sheet.paste(image.resize(size, method), (left, top))
+        pen.multiline_text((left, top + size[1] + MARGIN // 2), layout.texts[i], INK, layout.font)
     return sheet
 
 
-def _tile(image: Image.Image, label: str, font) -> Image.Image:
-    """The image, enlarged if it is narrower than a cell, above its label."""
-    factor = math.ceil(MIN_WIDTH / image.width)
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+class SheetLayout:
+    """Where the cells of a contact sheet stand, with images at `scale` times the size at which they are shown without a limit."""
+
+    def __init__(self, images: Sequence[Tensor] | Tensor, labels: Sequence[str], columns: int, scale: float):
+        self.scale, self.columns = scale, columns
+        shown = []
+        for cell in images:
+            across, down = _grid(len(cell) if cell.ndim == 4 else 1)
+            width, height = across * cell.shape[-2], down * cell.shape[-3]
+            shown.append((width, height, math.ceil(MIN_WIDTH / width)))
+        self.sizes = [tuple(max(1, round(side * factor * scale)) for side in (width, height)) for width, height, factor in shown]
+        self.font = ImageFont.load_default(size=max(15, max(width for width, _ in self.sizes) // 24))
+        self.texts = [_wrap(label, width, self.font) for label, (width, _) in zip(labels, self.sizes)]
+        pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+        heights = [height + math.ceil(pen.multiline_textbbox((0, 0), text, self.font)[3]) + MARGIN
+                   for (_, height), text in zip(self.sizes, self.texts)]
+        self.widths = [max(width for width, _ in self.sizes[j::columns]) for j in range(columns)]
+        self.heights = [max(heights[i : i + columns]) for i in range(0, len(heights), columns)]
+        self.width = sum(self.widths) + MARGIN * (columns + 1)
+        self.height = sum(self.heights) + MARGIN * (len(self.heights) + 1)
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Left and top of cell i."""
+        row, column = divmod(i, self.columns)
+        return sum(self.widths[:column]) + MARGIN * (column + 1), sum(self.heights[:row]) + MARGIN * (row + 1)
+
+
+def _grid(count: int) -> tuple[int, int]:
+    """Images per row and rows of a cell that shows `count` of them."""
+    across = math.ceil(count**0.5)
+    return across, math.ceil(count / across)
+
+
+def _side_by_side(cell: Tensor) -> Tensor:
+    """A cell (H, W, 3) or (B, H, W, 3) as one image (H, W, 3); what a last row lacks is paper."""
+    if cell.ndim == 3:
+        return cell
+    across, down = _grid(len(cell))
+    paper = torch.tensor(PAPER, dtype=cell.dtype) / 255
+    whole = paper.expand(across * down, *cell.shape[1:3], 3).clone()
+    whole[: len(cell)] = cell
+    return whole.unflatten(0, (down, across)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+
+
+def _wrap(label: str, width: int, font) -> str:
+    """The label in lines of at most `width` pixels where its words allow that."""
     lines = [""]
     for word in label.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= image.width or not lines[-1]:
+        if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
-    text = "\n".join(lines)
-    pen = ImageDraw.Draw(image)
-    bottom = pen.multiline_textbbox((0, 0), text, font)[3]
-    tile = Image.new("RGB", (image.width, image.height + math.ceil(bottom) + MARGIN), PAPER)
-    tile.paste(image)
-    ImageDraw.Draw(tile).multiline_text((0, image.height + MARGIN // 2), text, INK, font)
-    return tile
+    return "\n".join(lines)

@@ -5,5 +5,5 @@ MAX_STEPS = 10_000
 MAX_BATCH = 4096  # images, as in ComfyUI
 MAX_CFG = 100.0
 MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
-MIN_FACTOR, MAX_FACTOR = 0.25, 16.0  # of an enlargement
+MIN_FACTOR, MAX_FACTOR = 0.5, 16.0  # of an enlargement
 MAX_STAGES = 8

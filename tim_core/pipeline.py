@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -24,7 +25,8 @@ from .models.autoencoder import TILE
 from .sampler import Model, check_guidance, check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale
 from .weights.defaults import Defaults, find_defaults, read_defaults
-from .weights.load import load_autoencoder, load_text_encoder, load_transformer
+from .weights.detect import TITLES
+from .weights.load import load_autoencoder, load_text_encoder, load_transformer, main_dtype
 from .weights.lora import Lora, merge_lora, read_lora
 from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts, read_parts
 
@@ -33,6 +35,8 @@ SHARE_OF_MEMORY = 0.8  # of what is available that a whole image may take
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGE = 2**30  # bytes of weights in float32; below, bfloat16 gains a CPU little, and float32 is what ComfyUI computes in there
+CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # names of torch.cpu.get_capabilities
 
 
 Prompt = Union[str, int]
@@ -69,6 +73,7 @@ class Pipeline:
         self.defaults = defaults or find_defaults({}, config.in_channels, self.factor, config.patch_size, self.class_conditional)
         self.nfe = 0
         self.tile = "auto"
+        self._mentioned: set[str] = set()  # unknown words, and lines, each of which is logged once
 
     @classmethod
     def load(
@@ -81,12 +86,13 @@ class Pipeline:
     ) -> Pipeline:
         """Load a bundled name, a one-file checkpoint, a folder of parts, a dict {"model": ..., "text-encoder": ..., "vae": ...}, or Parts.
 
-        device: "auto" is the GPU if there is one. dtype: "auto" is float32 on a CPU, bfloat16 on a GPU that computes in it.
+        device: "auto" is the GPU if there is one. dtype: "auto" is bfloat16 on a GPU that computes in it. On a CPU it is float32; but where
+        the CPU multiplies bfloat16 and the weights would take a GiB or more in float32, parts stored in it or in 8 bits stay in it.
         attention: "auto", "sdpa" or "flash". lora: a file, {file: strength}, or pairs of these, see `load_lora`.
         TimError unless the source has all parts; a class-conditional model has no text encoder.
         """
         device = pick_device(device)
-        dtype = pick_dtype(dtype, device)
+        pick_dtype(dtype, device)  # an unknown one is refused before anything is read
         kernel = get_attention(attention)
         parts = read_parts(source)
         reads_text = parts[TRANSFORMER].config.text_dim is not None
@@ -94,11 +100,11 @@ class Pipeline:
         parts.check_fit()
         defaults = read_defaults(parts)
         loras = [(read_lora(file), strength) for file, strength in _strengths(lora)]
-        needs_float32 = dtype == torch.float16 or parts[AUTOENCODER].config.force_upcast
+        dtypes = pick_dtypes(dtype, device, parts)
         pipe = cls(
-            load_transformer(parts, attention=kernel, dtype=dtype, device=device),
-            load_text_encoder(parts, dtype=torch.float32 if dtype == torch.float16 else dtype, device=device) if reads_text else None,
-            load_autoencoder(parts, dtype=torch.float32 if needs_float32 else dtype, device=device),
+            load_transformer(parts, attention=kernel, dtype=dtypes[TRANSFORMER], device=device),
+            load_text_encoder(parts, dtype=dtypes[TEXT_ENCODER], device=device) if reads_text else None,
+            load_autoencoder(parts, dtype=dtypes[AUTOENCODER], device=device),
             parts.latent_factor,
             defaults,
         )
@@ -181,6 +187,7 @@ class Pipeline:
         grid = time_grid(self.defaults.steps if steps is None else steps, shift, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
         options = self._options(cfg, guidance_interval, stochasticity, mode=mode, callback=callback)
+        self._mention(self.defaults.far_size(width, height))
         condition = self._condition(prompts, _as_list(negative))
         latent, self.nfe = self._sample(noise, grid, condition, seed, **options)
         return self.decode(latent)
@@ -195,7 +202,7 @@ class Pipeline:
         width: int = 0,
         height: int = 0,
         steps: int | str | Sequence[int] = 4,
-        strength: float = 0.5,
+        strength: float | None = None,
         seed: int = 0,
         *,
         factor: float = 2.0,
@@ -207,8 +214,9 @@ class Pipeline:
         """Re-render images (B, h, w, 3) in [0, 1] at another size -> (B, height, width, 3) float32 in [0, 1], on the CPU.
 
         prompts: one per image, or one for all. width, height: in pixels, rounded to `size_multiple`; a side of 0 keeps the aspect ratio,
-        both 0 multiply by `factor`. strength: the time up to which noise is added; all steps run from there. stages: number of
-        enlargements by equal factors, `steps` each or one step count per stage. The rest as in a call. TimError for unusable values.
+        both 0 multiply by `factor`. strength: the time up to which noise is added, None for that of `defaults`; all steps run from there.
+        stages: number of enlargements by equal factors, `steps` each or one step count per stage. The rest as in a call. TimError for
+        unusable values.
         """
         if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
             raise TimError(f"images: shape {list(images.shape)} is not (B, H, W, 3)")
@@ -220,6 +228,8 @@ class Pipeline:
         options = self._options(cfg, guidance_interval, stochasticity, callback=callback)
         condition = self._condition(prompts, _as_list(negative))
         counts = stage_steps(steps, stages)
+        self._mention(self.defaults.far_size(*sizes[-1]))
+        strength = self.defaults.strength if strength is None else strength
         self.nfe = 0
 
         def resample(latents: Tensor, times: Tensor, stage: int) -> Tensor:
@@ -230,6 +240,12 @@ class Pipeline:
             return latents
 
         return upscale(images, sizes, counts, strength, encode=self.encode, sample=resample, decode=self.decode)[0]
+
+    def _mention(self, line: str | None) -> None:
+        """Log a line, once."""
+        if line is not None and line not in self._mentioned:
+            self._mentioned.add(line)
+            logging.warning(line)
 
     def _options(self, cfg: float | None, guidance_interval: tuple[float, float] | None, stochasticity: float, **others) -> dict[str, Any]:
         """The sampler's options, with the checkpoint's values for None. TimError for values that cannot be used."""
@@ -293,7 +309,7 @@ class Pipeline:
             return None
         if self.tile != "auto":
             return int(self.tile)
-        needed = self.autoencoder.peak_bytes(*size, dtype)
+        needed = self.autoencoder.peak_bytes(*size, dtype, self.device)
         return None if max(size) <= TILE or needed < SHARE_OF_MEMORY * available_bytes(self.device) else TILE
 
     @property
@@ -345,6 +361,10 @@ class Pipeline:
             if not isinstance(text, str):
                 raise TimError(f"prompt: {text!r} is not text")
             texts.append(text)
+        unknown, line = self.text_encoder.unknown_words(texts, self._mentioned)
+        if unknown:
+            self._mentioned.update(unknown)
+            self._mention(line)
         features = self.text_encoder.encode(texts)
         check_finite(features.rows, "text encoder", self.text_encoder)
         lengths = [max(pair) for pair in zip(features.lengths[: len(prompts)], features.lengths[len(prompts) :])]
@@ -450,7 +470,26 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def pick_dtypes(dtype: str | torch.dtype, device: torch.device, parts: Parts) -> dict[str, torch.dtype]:
+    """The dtype that each part of a checkpoint computes in, by kind: float16 is for the transformer alone; see `Pipeline.load`."""
+    chosen = dict.fromkeys(TITLES, pick_dtype(dtype, device))
+    if dtype == "auto" and device.type == "cpu" and _has_bfloat16(device) and _float32_bytes(parts) >= LARGE:
+        half = [kind for kind in TITLES if kind in parts and main_dtype(parts[kind].tensors) == torch.bfloat16]
+        chosen |= dict.fromkeys(half, torch.bfloat16)
+    for kind in (TEXT_ENCODER, AUTOENCODER):
+        if chosen[kind] == torch.float16 or kind == AUTOENCODER and kind in parts and parts[kind].config.force_upcast:
+            chosen[kind] = torch.float32
+    return chosen
+
+
+def _float32_bytes(parts: Parts) -> int:
+    return sum(4 * tensor.numel() for kind in TITLES if kind in parts for tensor in parts[kind].tensors.values())
+
+
 def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.10
+        return any(found.get(name) for name in CPU_BFLOAT16)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:

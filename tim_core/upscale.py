@@ -1,25 +1,34 @@
 """Upscaling at native resolution: enlarge an image, add noise up to the time `strength`, and sample it at the new size.
 
-The network sees the whole image, without tiles; the paper trains at native sizes up to 4096 (section 4.1). With several stages the image
-grows by the same factor in each, and each has its own steps.
+The network sees the whole image; the paper trains at native sizes up to 4096 (section 4.1). What does not fit in memory is evaluated in
+overlapping tiles, which are blended in every step. With several stages the image grows by the same factor in each, and each has its own
+steps.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from . import schedule
 from .errors import TimError
+from .images import to_pil, to_tensor
 from .limits import MAX_FACTOR, MAX_SIDE, MAX_STAGES, MAX_STEPS, MIN_FACTOR
+
+RESIZE_METHODS = ("bicubic", "lanczos", "bilinear", "area", "nearest-exact")  # as in ComfyUI's node Upscale Image
 
 
 def target_size(width: int, height: int, new_width: int = 0, new_height: int = 0, factor: float = 2.0) -> tuple[int, int]:
-    """The target (width, height): as given; a side of 0 keeps the aspect ratio; both 0 multiply by `factor`."""
+    """The target (width, height): as given; a side of 0 keeps the aspect ratio; both 0 multiply by `factor`.
+
+    TimError if it is less than MIN_FACTOR times the size.
+    """
     for name, side in (("width", new_width), ("height", new_height)):
         if isinstance(side, bool) or not isinstance(side, int) or side < 0:
             raise TimError(f"{name}: {side} is not a whole number of pixels, or 0")
@@ -27,7 +36,11 @@ def target_size(width: int, height: int, new_width: int = 0, new_height: int = 0
         if not MIN_FACTOR <= factor <= MAX_FACTOR:
             raise TimError(f"factor: {factor} is outside {MIN_FACTOR:g} to {MAX_FACTOR:g}")
         return round(width * factor), round(height * factor)
-    return new_width or round(width * new_height / height), new_height or round(height * new_width / width)
+    target = new_width or round(width * new_height / height), new_height or round(height * new_width / width)
+    least = math.ceil(width * MIN_FACTOR), math.ceil(height * MIN_FACTOR)
+    if target[0] < least[0] or target[1] < least[1]:
+        raise TimError(f"size: {target[0]}x{target[1]} is too small for an image of {width}x{height}; use at least {least[0]}x{least[1]}")
+    return target
 
 
 def stage_sizes(size: tuple[int, int], target: tuple[int, int], stages: int, multiple: int) -> list[tuple[int, int]]:
@@ -41,7 +54,8 @@ def stage_sizes(size: tuple[int, int], target: tuple[int, int], stages: int, mul
         raise TimError(f"size: {target[0]}x{target[1]} is too small; use at least {multiple}x{multiple}")
     if max(target) > MAX_SIDE:
         raise TimError(f"size: {target[0]}x{target[1]} is over {MAX_SIDE} pixels a side; reduce factor, width or height")
-    if min(_crop(size, target)) < 1:
+    scale = max(after / before for before, after in zip(size, target))
+    if min(round(after / scale) for after in target) < 1:
         shape = f"{target[0]}x{target[1]} keeps less than a pixel of an image of {size[0]}x{size[1]}"
         raise TimError(f"size: {shape}; use a similar aspect ratio")
 
@@ -75,19 +89,74 @@ def stage_steps(steps: int | str | Sequence[int], stages: int) -> list[int]:
     return counts * stages if len(counts) == 1 else counts
 
 
-def enlarge(images: Tensor, width: int, height: int) -> Tensor:
-    """Resize (B, h, w, 3) in [0, 1] to (B, height, width, 3), bicubic; cropped at both ends if the aspect ratio differs."""
-    old_height, old_width = images.shape[1:3]
-    cut_width, cut_height = _crop((old_width, old_height), (width, height))
-    top, left = (old_height - cut_height) // 2, (old_width - cut_width) // 2
-    kept = images[:, top : top + cut_height, left : left + cut_width].movedim(-1, 1)
-    return F.interpolate(kept.float(), (height, width), mode="bicubic", antialias=True).clamp(0, 1).movedim(1, -1)
+def enlarge(images: Tensor, width: int, height: int, method: str = "bicubic") -> Tensor:
+    """Resize (B, h, w, 3) in [0, 1] to (B, height, width, 3), cropped at both ends if the aspect ratio differs.
+
+    Equal to ComfyUI's node Upscale Image with this method and crop "center"; bicubic overshoots [0, 1] at edges. TimError for an unknown
+    method.
+    """
+    if method not in RESIZE_METHODS:
+        raise TimError(f"resize_method: '{method}' is not offered; choose {', '.join(RESIZE_METHODS)}")
+    rows, columns = _crop(*images.shape[1:3], height, width)
+    images = images[:, rows, columns]
+    if method == "lanczos":
+        return torch.cat([to_tensor(to_pil(image).resize((width, height), Image.Resampling.LANCZOS)) for image in images]).to(images.device)
+    return F.interpolate(images.movedim(-1, 1).float(), (height, width), mode=method).movedim(1, -1)
 
 
-def _crop(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The (width, height) that is left of an image at the aspect ratio of `target`."""
-    scale = max(target[0] / size[0], target[1] / size[1])
-    return min(size[0], round(target[0] / scale)), min(size[1], round(target[1] / scale))
+def crop_mask(mask: Tensor, width: int, height: int) -> Tensor:
+    """The part of a mask (B, h, w) that `enlarge` keeps of its image for this size."""
+    rows, columns = _crop(*mask.shape[1:], height, width)
+    return mask[:, rows, columns]
+
+
+def _crop(old_height: int, old_width: int, height: int, width: int) -> tuple[slice, slice]:
+    """The rows and columns that have the new aspect ratio, in the middle; at least one of each."""
+    old_aspect, aspect = old_width / old_height, width / height
+    left = round((old_width - old_width * aspect / old_aspect) / 2) if old_aspect > aspect else 0
+    top = round((old_height - old_height * old_aspect / aspect) / 2) if old_aspect < aspect else 0
+    top, left = min(top, (old_height - 1) // 2), min(left, (old_width - 1) // 2)
+    return slice(top, old_height - top), slice(left, old_width - left)
+
+
+def paste(below: Tensor, above: Tensor, mask: Tensor) -> Tensor:
+    """`above` where the mask (B, h, w), resized to them, is 1, and `below` where it is 0; both are (B, H, W, 3)."""
+    mask = F.interpolate(mask[:, None].float(), below.shape[1:3], mode="bilinear").movedim(1, -1).to(below)
+    return above.to(below) * mask + below * (1 - mask)
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin that cover `length` evenly, neighbours sharing at least `overlap`; 0 alone if one is enough."""
+    count = 1 if length <= tile else math.ceil((length - overlap) / (tile - overlap))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
+
+
+def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
+    """A function of (B, C, h, w) on overlapping tiles of at most tile x tile cells -> (B, C, H, W), blended where they overlap.
+
+    Neighbours share at least a quarter of a tile, over which their weights rise and fall linearly.
+    """
+    height, width = x.shape[-2:]
+    if max(height, width) <= tile:
+        return function(x)
+    overlap = max(1, tile // 4)
+    total, weights = torch.zeros(x.shape, dtype=torch.float32, device=x.device), torch.zeros(height, width, device=x.device)
+    for top in tile_starts(height, tile, overlap):
+        for left in tile_starts(width, tile, overlap):
+            rows, columns = slice(top, min(top + tile, height)), slice(left, min(left + tile, width))
+            made = function(x[..., rows, columns])
+            weight = _ramp(rows, height, overlap)[:, None] * _ramp(columns, width, overlap)
+            total[..., rows, columns] += made * weight.to(x.device)
+            weights[rows, columns] += weight.to(x.device)
+    return (total / weights).to(x.dtype)
+
+
+def _ramp(part: slice, length: int, overlap: int) -> Tensor:
+    """Weights of a tile's cells along one side: 1, falling to 1 / (overlap + 1) at an end that is not the image's."""
+    cells = torch.arange(part.start, part.stop)
+    before = cells - part.start if part.start > 0 else torch.full_like(cells, overlap)
+    after = part.stop - 1 - cells if part.stop < length else torch.full_like(cells, overlap)
+    return (torch.minimum(before, after).clamp(max=overlap) + 1) / (overlap + 1)
 
 
 def upscale(
@@ -99,15 +168,21 @@ def upscale(
     encode: Callable[[Tensor], Tensor],
     sample: Callable[[Tensor, Tensor, int], Tensor],
     decode: Callable[[Tensor], Tensor],
+    resize: Callable[[Tensor, int, int], Tensor] = enlarge,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run images (B, h, w, 3) in [0, 1] through the stages -> images of the last size, and their latents.
 
     encode: images -> clean latents. sample(latents, times, stage): adds noise up to times[0] and samples to times[-1] = 0. decode:
-    latents -> images. strength is times[0]; all steps run, whatever it is. TimError unless it is above 0 and at most 1.
+    latents -> images. resize(images, width, height) enlarges. mask (B, h, w) of the given images: what is 0 shows the enlarged image.
+    strength is times[0]; all steps run, whatever it is. TimError unless it is above 0 and at most 1.
     """
     check_strength(strength)
     latents = torch.empty(0)
     for stage, ((width, height), count) in enumerate(zip(sizes, steps, strict=True)):
-        latents = sample(encode(enlarge(images, width, height)), schedule.uniform(count, strength), stage)
+        enlarged = resize(images, width, height)
+        latents = sample(encode(enlarged), schedule.uniform(count, strength), stage)
         images = decode(latents)
+        if mask is not None:
+            images = paste(enlarged, images, crop_mask(mask, width, height))
     return images, latents

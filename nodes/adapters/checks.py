@@ -1,10 +1,13 @@
-"""Checks of what a run is given: latents, times, sizes."""
+"""Checks of what a run is given: latents, times, sizes, and where and when its conditionings act."""
 
+import torch
+from comfy.utils import common_upscale
 from torch import Tensor
 
 from ...tim_core.errors import TimError
-from ...tim_core.weights.defaults import RELEASED_SIDES
 from .log import say
+
+EMPTY_START = 0.9  # time below which the demo model draws less from an empty latent than from time 1
 
 
 def check_latent(latent: Tensor, channels: int) -> None:
@@ -22,12 +25,63 @@ def outside_times(sigmas: Tensor) -> float | None:
 
 def check_size(model_config, noise: Tensor, options: dict) -> None:
     """Logs a line if the image is much larger or smaller than what the checkpoint is made for."""
-    config, made_for = model_config.unet_config["config"], model_config.defaults
     factor = model_config.latent_format.spacial_downscale_ratio
-    width, height = noise.shape[3] * factor, noise.shape[2] * factor
-    released = config.text_dim is not None and config.in_channels in RELEASED_SIDES and "native_size" not in model_config.record
-    reach = 16 if released else 4  # the released text-to-image model was trained from 256 to 4096 pixels a side, a class model at one size
-    ratio = width * height / (made_for.width * made_for.height)
-    if not 1 / reach <= ratio <= reach:
-        say(options, f"size: {width}x{height} is far from {made_for.width}x{made_for.height}, which this model is made for; "
-                     "expect a broken image, or use TiM Native Upscale")
+    if line := model_config.defaults.far_size(noise.shape[3] * factor, noise.shape[2] * factor):
+        say(options, line)
+
+
+def check_start(noise: Tensor, latent_image: Tensor, sigmas: Tensor, options: dict) -> None:
+    """Logs a line if the run does not begin with what the model expects at its first time: an image with that much noise."""
+    start, empty = float(sigmas[0]), not bool(latent_image.any())
+    if not bool(noise.any()) and (empty or start >= 1 - 1e-6):
+        say(options, f"noise: none is added, but sampling starts at time {start:.3g} from {'an empty latent' if empty else 'noise alone'}; "
+                     "turn add_noise on, or give a latent that another sampler left at a time below 1")
+    elif empty and start < EMPTY_START - 1e-3:
+        say(options, f"latent: empty, but sampling starts at time {start:.3g}; start at 1 (denoise 1, scheduler simple), or give an image")
+
+
+def check_areas(conds: list[dict], height: int, width: int, factor: int) -> None:
+    """TimError if the area of a conditioning, in cells of `factor` pixels, lies outside the latent of height x width cells."""
+    for cond in conds:
+        area = cond.get("area")
+        if area is not None and area[0] != "percentage" and (area[2] >= height or area[3] >= width):
+            x, y = area[3] * factor, area[2] * factor
+            raise TimError(f"conditioning: its area begins at ({x}, {y}), outside the image of {width * factor}x{height * factor}; "
+                           "move it, or make the image larger")
+
+
+def check_coverage(name: str, conds: list[dict], times: list[float], to_time, size: tuple[int, int], options: dict) -> None:
+    """Logs a line if no conditioning of the list `name` acts in a part of the image of `size` cells, or at one of the times.
+
+    to_time: from the part of the run that is over, as conditionings name their ends, to a time. Core takes nothing for what is left out.
+    """
+    if not any(key in cond for cond in conds for key in ("area", "mask", "strength", "start_percent", "end_percent")):
+        return
+    ends = [(to_time(cond.get("start_percent", 0.0)), to_time(cond.get("end_percent", 1.0))) for cond in conds]
+    ranges = torch.tensor(ends, dtype=torch.float32).tolist()  # the precision of the times
+    acting = {time: tuple(low <= time <= high for high, low in ranges) for time in times}
+    for active in dict.fromkeys(acting.values()):
+        covered = torch.zeros(size)
+        for cond in (cond for cond, acts in zip(conds, active) if acts):
+            covered += torch.ones(size) if cond.get("default") else _weights(cond, size)
+        if not bool((covered > 0).all()):
+            time = next(time for time, found in acting.items() if found == active)
+            where = "anywhere" if not covered.any() else f"in {float((covered <= 0).float().mean()):.0%} of the image"
+            return say(options, f"conditioning: no {name} prompt acts {where} at time {time:.3g}; add one without area, mask or range "
+                                "(Conditioning Combine)")
+
+
+def _weights(cond: dict, size: tuple[int, int]) -> Tensor:
+    """How strongly a conditioning acts in every cell, as core weighs it, without softened edges."""
+    weights = torch.zeros(size)
+    area = cond.get("area", (*size, 0, 0))
+    scale = size if area[0] == "percentage" else (1, 1)
+    area = area[1:] if area[0] == "percentage" else area
+    lengths, starts = area[: len(area) // 2], area[len(area) // 2 :]  # of the first two axes, also where a node for videos names three
+    height, width, y, x = (round(part * side) for pair in (lengths, starts) for part, side in zip(pair, scale))
+    weights[y : y + max(height, 1), x : x + max(width, 1)] = cond.get("strength", 1.0)
+    if (mask := cond.get("mask")) is not None:
+        mask = mask.detach().float().cpu().reshape(-1, 1, *mask.shape[-2:])
+        resized = common_upscale(mask, size[1], size[0], "bilinear", "none") if tuple(mask.shape[-2:]) != size else mask
+        weights *= resized.amax(dim=(0, 1)) * cond.get("mask_strength", 1.0)
+    return weights

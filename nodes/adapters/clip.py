@@ -16,7 +16,7 @@ from ...tim_core.finite import check_finite
 from ...tim_core.models.text_encoder import MAX_LENGTH, TextEncoder
 from ...tim_core.weights.load import load_text_encoder
 from ...tim_core.weights.parts import Parts, read_parts
-from ...tim_core.weights.save import json_tensor
+from ...tim_core.weights.write import json_tensor
 from .compat import supported_kwargs
 from .model import WholePatcher
 from .run import PADDED
@@ -42,7 +42,11 @@ class TiMTokenizer:
             raise TimError(f"CLIP: this TiM CLIP takes text only, not {', '.join(extra)}; use CLIP Text Encode")
         if kwargs.get("tokenizer_options"):
             logging.warning("TiM: tokenizer options have no effect: prompts are not padded to a minimum length")
-        ids, mask = self.encoder.tokenize([plain_text(text)])
+        text = plain_text(text)
+        unknown, line = self.encoder.unknown_words([text])
+        if unknown:
+            logging.warning(f"TiM: {line}")
+        ids, mask = self.encoder.tokenize([text])
         word = (0,) if return_word_ids else ()
         return Tokens(tim=[[(token, 1.0, *word) for token in ids[0, mask[0]].tolist()]])
 

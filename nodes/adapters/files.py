@@ -25,14 +25,29 @@ def list_folders(folder: str) -> list[str]:
     return sorted(found)
 
 
-def open_parts(folder: str, name: str, *wanted: str):
-    """Opens a listed file or folder. TimError naming it if it is not there or lacks one of the `wanted` parts."""
+def find_source(folder: str, name: str) -> str | None:
+    """What a listed name stands for: a bundled name, or the path of a file or folder. None if it is not there."""
     if name.endswith("/"):
         places = [Path(root) / name for root in folder_paths.get_folder_paths(folder)]
-        source = next((str(place) for place in places if place.is_dir()), None)
-    else:
-        source = BUNDLED_NAMES.get(name) or folder_paths.get_full_path(folder, name)
-    if source is None:
+        return next((str(place) for place in places if place.is_dir()), None)
+    return BUNDLED_NAMES.get(name) or folder_paths.get_full_path(folder, name)
+
+
+def fingerprint(folder: str, name: str | None) -> list[tuple]:
+    """Changes when the file behind a listed name, or one in the folder behind it, is replaced: a loader then runs again."""
+    if name is None or (source := find_source(folder, name)) is None:
+        return []
+    path = Path(BUNDLED.get(source, source))
+    try:
+        stats = [(str(file), file.stat()) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    except OSError:  # being replaced at this moment; loading it says more
+        return []
+    return [(file, stat.st_mtime_ns, stat.st_size, stat.st_ino) for file, stat in stats]
+
+
+def open_parts(folder: str, name: str, *wanted: str):
+    """Opens a listed file or folder. TimError naming it if it is not there or lacks one of the `wanted` parts."""
+    if (source := find_source(folder, name)) is None:
         raise TimError(f"{name}: not found in models/{folder}; choose a listed file or {', '.join(BUNDLED_NAMES)}")
     parts = read_parts(source)
     parts.require(*wanted)

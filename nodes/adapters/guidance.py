@@ -7,6 +7,7 @@ from comfy.patcher_extension import WrappersMP
 from ...tim_core.errors import TimError
 
 INTERVAL = "tim_interval"  # key of the guidance interval's wrapper
+ROUNDING = 1e-6  # of times that core computes in float32: its first time of a shifted schedule may be a little below 1
 UNGUIDED = {"cfg": 1.0, "cfg1": 1.0, "cfg2": 1.0, "neg_scale": 0.0}  # attributes of core's guiders, at values without guidance
 
 
@@ -19,9 +20,13 @@ class IntervalWrapper:
     def __init__(self, low: float, high: float):
         self.low, self.high = torch.tensor([low, high], dtype=torch.float32).tolist()  # the precision of the times
 
+    def holds(self, time: float) -> bool:
+        """Whether guidance acts at this time."""
+        return self.low + ROUNDING < time < self.high - ROUNDING
+
     def __call__(self, executor, x, timestep, *args, **kwargs):
         guider = executor.class_obj
-        if self.low < float(timestep.flatten()[0]) < self.high:
+        if self.holds(float(timestep.flatten()[0])):
             return executor(x, timestep, *args, **kwargs)
         strengths = {name: getattr(guider, name) for name in UNGUIDED if hasattr(guider, name)}
         try:

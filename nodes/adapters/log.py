@@ -1,4 +1,4 @@
-"""Log lines of which each is said once in a run."""
+"""What a run tells the user: log lines of which each is said once, and a line on the node."""
 
 import logging
 
@@ -20,6 +20,16 @@ def say(options: dict, text: str) -> None:
     if text not in said:
         said.add(text)
         logging.warning(f"TiM: {text}")
+
+
+def show_progress(text: str) -> None:
+    """Shows a line on the node that is running."""
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer  # there only in ComfyUI's own process
+
+    node, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if node is not None and server is not None:
+        server.send_progress_text(text, node.node_id)
 
 
 def log_once(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:

@@ -11,14 +11,15 @@ import torch
 from ...tim_core.errors import TimError
 from ...tim_core.finite import damaged_weight
 from ...tim_core.models.config import TransformerConfig
-from ...tim_core.models.transformer import TransitionTransformer
+from ...tim_core.models.transformer import PEAK_TENSORS, TransitionTransformer
 from ...tim_core.weights.defaults import Defaults, read_defaults
 from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
-from ...tim_core.weights.save import json_tensor
+from ...tim_core.weights.write import json_tensor
 from .log import SAID
 from .network import TiMNetwork
 from .patches import usable_patches
+from .quantized import add_scales, keep_quantized, use_quantized_layers
 from .run import install, resolve_r
 from .trace import TRACE
 
@@ -85,12 +86,13 @@ class TiMConfig(comfy.supported_models_base.BASE):
         self.latent_format = lambda: TiMLatent(config, factor, record.get("preview"))  # BASE calls it
         super().__init__({"config": config})
         self.record, self.defaults = record, defaults
-        # Estimated, not measured on a GPU: a token peaks at about 30 tensors of the hidden width (gated MLP, q, k, v), 70 KB in
-        # bfloat16 at width 1152. Core multiplies latent cells by dtype size, 0.01 MB and this factor.
-        self.memory_usage_factor = 3.3 * config.hidden_size / 1152 / config.patch_size**2
+        # Core multiplies latent cells by dtype size, 0.01 MiB and this factor.
+        self.memory_usage_factor = PEAK_TENSORS * config.hidden_size / config.patch_size**2 / (0.01 * 2**20)
 
     def get_model(self, state_dict, prefix="", device=None):
-        return TiMModel(self, device=device)
+        model = TiMModel(self, device=device)
+        self.unet_config["model_channels"] = self.unet_config["config"].hidden_size  # as core's FreeU reads it; not for the network
+        return model
 
     def process_unet_state_dict_for_saving(self, state_dict):
         return super().process_unet_state_dict_for_saving({**state_dict, "config_json": json_tensor(self.record)})
@@ -102,22 +104,29 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
     model_options: dtype, fp8_optimizations, load_device, offload_device as in core's loaders.
     """
     part = parts[TRANSFORMER]
-    weights, config = dict(part.tensors), part.config
+    config = part.config
     check_tensors(part, TransitionTransformer(config, device="meta"))  # plain layers: core's may be without weights until they load
     record = {**part.record, **config.record(), "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
     model_config = TiMConfig(config, parts.latent_factor, record, read_defaults(parts))
 
     load_device = model_options.get("load_device", mm.get_torch_device())
     offload_device = model_options.get("offload_device", mm.unet_offload_device())
-    supported = model_config.supported_inference_dtypes
-    dtype = model_options.get("dtype") or mm.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(weights), supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(weights)
-    )
-    model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, supported))
-    if model_options.get("fp8_optimizations"):
+    supported, fast = model_config.supported_inference_dtypes, bool(model_options.get("fp8_optimizations"))
+    if keeps := keep_quantized(part, model_options):
+        weights, stored, wanted = dict(part.tensors), None, None
+        use_quantized_layers(model_config, part, load_device, fast)
+    else:
+        weights = {name: part.weight(name) for name in part.tensors}
+        stored, wanted = comfy.utils.weight_dtype(weights), model_options.get("dtype")
+    parameters = comfy.utils.calculate_parameters(weights)
+    dtype = wanted or mm.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    model_config.set_inference_dtype(dtype, mm.unet_manual_cast(None if keeps else dtype, load_device, supported))
+    if fast:
         model_config.optimizations = {**model_config.optimizations, "fp8": True}
     model = model_config.get_model(weights)
     model.diffusion_model.damaged_weight = damaged_weight(weights)
+    if keeps:
+        add_scales(weights, part, model.diffusion_model)
 
     patcher = patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
     if not mm.is_device_cpu(offload_device):

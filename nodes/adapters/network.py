@@ -69,6 +69,7 @@ class TiMNetwork(TransitionTransformer):
 
     def __init__(self, config: TransformerConfig, operations, device=None, dtype=None):
         super().__init__(config, operations, device=device, dtype=dtype)
+        self.in_channels = config.in_channels  # as core's RenormCFG reads it
         self.call = Call()
         for block in self.blocks:
             block.attn.attention = ComfyAttention("attn1", self.call)

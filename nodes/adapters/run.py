@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...tim_core.errors import TimError
 from ...tim_core.finite import check_finite
-from .checks import check_latent, check_size, outside_times
-from .guidance import with_interval
+from .checks import check_areas, check_coverage, check_latent, check_size, check_start, outside_times
+from .guidance import INTERVAL, with_interval
 from .log import SAID, Said, say
 from .trace import TRACE, Trace, check_result
 
@@ -24,6 +24,12 @@ FLOW_STEPS = 30  # from time 1 to 0, for samplers that give the network no end t
 OWN_SAMPLERS = set()  # sampler functions that set TARGET themselves
 WITHOUT_EFFECT = {"control": "ControlNet", "gligen": "GLIGEN", "reference_latents": "ReferenceLatent", "guidance": "FluxGuidance",
                   "unclip_conditioning": "unCLIPConditioning"}  # keys of conditionings -> what sets them
+KNOWN_KEYS = {  # of conditionings: what core and we read of them, whatever the model
+    "area", "clip_end_percent", "clip_start_percent", "control_apply_to_uncond", "cross_attn", "default", "end_percent", "hooks", "mask",
+    "mask_strength", "model_conds", "pooled_output", "set_area_to_bounds", "start_percent", "strength", "timestep_end", "timestep_start",
+    "uuid", PADDED,
+}
+IMAGE_KEYS = {"concat_latent_image", "concat_mask"}  # of models for inpainting and editing
 
 
 def resolve_r(t: Tensor, options: dict) -> Tensor:
@@ -39,7 +45,7 @@ def resolve_r(t: Tensor, options: dict) -> Tensor:
         return t
     sigmas = options["sample_sigmas"].to(t)
     distance, index = (sigmas[:-1] - t[:, None]).abs().min(dim=1)
-    return torch.where(distance <= 1e-5, sigmas[1:][index], t)
+    return torch.where(distance <= 1e-5, torch.minimum(sigmas[1:][index], t), t)
 
 
 def _start_sampler(executor, guider, sigmas, extra_args, *args, **kwargs):
@@ -62,8 +68,12 @@ def _start_sampler(executor, guider, sigmas, extra_args, *args, **kwargs):
 def _check_stock_run(sampler, function, sigmas: Tensor, options: dict) -> None:
     name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_").removesuffix("_function")
     steps, span = len(sigmas) - 1, float(sigmas[0] - sigmas[-1])
+    rising = bool((sigmas[1:] > sigmas[:-1]).any())
     if (outside := outside_times(sigmas)) is not None:
         say(options, f"sigmas: {outside:g} is outside 0 to 1, the times of a TiM model; use TiM Scheduler, or BasicScheduler with simple")
+    elif rising and steps < round(FLOW_STEPS * abs(span)):
+        say(options, f"sigmas: they rise, and {name} takes rising steps as ordinary flow matching, which needs {FLOW_STEPS} steps or more "
+                     f"between time 0 and 1, not {steps}")
     if function is comfy.k_diffusion.sampling.sample_euler and not sampler.extra_options:
         options[TRANSITION] = True
     elif function is comfy.k_diffusion.sampling.sample_lcm:
@@ -73,7 +83,7 @@ def _check_stock_run(sampler, function, sigmas: Tensor, options: dict) -> None:
                      f"not {steps}; for few steps use TiM Sampler, euler with simple, or lcm")
 
 
-def _start_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+def _start_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
     """OUTER_SAMPLE wrapper: checks what the run was given and what it gives, and fits its conditionings.
 
     TimError for what cannot be right.
@@ -88,24 +98,63 @@ def _start_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     if type(sampling).calculate_denoised is not comfy.model_sampling.CONST.calculate_denoised:
         kind = next(base.__name__ for base in type(sampling).__mro__ if base.__module__ == comfy.model_sampling.__name__)
         raise TimError(f"model sampling: {kind} is not for flow models such as TiM; remove the node that sets it, or use ModelSamplingSD3")
+    if getattr(sampling, "noise_scale", 1.0) != 1:
+        say(options, f"noise scale: {sampling.noise_scale:g}, but TiM is trained with 1; remove ModelNoiseScale")
+    _check_sigmas(sigmas)
     check_size(model.model.model_config, noise, options)
+    check_start(noise, latent_image, sigmas, options)
+    windows = guider.model_options.pop("context_handler", None)  # the run's own copy
+    if windows is not None and noise.shape[windows.dim] > windows.context_length:
+        say(options, "context windows have no effect: they are for videos, and this model takes an image whole")
     conds = [cond for conds in guider.conds.values() for cond in conds]
-    for cond in conds:
-        for key in WITHOUT_EFFECT.keys() & cond.keys():
-            del cond[key]  # the run's own copy
-            say(options, f"{WITHOUT_EFFECT[key]} has no effect: this model has no input for it")
+    _check_keys(conds, denoise_mask is not None, options)
     _fit_conditionings(conds, latent_format.spacial_downscale_ratio)
+    check_areas(conds, *noise.shape[2:], latent_format.spacial_downscale_ratio)
+    _check_coverage(guider, sigmas, sampling, tuple(noise.shape[2:]), options)
     check_finite(latent_image, "latent before sampling", advice=["a lower cfg or float32 in the node that made it"])
     for cond in conds:
         if cond.get("cross_attn") is not None:
             check_finite(cond["cross_attn"], "conditioning", advice=["CLIP Text Encode with the CLIP of this checkpoint"])
     options[TRACE] = trace = Trace(sigmas)
     try:
-        latent = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        latent = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     finally:
         options.pop(TRACE, None)  # ComfyUI keeps a GUIDER, with its options, after the run
     check_result(latent, trace, model, options)
     return latent
+
+
+def _check_sigmas(sigmas: Tensor) -> None:
+    """TimError for times that no sampler can use."""
+    if not bool(sigmas.isfinite().all()):
+        found = ", ".join(f"{sigma:g}" for sigma in sigmas[:4].tolist())
+        raise TimError(f"sigmas: {found} are no times; use another scheduler, or more steps")
+    if float(sigmas[-1]) >= 1 - 1e-6:
+        raise TimError(f"sigmas: they end at {float(sigmas[-1]):g}, pure noise, from which ComfyUI cannot make a latent; end below 1")
+
+
+def _check_keys(conds: list[dict], masked: bool, options: dict) -> None:
+    """Takes off the run's copies of the conditionings what has no effect, with a log line for each kind."""
+    unknown = set()
+    for cond in conds:
+        for key in WITHOUT_EFFECT.keys() & cond.keys():
+            del cond[key]
+            say(options, f"{WITHOUT_EFFECT[key]} has no effect: this model has no input for it")
+        if not masked and IMAGE_KEYS & cond.keys():
+            say(options, "the image in the conditioning has no effect: this model has no input for it; for inpainting give the sampler's "
+                         "latent a noise mask")
+        unknown |= cond.keys() - KNOWN_KEYS - IMAGE_KEYS
+    if names := sorted(str(key) for key in unknown):
+        say(options, f"conditioning: {', '.join(names)} has no effect: this model has no input for it")
+
+
+def _check_coverage(guider, sigmas: Tensor, sampling, size: tuple[int, int], options: dict) -> None:
+    """Logs a line for a positive or negative that leaves out a part of the image or of the run."""
+    (interval,) = guider.model_patcher.get_wrappers(WrappersMP.PREDICT_NOISE, INTERVAL)
+    times = sigmas[:-1].tolist()
+    guided = [] if getattr(guider, "cfg", 2.0) == 1 else [time for time in times if interval.holds(time)]
+    for name, conds in guider.conds.items():
+        check_coverage(name, conds, times if name == "positive" else guided, sampling.percent_to_sigma, size, options)
 
 
 def _fit_conditionings(conds: list[dict], factor: int) -> None:

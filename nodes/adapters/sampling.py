@@ -1,9 +1,11 @@
 """TiM's sampler as a SAMPLER, sampling of LATENTs through core's guider, progress, and latent helpers."""
 
 import logging
+import math
 
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -12,6 +14,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...tim_core import schedule
 from ...tim_core.errors import TimError
 from ...tim_core.sampler import MODES, fresh_noise, sample
 from .checks import outside_times
@@ -19,6 +22,10 @@ from .compat import supported_kwargs
 from .guidance import with_limits
 from .model import size_multiple, tim_model
 from .run import OWN_SAMPLERS, TARGET
+
+
+class ShiftedSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """The model sampling of a flow model whose times are shifted."""
 
 
 def with_target(extra_args: dict, r: float) -> dict:
@@ -33,8 +40,7 @@ def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable
     """tim_core's sampler with the signature of a k-diffusion sampler; `model` applies the guidance itself."""
     extra_args = extra_args or {}
     tim_model(model.inner_model.model_patcher)
-    if (outside := outside_times(sigmas)) is not None:
-        raise TimError(f"sigmas: {outside:g} is outside 0 to 1, the times of a TiM model; use TiM Scheduler, or BasicScheduler with simple")
+    check_sigmas(sigmas)
 
     def network(x, t, r, _):
         mm.throw_exception_if_processing_interrupted()
@@ -73,13 +79,12 @@ def sample_latent(
     """Samples a LATENT from times[0], to which noise is added, to times[-1]; unfinished latents are scaled as core scales them.
 
     interval: limits of the guidance interval; 0 and 1 keep the model's own, see `with_limits`.
-    The times are shifted where a node such as ModelSamplingSD3 has set a shift, as KSampler's are.
+    times: of the steps, as they are; see `time_grid`.
     Runs through core's guider: masks, areas, hooks, LoRAs and previews work as in KSampler. With add_noise off the latent must come
     from another sampler that stopped at times[0]. `callback` replaces core's progress bar and previews.
     """
     tim_model(model)
     model = with_limits(model, *interval)
-    times = shifted_times(model, times)
     ratio = {"downscale_ratio_spacial": latent.get("downscale_ratio_spacial")}
     samples = latent["samples"]
     samples = comfy.sample.fix_empty_latent_channels(model, samples, **supported_kwargs(comfy.sample.fix_empty_latent_channels, **ratio))
@@ -88,7 +93,7 @@ def sample_latent(
         comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if add_noise else torch.zeros_like(samples),
         cfg,
         transition_sampler(stochasticity=stochasticity),
-        times.float(),
+        times,
         positive,
         negative,
         samples,
@@ -101,15 +106,48 @@ def sample_latent(
     return {**rest, "samples": samples}
 
 
-def shifted_times(model, times: Tensor) -> Tensor:
-    """The times as the MODEL's sampling shifts them, unchanged by default. TimError if the shift leaves no falling times."""
-    sampling = model.get_model_object("model_sampling")
+def time_grid(model, steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
+    """Equal steps, shifted as the MODEL's sampling shifts them (ModelSamplingSD3), float32. TimError if the shift leaves no falling times.
+
+    Equal to KSampler's `simple` times, bit for bit, on the grid that both have.
+    """
+    tim_model(model)
+    sampling, times = model.get_model_object("model_sampling"), schedule.uniform(steps, start, end).float()
     if not hasattr(sampling, "shift"):
         return times  # not a flow model's: refused when the run starts
-    shifted = sampling.sigma(sampling.timestep(times.double()))
+    shifted = sampling.sigma(sampling.timestep(times))
     if not bool((shifted[1:] < shifted[:-1]).all()):
-        raise TimError(f"shift: {sampling.shift:g} leaves no falling times; choose a shift such as 3 in the node that sets it")
+        raise TimError(f"shift: {sampling.shift:g} leaves no falling times; choose a shift such as 3")
     return shifted
+
+
+def with_shift(model, shift: float) -> comfy.model_patcher.ModelPatcher:
+    """The model for shift 1, else a clone that samples with this shift, as ModelSamplingSD3 makes one."""
+    inner = tim_model(model)
+    if not (shift > 0 and math.isfinite(shift)):
+        raise TimError(f"shift: {shift} is not a number above 0; use 1 for the model's own times")
+    before = model.get_model_object("model_sampling")
+    if shift == 1 or not hasattr(before, "shift"):  # not a flow model's: refused when the run starts
+        return model
+    sampling = ShiftedSampling(inner.model_config)
+    sampling.set_parameters(shift=shift)
+    if hasattr(before, "noise_scale"):
+        sampling.set_noise_scale(before.noise_scale)
+    model = model.clone()
+    model.add_object_patch("model_sampling", sampling)
+    return model
+
+
+def check_sigmas(sigmas: Tensor) -> Tensor:
+    """A SIGMAS as times. TimError unless they are at least two, falling, and from 0 to 1."""
+    if (outside := outside_times(sigmas)) is not None:
+        raise TimError(f"sigmas: {outside:g} is outside 0 to 1, the times of a TiM model; use TiM Scheduler, or BasicScheduler with simple")
+    if len(sigmas) < 2:
+        raise TimError(f"sigmas: {len(sigmas)} given; at least two are needed, for one step")
+    for before, after in zip(sigmas.tolist(), sigmas[1:].tolist()):
+        if after >= before:
+            raise TimError(f"sigmas: {after:g} follows {before:g}; each must be smaller than the one before")
+    return sigmas
 
 
 def shared_progress(model, steps: int):
@@ -131,23 +169,17 @@ def count_evaluations(model) -> tuple[comfy.model_patcher.ModelPatcher, list[int
     return model, rows
 
 
+def fitting_size(model, width: int, height: int) -> tuple[int, int]:
+    """Width and height in pixels, rounded to multiples of size_multiple, at least one of it."""
+    multiple = size_multiple(model)
+    return max(1, int(width / multiple + 0.5)) * multiple, max(1, int(height / multiple + 0.5)) * multiple
+
+
 def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
-    """A LATENT of zeros for images of width x height pixels, rounded to size_multiple; the log says when that changes the size."""
+    """A LATENT of zeros for images of width x height pixels, rounded to fit; the log says when that changes the size."""
     inner = tim_model(model)
-    factor, multiple = inner.latent_format.spacial_downscale_ratio, size_multiple(model)
-    rounded = [max(1, int(side / multiple + 0.5)) * multiple for side in (width, height)]
-    if rounded != [width, height]:
-        logging.info(f"Empty TiM Latent: {width}x{height} rounded to {rounded[0]}x{rounded[1]}, multiples of {multiple}")
-    shape = (batch_size, inner.latent_format.latent_channels, rounded[1] // factor, rounded[0] // factor)
+    factor, size = inner.latent_format.spacial_downscale_ratio, fitting_size(model, width, height)
+    if size != (width, height):
+        logging.info(f"Empty TiM Latent: {width}x{height} rounded to {size[0]}x{size[1]}, multiples of {size_multiple(model)}")
+    shape = (batch_size, inner.latent_format.latent_channels, size[1] // factor, size[0] // factor)
     return {"samples": torch.zeros(shape, device=mm.intermediate_device()), "downscale_ratio_spacial": factor}
-
-
-def first_of_batch(latent: dict) -> dict:
-    """The first latent of a batch, with its own noise mask and batch_index."""
-    first = {name: latent[name][:1] for name in ("samples", "noise_mask", "batch_index") if name in latent}
-    return {**latent, **first}
-
-
-def as_batch(images: list[Tensor]) -> Tensor:
-    """Images (H, W, 3) as one IMAGE (B, H, W, 3)."""
-    return torch.stack(images)

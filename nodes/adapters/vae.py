@@ -14,7 +14,7 @@ from ...tim_core.finite import check_finite
 from ...tim_core.models.autoencoder import STRIDE, TILE, Autoencoder
 from ...tim_core.weights.load import cast, check_tensors
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
-from ...tim_core.weights.save import json_tensor
+from ...tim_core.weights.write import json_tensor
 from .checks import check_latent
 from .model import WholePatcher, is_dynamic, patcher_class
 
@@ -65,14 +65,15 @@ class TiMVAE(comfy.sd.VAE):
         self.disable_offload = any(stage.norm == "batch_norm" for stage in (*config.encoder, *config.decoder))
         self.latent_channels = config.latent_channels
         self.downscale_ratio = self.upscale_ratio = config.factor
-        self.memory_used_encode = lambda shape, dtype: network.peak_bytes(shape[2], shape[3], dtype)
-        self.memory_used_decode = lambda shape, dtype: network.peak_bytes(shape[2] * config.factor, shape[3] * config.factor, dtype)
+        factor, device = config.factor, self.device
+        self.memory_used_encode = lambda shape, dtype: network.peak_bytes(shape[2], shape[3], dtype, device)
+        self.memory_used_decode = lambda shape, dtype: network.peak_bytes(shape[2] * factor, shape[3] * factor, dtype, device)
 
         if hasattr(mm, "archive_model_dtypes"):
             mm.archive_model_dtypes(self.first_stage_model)
         chosen = WholePatcher if self.disable_offload else patcher_class(disable_dynamic)
         self.patcher = chosen(self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device())
-        weights = {name: cast(name, tensor, self.vae_dtype, "cpu") for name, tensor in part.tensors.items()}
+        weights = {name: cast(name, part.weight(name), self.vae_dtype, "cpu") for name in part.tensors}
         self.first_stage_model.load_state_dict(weights, strict=False, assign=is_dynamic(self.patcher))
         self.patcher.cached_patcher_init = reload
         if hasattr(self, "model_size"):

@@ -13,11 +13,15 @@ DESCRIPTION = """\
 Convert weights (TiM transformer, Gemma 3, DC-AE, or several in one file) to
 one safetensors file. SRC is a .bin, .pt or .safetensors file, or a Hugging
 Face folder. Other tensors are left out and listed. A LoRA gets the key names
-that ComfyUI reads."""
+that ComfyUI reads. The same SRC and options give the same bytes.
+
+--dtype is for whatever SRC holds alone; in a file of several parts the VAE
+keeps its own dtype unless --vae-dtype is given."""
 
 EXAMPLES = """\
 examples:
   tim convert t2i_model.bin transformer.safetensors --dtype bf16
+  tim convert t2i_model.bin transformer-fp8.safetensors --dtype fp8
   tim convert pytorch_lora_weights.safetensors lora.safetensors"""
 
 
@@ -31,4 +35,6 @@ def run(args: argparse.Namespace) -> None:
     from ..weights.save import convert
 
     options.warn_of_replacing(args.target)
-    print(convert(args.source, args.target, options.storage_dtype(args.dtype)))
+    with options.report_bytes(args.target) as report:
+        made = convert(args.source, args.target, **options.storage(args), report=report)
+    print(made)

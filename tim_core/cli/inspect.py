@@ -10,17 +10,21 @@ from .failures import print_error
 SUMMARY = "describe weight files"
 
 DESCRIPTION = """\
-Describe weight files: parts, architecture, dtypes, and how they were trained. No code in a file is run.
-A file that cannot be read gives one error line; the others are still described."""
+Describe weight files: size, parts, architecture, dtypes, where a file belongs
+in ComfyUI and on the command line, what an image still needs, and how the
+weights were trained. No code in a file is run. A file that cannot be read
+gives one error line; the others are still described."""
 
 EXAMPLES = """\
 examples:
   tim inspect tim-shapes
-  tim inspect downloads/*.safetensors"""
+  tim inspect downloads/*.safetensors
+  tim inspect tim-t2i --json              a folder of parts, for scripts"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="file, folder in Hugging Face layout, or bundled name")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="file, folder of one or several parts, or bundled name")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line and file (default: text)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     code = 0
     for file in args.files:
         try:
-            text = str(describe(file))
+            description = describe(file)
+            text = description.as_json() if args.json else str(description)
         except TimError as error:
             code = print_error(str(error), args)
         except Exception as error:  # still describe the other files

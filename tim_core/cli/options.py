@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
                        help="add a LoRA (default strength: 1); may be repeated (default: none)")
     group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 or mps (default: auto, the GPU if there is one)")
     group.add_argument("--dtype", default="auto", metavar="T",
-                       help="float32 (fp32), bfloat16 (bf16) or float16 (fp16) (default: auto, float32 on a CPU, bfloat16 on a GPU)")
+                       help="float32 (fp32), bfloat16 (bf16) or float16 (fp16) (default: auto: bfloat16 on a GPU; on a CPU float32, or as "
+                       "stored for a large model where the CPU computes in bfloat16)")
     group.add_argument("--tile", type=tile, default="auto", metavar="T",
                        help="decode in tiles: auto (where memory is short), off, or their side in pixels (default: auto)")
     group.add_argument("--attention", default="auto", choices=["auto", "sdpa", "flash"],
@@ -114,7 +116,10 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", metavar="D", help="float32 (fp32), bfloat16 (bf16) or float16 (fp16) (default: as stored)")
+    parser.add_argument("--dtype", metavar="D",
+                        help="dtype of transformer and text model: fp32, bf16, fp16 (or the long names), or fp8: the transformer's "
+                        "large weights as float8_e4m3fn with scales, the rest in bfloat16 (default: as stored)")
+    parser.add_argument("--vae-dtype", metavar="D", help="dtype of the VAE in a file of several parts: fp32 or bf16 (default: as stored)")
 
 
 # Values
@@ -189,11 +194,31 @@ def timed(pipe, prompts: list[str], steps: int | None, times: str | None = None,
     return images, time.perf_counter() - started
 
 
-def storage_dtype(name: str | None):
-    if name is None:
-        return None
-    from ..pipeline import DTYPES
+def storage(args: argparse.Namespace) -> dict:
+    """The dtypes of `add_dtype`, as `pack` and `convert` take them."""
+    from ..weights.save import STORAGE_DTYPES
 
-    if name not in DTYPES:
-        raise TimError(f"--dtype: '{name}' is unknown; choose from {', '.join(DTYPES)}")
-    return DTYPES[name]
+    chosen = {"dtype": args.dtype, "vae_dtype": args.vae_dtype}
+    for option, name in chosen.items():
+        if name is not None and name not in STORAGE_DTYPES:
+            raise TimError(f"--{option.replace('_', '-')}: '{name}' is unknown; choose from {', '.join(STORAGE_DTYPES)}")
+    return {option: None if name is None else STORAGE_DTYPES[name] for option, name in chosen.items()}
+
+
+@contextmanager
+def report_bytes(path: Path) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar in bytes -> what to call with the bytes written so far and in all."""
+    from tqdm import tqdm
+
+    bars = []  # one, made by the first call: errors come before it
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()

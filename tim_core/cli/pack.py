@@ -11,7 +11,11 @@ SUMMARY = "join three parts in one file"
 
 DESCRIPTION = """\
 Join a transformer, a text model and an autoencoder in one file, for `--model`
-and for Load TiM Checkpoint in ComfyUI."""
+and for Load TiM Checkpoint in ComfyUI. The same files and options give the
+same bytes.
+
+--dtype is for the transformer and the text model. The VAE keeps its own dtype
+unless --vae-dtype is given: the official code decodes in float32."""
 
 EXAMPLES = """\
 example:
@@ -33,4 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     options.warn_of_replacing(args.target)
     sources = {"model": args.model, "text-encoder": args.text_encoder, "vae": args.vae}
-    print(pack({name: source for name, source in sources.items() if source is not None}, args.target, options.storage_dtype(args.dtype)))
+    parts = {name: source for name, source in sources.items() if source is not None}
+    with options.report_bytes(args.target) as report:
+        made = pack(parts, args.target, **options.storage(args), report=report)
+    print(made)

@@ -19,12 +19,12 @@ keeps the image, a high one redraws more of it; all steps run either way."""
 
 EXAMPLES = """\
 examples:
-  tim upscale small.png "three squares" --strength 0.3       twice as large
-  tim upscale small.png "three squares" --size 128x128 --strength 0.3 \\
+  tim upscale small.png "three squares"                      twice as large
+  tim upscale small.png "three squares" --size 128x128 --strength 0.2 \\
     --steps 8 -o large.png
 
-For the demo model keep the strength at or below 0.3 and the size at or below
-128x128."""
+For the demo model keep the strength at or below 0.3, its default, and the size
+at or below 128x128."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=options.size, metavar="WxH",
                         help="target size in pixels; cropped if the aspect ratio differs (default: --factor)")
     parser.add_argument("--factor", type=options.number, default=2.0, metavar="F",
-                        help="enlargement factor, 0.25 to 16, ignored with --size (default: 2)")
+                        help="enlargement factor, 0.5 to 16, ignored with --size (default: 2)")
     parser.add_argument("--steps", default="4", metavar="N", help="number of steps, or one per stage: 8,4 (default: 4)")
     parser.add_argument("--stages", type=options.whole, default=1, metavar="K",
                         help="number of enlargements, by equal factors (default: 1)")
-    parser.add_argument("--strength", type=options.number, default=0.5, metavar="T",
-                        help="time up to which noise is added, above 0, up to 1 (default: 0.5)")
+    parser.add_argument("--strength", type=options.number, metavar="T",
+                        help="time up to which noise is added, above 0, up to 1 (default: the model's, else 0.5)")
     parser.add_argument("-o", "--output", type=Path, default=Path("upscaled.png"), metavar="FILE",
                         help="image to write, .png, .jpg or .webp (default: upscaled.png)")
 
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
 
     width, height = args.size or (0, 0)
     total = sum(stage_steps(args.steps, args.stages))
-    check_strength(args.strength)
+    if args.strength is not None:
+        check_strength(args.strength)
     options.check_sampling(args, [total])
     size = image_size(args.image)
     wanted = target_size(*size, width, height, args.factor)

@@ -3,7 +3,9 @@
 Parameter names are those of diffusers' AutoencoderDC, so its checkpoints load as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,56 @@ from ..errors import TimError
 from .config import AutoencoderConfig, StageConfig
 
 Pair = tuple[int, int]
+CPU_BAND, GPU_BAND = 8 * 2**20, 128 * 2**20  # bytes of the widest tensor of a band; on a CPU it stays in the cache
+
+
+def _infers(module: nn.Module) -> bool:
+    """Whether tensors may be overwritten and work be done in bands of rows: nothing is differentiated, no batch norm learns."""
+    return not torch.is_grad_enabled() and not module.training
+
+
+def _bands(x: Tensor, channels: int) -> Iterator[tuple[slice, int, int]]:
+    """Images, top and bottom row of the bands of x, in each of which a tensor of `channels` channels takes CPU_BAND or GPU_BAND bytes."""
+    height = x.shape[-2]
+    row = channels * x.shape[-1] * x.element_size()
+    budget = CPU_BAND if x.device.type == "cpu" else GPU_BAND
+    if len(x) * height * row <= budget:
+        yield slice(None), 0, height
+        return
+    count = -(-height // max(4, budget // row))
+    for image in range(len(x)):
+        for i in range(count):
+            yield slice(image, image + 1), i * height // count, (i + 1) * height // count
+
+
+def _rows(x: Tensor, top: int, bottom: int) -> Tensor:
+    """Rows top to bottom of x, zero where they lie outside."""
+    above, below = max(-top, 0), max(bottom - x.shape[-2], 0)
+    return _pad_rows(x[..., top + above : bottom - below, :], above, below)
+
+
+def _pad_rows(x: Tensor, above: int = 1, below: int = 1) -> Tensor:
+    return F.pad(x, (0, 0, above, below)) if above or below else x
+
+
+def _overwrite(
+    x: Tensor, expand: Callable[[Tensor], Tensor], contract: Callable[[Tensor], Tensor], halo: int, channels: int
+) -> Tensor:
+    """x + contract(expand(x)), written over x band by band.
+
+    expand: rows of x, with `halo` more above and below -> rows of up to `channels` channels; contract: these, with one more row above
+    and below -> what is added to x. Rows outside the image are zero for both.
+    """
+    height, held = x.shape[-2], x[..., :0, :]
+    for images, top, bottom in _bands(x, channels):
+        band, end = x[images], min(bottom + 1, height)
+        start = top + 1 if top else 0  # rows before were expanded for the band above
+        expanded = _pad_rows(expand(_rows(band, start - halo, end + halo)), not top, bottom == height)
+        if top:
+            expanded = torch.cat((held, expanded), -2)
+        held = expanded[..., -2:, :].clone()  # the band below needs them, and not the rest
+        band[..., top:bottom, :].add_(contract(expanded))
+    return x
 
 
 class ChannelRMSNorm(nn.Module):
@@ -28,6 +80,13 @@ class ChannelRMSNorm(nn.Module):
         weight, bias = self.weight.to(x)[:, None, None], self.bias.to(x)[:, None, None]
         return (x * scale).to(x.dtype) * weight + bias
 
+    def overwrite(self, x: Tensor) -> Tensor:
+        """The norm of x; it may be written over x."""
+        rows = x.movedim(1, -1).to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        scale = length.square_().div_(rows.shape[-1]).add_(1e-5).rsqrt_()
+        return torch.addcmul(self.bias.to(rows), rows.mul_(scale), self.weight.to(rows), out=rows).to(x.dtype).movedim(-1, 1)
+
 
 def _norm(kind: str, channels: int, device, dtype) -> nn.Module:
     if kind == "batch_norm":
@@ -35,18 +94,34 @@ def _norm(kind: str, channels: int, device, dtype) -> nn.Module:
     return ChannelRMSNorm(channels, device, dtype)
 
 
+def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), which may be written over x."""
+    return norm.overwrite(x) if isinstance(norm, ChannelRMSNorm) else norm(x)
+
+
+def _activate(activation: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """activation(x), written over x where nothing is differentiated."""
+    return activation(x, inplace=True) if activation is not F.gelu and not torch.is_grad_enabled() else activation(x)
+
+
 class ResBlock(nn.Module):
-    """conv - activation - conv - norm, plus the input."""
+    """conv - activation - conv - norm, plus the input; over which the result is written in inference, as in every block here."""
 
     def __init__(self, channels: int, norm: str, activation: str, operations, device=None, dtype=None):
         super().__init__()
-        self.activation = getattr(F, activation)
-        self.conv1 = operations.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
-        self.conv2 = operations.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype)
+        self.channels, self.activation = channels, getattr(F, activation)
+        # rows are padded by hand, so that bands have the rows that they need and no others
+        self.conv1 = operations.Conv2d(channels, channels, 3, padding=(0, 1), device=device, dtype=dtype)
+        self.conv2 = operations.Conv2d(channels, channels, 3, padding=(0, 1), bias=False, device=device, dtype=dtype)
         self.norm = _norm(norm, channels, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv2(self.activation(self.conv1(x))))
+        if _infers(self):
+            return _overwrite(x, self._expand, lambda h: _normalize(self.norm, self.conv2(h)), 1, self.channels)
+        return x + self.norm(self.conv2(_pad_rows(self._expand(_pad_rows(x)))))
+
+    def _expand(self, x: Tensor) -> Tensor:
+        return _activate(self.activation, self.conv1(x))
 
 
 class MultiscaleProjection(nn.Module):
@@ -82,23 +157,24 @@ class LinearAttention(nn.Module):
         batch, _, height, width = x.shape
         rows = x.movedim(1, -1)                                                                     # (B, H, W, C)
         qkv = torch.cat([self.to_q(rows), self.to_k(rows), self.to_v(rows)], -1).movedim(-1, 1)     # (B, 3C, H, W)
-        qkv = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], 1)                # (B, 3C * scales, H, W)
-        linear = height * width > self.head_dim
-        if linear:
-            qkv = qkv.float()
+        scales = [qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)]
         # each run of 3 * head_dim channels is one head's q, k, v, even across the q | k | v border: the trained layout
-        q, k, v = qkv.reshape(batch, -1, 3 * self.head_dim, height * width).chunk(3, 2)             # (B, heads, head_dim, HW)
+        out = torch.cat([self._attend(one.reshape(batch, -1, 3 * self.head_dim, height * width)) for one in scales], 1)
+        out = self.to_out(out.reshape(batch, -1, height, width).movedim(1, -1)).movedim(-1, 1)
+        return x.add_(_normalize(self.norm_out, out)) if _infers(self) else x + self.norm_out(out)
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """(B, heads, 3 * head_dim, HW) -> (B, heads, head_dim, HW)."""
+        dtype, linear = qkv.dtype, qkv.shape[-1] > self.head_dim
+        q, k, v = (qkv.float() if linear else qkv).chunk(3, 2)
         q, k = F.relu(q), F.relu(k)
-        if linear:
-            v = F.pad(v, (0, 0, 0, 1), value=1.0)                                                   # a row of ones sums the weights
-            out = (v @ k.transpose(-1, -2)) @ q
-            out = (out[:, :, :-1] / (out[:, :, -1:] + 1e-15)).to(x.dtype)
-        else:
+        if not linear:
             scores = (k.transpose(-1, -2) @ q).float()
             scores = scores / (scores.sum(2, keepdim=True) + 1e-15)
-            out = v @ scores.to(v.dtype)
-        out = out.reshape(batch, -1, height, width).movedim(1, -1)
-        return x + self.norm_out(self.to_out(out).movedim(-1, 1))
+            return v @ scores.to(v.dtype)
+        v = F.pad(v, (0, 0, 0, 1), value=1.0)                                                       # a row of ones sums the weights
+        out = (v @ k.transpose(-1, -2)) @ q
+        return (out[:, :, :-1] / (out[:, :, -1:] + 1e-15)).to(dtype)
 
 
 class GatedConv(nn.Module):
@@ -106,15 +182,24 @@ class GatedConv(nn.Module):
 
     def __init__(self, channels: int, operations, device=None, dtype=None):
         super().__init__()
-        hidden, factory = 4 * channels, {"device": device, "dtype": dtype}
-        self.conv_inverted = operations.Conv2d(channels, 2 * hidden, 1, **factory)
-        self.conv_depth = operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **factory)
-        self.conv_point = operations.Conv2d(hidden, channels, 1, bias=False, **factory)
+        self.hidden, factory = 4 * channels, {"device": device, "dtype": dtype}
+        self.conv_inverted = operations.Conv2d(channels, 2 * self.hidden, 1, **factory)
+        self.conv_depth = operations.Conv2d(2 * self.hidden, 2 * self.hidden, 3, padding=(0, 1), groups=2 * self.hidden, **factory)
+        self.conv_point = operations.Conv2d(self.hidden, channels, 1, bias=False, **factory)
         self.norm = ChannelRMSNorm(channels, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, 1)
-        return x + self.norm(self.conv_point(h * F.silu(gate)))
+        if _infers(self):
+            return _overwrite(x, self._expand, lambda h: _normalize(self.norm, self._contract(h)), 0, 2 * self.hidden)
+        return x + self.norm(self._contract(_pad_rows(self._expand(x))))
+
+    def _expand(self, x: Tensor) -> Tensor:
+        return _activate(F.silu, self.conv_inverted(x))
+
+    def _contract(self, x: Tensor) -> Tensor:
+        h, gate = self.conv_depth(x).chunk(2, 1)
+        gate = _activate(F.silu, gate)
+        return self.conv_point(h * gate if torch.is_grad_enabled() else gate.mul_(h))
 
 
 class EfficientViTBlock(nn.Module):
@@ -135,17 +220,66 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, out_channels: int, kind: str, shortcut: bool, operations, device=None, dtype=None):
         super().__init__()
         self.unshuffle, self.shortcut, self.out_channels = kind == "pixel_unshuffle", shortcut, out_channels
-        self.conv = operations.Conv2d(
-            channels, out_channels // 4 if self.unshuffle else out_channels, 3, stride=1 if self.unshuffle else 2, padding=1,
-            device=device, dtype=dtype)
+        if self.unshuffle:
+            self.conv = operations.Conv2d(channels, out_channels // 4, 3, padding=(0, 1), device=device, dtype=dtype)
+        else:
+            self.conv = operations.Conv2d(channels, out_channels, 3, stride=2, padding=1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv(x)
-        if self.unshuffle:
-            out = F.pixel_unshuffle(out, 2)
-        if self.shortcut:
-            out = out + F.pixel_unshuffle(x, 2).unflatten(1, (self.out_channels, -1)).mean(2)
+        if not _infers(self):
+            out = F.pixel_unshuffle(self.conv(_pad_rows(x)), 2) if self.unshuffle else self.conv(x)
+            return out + self._shortcut(x) if self.shortcut else out
+        out = _empty_like(x, self.out_channels, x.shape[-2] // 2, x.shape[-1] // 2) if self.unshuffle else self.conv(x)
+        for images, top, bottom in _bands(out, 4 * max(self.out_channels // 4, x.shape[1])):
+            band = out[images, :, top:bottom]
+            if self.unshuffle:
+                band.copy_(F.pixel_unshuffle(self.conv(_rows(x[images], 2 * top - 1, 2 * bottom + 1)), 2))
+            if self.shortcut:
+                band.add_(self._shortcut(x[images, :, 2 * top : 2 * bottom]))
         return out
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x, 2).unflatten(1, (self.out_channels, -1)).mean(2)
+
+
+@cache
+def _enlarging(conv: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    """The layer conv(F.interpolate(x, scale_factor=2)) for a 3x3 convolution.
+
+    In inference it runs 2x2 kernels on x itself, with 4/9 of the products: of three neighbours along an axis two are the same pixel of x.
+    """
+
+    class Enlarging(conv):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if torch.is_grad_enabled() or x.shape[-2] * x.shape[-1] < MIN_PIXELS:
+                return super()._conv_forward(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias)
+            kernels, bias = _phase_kernels(weight), None if bias is None else bias.repeat(4)
+            out = _empty_like(x, len(weight), 2 * x.shape[-2], 2 * x.shape[-1])
+            for images, top, bottom in _bands(x, len(kernels)):
+                padded = F.pad(_rows(x[images], top - 1, bottom + 1), (1, 1))
+                made = F.conv2d(padded, kernels, bias).unflatten(1, (4, -1))  # has one row and one column more than x
+                for row, column in product((0, 1), repeat=2):
+                    phase = made[:, 2 * row + column, :, row : row + bottom - top, column : column + x.shape[-1]]
+                    out[images, :, 2 * top + row : 2 * bottom : 2, column::2] = phase
+            return out
+
+    return Enlarging
+
+
+MIN_PIXELS = 1024  # of an image to enlarge; with fewer, adding the weights takes longer than it saves
+
+
+def _phase_kernels(weight: Tensor) -> Tensor:
+    """Kernels (O, I, 3, 3) for an enlarged image -> (4 * O, I, 2, 2) for the image: even rows (even, odd columns), odd rows."""
+    sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=weight.device)  # phase, tap, tap of the 3x3 kernel
+    sums = torch.einsum("apr,bqs->rsabpq", sums, sums).reshape(9, 16)
+    return (weight.flatten(2) @ sums.to(weight)).unflatten(-1, (4, 2, 2)).movedim(2, 0).flatten(0, 1)
+
+
+def _empty_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Memory for a tensor of another size in x's layout."""
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return torch.empty((len(x), channels, height, width), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 class Upsample(nn.Module):
@@ -154,17 +288,34 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, out_channels: int, kind: str, shortcut: bool, operations, device=None, dtype=None):
         super().__init__()
         self.interpolate, self.repeats = kind == "interpolate", 4 * out_channels // channels if shortcut else 0
-        self.conv = operations.Conv2d(
-            channels, out_channels if self.interpolate else 4 * out_channels, 3, padding=1, device=device, dtype=dtype)
+        self.out_channels = out_channels
+        if self.interpolate:
+            self.conv = _enlarging(operations.Conv2d)(channels, out_channels, 3, padding=1, device=device, dtype=dtype)
+        else:
+            self.conv = operations.Conv2d(channels, 4 * out_channels, 3, padding=(0, 1), device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.interpolate:
-            out = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        else:
-            out = F.pixel_shuffle(self.conv(x), 2)
-        if self.repeats:
-            out = out + F.pixel_shuffle(x.repeat_interleave(self.repeats, 1), 2)
+        if not _infers(self):
+            out = self.conv(x) if self.interpolate else F.pixel_shuffle(self.conv(_pad_rows(x)), 2)
+            return out + self._shortcut(x) if self.repeats else out
+        out = self.conv(x) if self.interpolate else _empty_like(x, self.out_channels, 2 * x.shape[-2], 2 * x.shape[-1])
+        if self.interpolate and not self.repeats:
+            return out
+        for images, top, bottom in _bands(x, 4 * self.out_channels):
+            band = out[images, :, 2 * top : 2 * bottom]
+            if not self.interpolate:
+                band.copy_(F.pixel_shuffle(self.conv(_rows(x[images], top - 1, bottom + 1)), 2))
+            if self.repeats:
+                band.add_(self._shortcut(x[images, :, top:bottom]))
         return out
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(x.repeat_interleave(self.repeats, 1), 2)
+
+
+def _as_computed(x: Tensor) -> Tensor:
+    """x in the layout in which inference is fastest: channels last on a CPU and on CUDA."""
+    return x if torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda") else x.contiguous(memory_format=torch.channels_last)
 
 
 def _blocks(stage: StageConfig, head_dim: int, operations, device, dtype) -> list[nn.Module]:
@@ -193,9 +344,10 @@ class Encoder(nn.Module):
         self.latent_channels, self.shortcut = config.latent_channels, config.out_shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(_as_computed(x))
         for stage in self.down_blocks:
-            x = stage(x)
+            for block in stage:  # one by one, so that no name holds a tensor that is not needed any more
+                x = block(x)
         out = self.conv_out(x)
         return out + x.unflatten(1, (self.latent_channels, -1)).mean(2) if self.shortcut else out
 
@@ -223,12 +375,19 @@ class Decoder(nn.Module):
             self.conv_out = Upsample(width, config.in_channels, config.upsample, False, operations, **factory)
 
     def forward(self, z: Tensor) -> Tensor:
+        z = _as_computed(z)
         x = self.conv_in(z)
         if self.repeats:
             x = x + z.repeat_interleave(self.repeats, 1)
         for stage in reversed(self.up_blocks):
-            x = stage(x)
-        return self.conv_out(self.activation(self.norm_out(x)))
+            for block in stage:  # one by one, so that no name holds a tensor that is not needed any more
+                x = block(x)
+        if not _infers(self):
+            return self.conv_out(self.activation(self.norm_out(x)))
+        for images, top, bottom in _bands(x, x.shape[1]):
+            band = x[images, :, top:bottom]
+            band.copy_(_activate(self.activation, _normalize(self.norm_out, band)))
+        return self.conv_out(x)
 
 
 TILE, STRIDE = 1024, 896  # pixels; smaller tiles show, because attention in the deep stages spans the tile
@@ -248,20 +407,23 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         self._check(x)
-        return self.encoder(x) * self.config.scaling_factor
+        return (self.encoder(x) * self.config.scaling_factor).contiguous()
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z / self.config.scaling_factor)
 
-    def peak_bytes(self, height: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes that one image (height, width in pixels) takes at its peak.
+    def peak_bytes(self, height: int, width: int, dtype: torch.dtype, device: torch.device = torch.device("cuda")) -> int:
+        """Bytes that one image (height, width in pixels) takes at its peak, whole, in inference.
 
-        Live tensors were counted in a CPU run: as wide as the first stage 5 of float32, or 7 of bfloat16, whose norms compute in float32;
-        and three float32 copies of the image.
+        Counted as live tensors, see benchmarks/memory.py: a tensor as wide as the finest stage, and half of it while that is made from the
+        stage below, or the tensors of a band; and three float32 copies of the image.
         """
         config = self.config
         channels = max(config.encoder[0].width, config.decoder[0].width, config.decoder[1].width // 4)
-        return ((5 if dtype == torch.float32 else 7) * channels * dtype.itemsize + 3 * 3 * 4) * height * width
+        whole = channels * dtype.itemsize * height * width
+        band = min(whole, CPU_BAND if device.type == "cpu" else GPU_BAND)
+        in_bands = whole + (2.5 if dtype == torch.float32 else 5) * band  # below float32, the norms compute in it
+        return int(max(1.5 * whole + 2.6 * band, in_bands)) + 3 * 3 * 4 * height * width
 
     def tiled_encode(self, x: Tensor, tile: int | Pair = TILE, stride: int | Pair = STRIDE) -> Tensor:
         """Encodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
+COMPLEX_DEVICES = ("cpu", "cuda", "meta")  # one product of complex numbers there; elsewhere, and for the compiler, real ones
 _KEPT_TABLES = 16
-_tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+_tables: dict[tuple, Tensor] = {}
 
 
 def inverse_frequencies(head_dim: int, device: torch.device | str | None = None) -> Tensor:
@@ -33,8 +34,8 @@ def angles(head_dim: int, height: int, width: int, device: torch.device | str | 
     return torch.cat((first[:, None] * frequencies, second[:, None] * frequencies), dim=-1)
 
 
-def rotary_table(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles in `dtype` (float32 or float64), (N, head_dim / 2) each. Cached."""
+def rotary_table(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """cos and sin of the angles in `dtype` (float32 or float64), (N, head_dim / 2, 2). Cached."""
     if torch.compiler.is_compiling():
         return _build(head_dim, height, width, device, dtype)
     key = (head_dim, height, width, device, dtype)
@@ -43,23 +44,28 @@ def rotary_table(head_dim: int, height: int, width: int, device: torch.device, d
         # Tables made in inference mode cannot be used in training.
         with torch.inference_mode(False), torch.no_grad():
             table = _build(head_dim, height, width, device, dtype)
-        if _has_memory(table[0]):
+        if _has_memory(table):
             if len(_tables) >= _KEPT_TABLES:
                 _tables.clear()
             _tables[key] = table
     return table
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotates each pair of neighbouring channels of x (..., N, head_dim) by its angle, in the dtype of the table -> in that of x."""
-    cos, sin = table
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.to(table.dtype).unflatten(-1, (-1, 2))
+    if pairs.device.type in COMPLEX_DEVICES and not torch.compiler.is_compiling():
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    else:
+        even, odd = pairs.unbind(-1)
+        cos, sin = table.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
 
 
-def _build(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _build(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     turn = angles(head_dim, height, width, device).to(dtype)
-    return turn.cos(), turn.sin()
+    return torch.stack((turn.cos(), turn.sin()), dim=-1)
 
 
 def _has_memory(tensor: Tensor) -> bool:

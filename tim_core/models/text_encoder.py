@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from ..files import digest, is_file
 MAX_LENGTH = 256  # tokens of a prompt, <bos> included
 MIN_TRANSFORMERS = (4, 50)
 MOST_TOKENIZER = 2**28  # bytes; those of Gemma 3 have 33 MB
+WORD_START = "\u2581"  # precedes a word in Gemma's vocabulary
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference
 
 
@@ -34,14 +36,19 @@ RANGES = {"rms_norm_eps": (1e-12, 1e-2), "query_pre_attn_scalar": (1e-3, 1e6), "
           "attention_dropout": (0, 1), "rope_theta": (1e-3, 1e9), "rope_local_base_freq": (1e-3, 1e9)}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 MOST_LAYERS = 1000
+MOST_SHOWN = 10  # unknown words in a line
 
 
 class Tokenizer:
     """Gemma's tokenizer without transformers: text -> <bos> and at most 255 ids, padded on the right to 256."""
 
-    def __init__(self, encode, data: bytes, pad_id: int = 0, bos_id: int = 2, name: str = "tokenizer"):
-        """encode: a list of texts -> lists of ids without special tokens. data: the bytes of the tokenizer's file; name: of the file."""
+    def __init__(self, encode, data: bytes, pad_id: int = 0, bos_id: int = 2, name: str = "tokenizer", spelled=None, words=()):
+        """encode: a list of texts -> lists of ids without special tokens. data: the bytes of the tokenizer's file; name: of the file.
+
+        words: all words of a tokenizer that spells every other word in bytes; spelled: a text -> those of its words.
+        """
         self._encode, self.data, self.pad_id, self.bos_id, self.name = encode, data, pad_id, bos_id, name
+        self._spelled, self.words = spelled, tuple(words)
 
     @classmethod
     def from_json(cls, data: bytes, name: str = "tokenizer.json") -> "Tokenizer":
@@ -55,12 +62,16 @@ class Tokenizer:
         model.no_padding()
         model.no_truncation()
         ids = {token: model.token_to_id(token) for token in ("<pad>", "<bos>")}
+        closed = re.search(rb'"merges"\s*:\s*\[\s*\]', data)  # without merges a word has its own token, or one for each byte
+        words = sorted(token[1:] for token in model.get_vocab() if token[:1] == WORD_START and token[1:]) if closed else ()
         return cls(
             lambda texts: [e.ids for e in model.encode_batch(texts, add_special_tokens=False)],
             bytes(data),
             pad_id=0 if ids["<pad>"] is None else ids["<pad>"],
             bos_id=2 if ids["<bos>"] is None else ids["<bos>"],
             name=name,
+            spelled=lambda text: _spelled_words(model, text),
+            words=words,
         )
 
     @classmethod
@@ -93,6 +104,12 @@ class Tokenizer:
         """Whether it was read from a tokenizer.json, not from a SentencePiece model."""
         return is_json(self.data)
 
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the tokenizer spells in bytes, if it has a closed list of words; else none."""
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        with _rust_errors(f"{self.name}: cannot encode text"):
+            return self._spelled(text) if self.words else []
+
     def __deepcopy__(self, memo) -> "Tokenizer":
         return self  # immutable
 
@@ -114,6 +131,17 @@ class Tokenizer:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True
         return ids, mask
+
+
+def _spelled_words(model, text: str) -> list[str]:
+    """The words of a text of which `model`, a tokenizers.Tokenizer, makes byte tokens; each once, in their order."""
+    encoding = model.encode(text, add_special_tokens=False)
+    places: dict[int, tuple[int, int]] = {}
+    for token, word, (start, end) in zip(encoding.tokens, encoding.word_ids, encoding.offsets):
+        if BYTE_TOKEN.fullmatch(token):
+            first, last = places.get(word, (start, end))
+            places[word] = min(first, start), max(last, end)
+    return list(dict.fromkeys(text[start:end].strip() for start, end in places.values()))
 
 
 @contextmanager
@@ -202,7 +230,7 @@ class TextEncoder(nn.Module):
     def load(self, state_dict: dict, dtype=None) -> "TextEncoder":
         """Takes over the tensors of `state_dict` (names of Gemma3TextModel). TimError unless every name and shape agrees."""
         if wrong := state_dict_mismatch(self.transformer.state_dict(), state_dict):
-            raise TimError(f"text encoder: tensors do not match config.json: {wrong}; download both again")
+            raise TimError(text_mismatch(wrong))
         tensors = {name: value if dtype is None else value.to(dtype) for name, value in state_dict.items()}
         self.transformer.load_state_dict(tensors, assign=True)
         self._round_embed_scale()
@@ -213,10 +241,14 @@ class TextEncoder(nn.Module):
         if self.escape:
             prompts = [p.encode("unicode-escape").decode("utf-8") if isinstance(p, str) else p for p in prompts]
         ids, mask = self.tokenizer(prompts)
-        size = self.gemma_config["vocab_size"]
-        if ids.numel() and (largest := int(ids.max())) >= size:
-            raise TimError(f"{self.tokenizer.name}: gives token {largest}, the text model has {size}; use the tokenizer of this model")
+        check_ids(ids, self.tokenizer, self.gemma_config["vocab_size"])
         return ids, mask
+
+    def unknown_words(self, prompts: Iterable[str], mentioned: Container[str] = ()) -> tuple[list[str], str]:
+        """The words of prompts that the model does not know, except those mentioned before; and a line that names them."""
+        found = dict.fromkeys(word for prompt in prompts for word in self.tokenizer.unknown_words(prompt) if word not in mentioned)
+        shown = ", ".join([*found][:MOST_SHOWN]) + (f" and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else "")
+        return [*found], printable(f"prompt: this model does not know {shown}; it knows only: {' '.join(self.tokenizer.words)}")
 
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask (B, T), T <= 256, padded on the right -> last hidden states (B, T, D). Differentiable."""
@@ -248,6 +280,17 @@ class TextEncoder(nn.Module):
         features = self.encode(prompts + negatives)
         rows = features.rows[:, : max(features.lengths)]
         return rows[: len(prompts)], rows[len(prompts) :]
+
+
+def text_mismatch(wrong: str) -> str:
+    """The error for tensors that are not those of a text model's config; wrong: how they differ."""
+    return f"text encoder: tensors do not match config.json: {wrong}; download both again"
+
+
+def check_ids(ids: Tensor, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """TimError for a token id that a text model of this vocabulary does not have."""
+    if ids.numel() and (largest := int(ids.max())) >= vocab_size:
+        raise TimError(f"{tokenizer.name}: gives token {largest}, the text model has {vocab_size}; use the tokenizer of this model")
 
 
 class _TextRows:
@@ -300,6 +343,23 @@ def normalise_config(config: dict) -> dict:
     config.setdefault("pad_token_id", 0)
     config.setdefault("bos_token_id", 2)
     return config
+
+
+def gemma_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a Gemma3TextModel's weights, from its config; needs no transformers."""
+    hidden, head, heads = config["hidden_size"], config["head_dim"], config["num_attention_heads"]
+    inner, groups = config.get("intermediate_size", 9216), config.get("num_key_value_heads", 4)  # Gemma3TextConfig's defaults
+    linear = {f"self_attn.{name}_proj": (rows * head, hidden) for name, rows in (("q", heads), ("k", groups), ("v", groups))}
+    linear["self_attn.o_proj"] = (hidden, heads * head)
+    layer = {f"{name}.weight": shape for name, shape in linear.items()}
+    if config.get("attention_bias"):
+        layer |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
+    layer |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
+    layer |= {"mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden), "mlp.down_proj.weight": (hidden, inner)}
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    layer |= {f"{name}.weight": (hidden,) for name in norms}
+    layers = {f"layers.{i}.{name}": shape for i in range(config["num_hidden_layers"]) for name, shape in layer.items()}
+    return {"embed_tokens.weight": (config["vocab_size"], hidden), **layers, "norm.weight": (hidden,)}
 
 
 def _check_values(config: dict) -> None:

@@ -14,11 +14,13 @@ from .config import TransformerConfig
 from .rope import rotary_table, rotate
 
 FREQUENCIES = 256
+# Live tensors of an evaluation at its peak over one of (B, N, hidden): 12.1 in bfloat16, 9.1 in float32, see benchmarks/memory.py.
+PEAK_TENSORS = 11
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Scale x by 1 + scale, then shift it (adaLN)."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def time_features(t: Tensor) -> Tensor:
@@ -52,7 +54,10 @@ class SwiGLU(nn.Module):
         self.fc2 = operations.Linear(hidden, out, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
+        gate = self.fc1_g(x)
+        if torch.is_grad_enabled():
+            return self.fc2(F.silu(gate) * self.fc1_x(x))
+        return self.fc2(F.silu(gate, inplace=True).mul_(self.fc1_x(x)))
 
 
 class TextEmbedder(nn.Module):
@@ -110,10 +115,11 @@ class SelfAttention(HeadNorm):
         self.add_norms(config, operations, **factory)
         self.proj = operations.Linear(hidden, hidden, **factory)
 
-    def forward(self, x: Tensor, interval: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, interval: Tensor, table: Tensor) -> Tensor:
         qkv = self.qkv(x)
         if self.qkv_d is not None:
-            qkv = qkv + self.qkv_d(interval)
+            shift = self.qkv_d(interval)
+            qkv = qkv + shift if torch.is_grad_enabled() else qkv.add_(shift)
         # (B, N, 3 * hidden) -> three of (B, heads, N, head_dim)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         # Under autocast the norms return float32.
@@ -135,7 +141,7 @@ class CrossAttention(HeadNorm):
         self.add_norms(config, operations, **factory)
         self.proj = operations.Linear(hidden, hidden, **factory)
 
-    def forward(self, x: Tensor, y: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, table: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         # (B, M, 2 * hidden) -> two of (B, heads, M, head_dim)
         k, v = self.kv(y).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -158,22 +164,21 @@ class Block(nn.Module):
         self.cross_attn = None
         if config.text_dim is not None:
             self.norm2_i = plain_norm()
-            self.norm2_t = plain_norm()
             self.cross_attn = CrossAttention(config, operations, attention, **factory)
         self.norm3 = plain_norm()
         self.mlp = SwiGLU(hidden, config.mlp_width, hidden, operations, **factory)
         self.chunks = 6 if self.cross_attn is None else 9
         self.adaLN_modulation = SwiGLU(hidden, config.modulation_rank, self.chunks * hidden, operations, **factory)
 
-    def forward(self, x: Tensor, y: Tensor, condition: Tensor, interval: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, condition: Tensor, interval: Tensor, table: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(condition).chunk(self.chunks, dim=-1)
         shift, scale, gate = modulation[:3]
-        x = x + gate * self.attn(modulate(self.norm1(x), shift, scale), interval, table)
+        x = torch.addcmul(x, gate, self.attn(modulate(self.norm1(x), shift, scale), interval, table))
         if self.cross_attn is not None:
             shift, scale, gate = modulation[3:6]
-            x = x + gate * self.cross_attn(modulate(self.norm2_i(x), shift, scale), self.norm2_t(y), table)
+            x = torch.addcmul(x, gate, self.cross_attn(modulate(self.norm2_i(x), shift, scale), y, table))
         shift, scale, gate = modulation[-3:]
-        return x + gate * self.mlp(modulate(self.norm3(x), shift, scale))
+        return torch.addcmul(x, gate, self.mlp(modulate(self.norm3(x), shift, scale)))
 
 
 class FinalLayer(nn.Module):
@@ -221,6 +226,8 @@ class TransitionTransformer(nn.Module):
             self.delta_embedder = TimeEmbedder(hidden, operations, **factory)
         if config.text_dim is not None:
             self.y_embedder = TextEmbedder(config.text_dim, hidden, operations, **factory)
+            # norm2_t of every official block: it has no weights, and its input is the same in all
+            self.norm_y = operations.LayerNorm(hidden, elementwise_affine=False, eps=1e-6, **factory)
         else:
             self.y_embedder = ClassEmbedder(config.num_classes + config.null_class, hidden, operations, **factory)
         self.blocks = nn.ModuleList(Block(config, operations, attention, **factory) for _ in range(config.depth))
@@ -248,7 +255,7 @@ class TransitionTransformer(nn.Module):
         time, interval = self.embed_times(t.to(at_least_float32(t.dtype)), r.to(at_least_float32(r.dtype)), x.dtype)
         condition = time + interval
         if config.text_dim is not None:
-            y = self.y_embedder(y.to(x.dtype))
+            y = self.norm_y(self.y_embedder(y.to(x.dtype)))
         else:
             condition = condition + self.y_embedder(y).to(x.dtype)
 
@@ -265,9 +272,9 @@ class TransitionTransformer(nn.Module):
         return (x, projection) if return_projection else x
 
     def run_block(
-        self, index: int, block: Block, x: Tensor, y: Tensor, condition: Tensor, interval: Tensor, table: tuple[Tensor, Tensor]
+        self, index: int, block: Block, x: Tensor, y: Tensor, condition: Tensor, interval: Tensor, table: Tensor
     ) -> Tensor:
-        """Calls block number `index`, from 0; ComfyUI's network lets other packs replace it here."""
+        """Calls block number `index`, from 0, with the normalised text y; ComfyUI's network lets other packs replace it here."""
         return block(x, y, condition, interval, table)
 
     def embed_times(self, t: Tensor, r: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -285,4 +285,4 @@ class TransitionTask(Task[TextToImage]):
                     "preview": self.preview, "training": record}
         return pack(
             {"transformer": made.transformer, "text_encoder": made.text, "vae": self.autoencoder},
-            config.export_path(record["step"]), dtype=torch.bfloat16, metadata=metadata, keep_projector=True)
+            config.export_path(record["step"]), dtype=torch.bfloat16, metadata=metadata, keep_projector=True, vae_dtype=torch.bfloat16)

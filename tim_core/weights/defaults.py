@@ -11,22 +11,37 @@ from ..errors import TimError
 from ..limits import MAX_SIDE
 from .parts import TRANSFORMER, Parts
 
-RECORD = ("native_size", "steps", "cfg", "guidance_interval")  # keys of a transformer's record
+RECORD = ("native_size", "steps", "cfg", "guidance_interval", "strength")  # keys of a transformer's record
 RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
 MOST_STEPS, MOST_CFG = 1000, 100
+RELEASED_REACH = 4  # the released text-to-image model was trained from 256 to 4096 pixels a side
 RELEASED_CLASSES = {32: (512, 3.0, (0.0, 0.7)), 4: (256, 2.5, (0.0, 0.6))}  # class-conditional: pixels per side, cfg, guidance interval
-OTHER_CELLS = 8  # latent cells per side where neither record nor channels tell; tim-shapes, of factor 8, was trained mostly at 64x64
+# where neither record nor channels tell: as suits tim-shapes, of factor 8, which was trained mostly at 64x64
+OTHER_CELLS = 8  # latent cells per side
+OTHER_STRENGTH = 0.3
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """Image size in pixels, number of steps, guidance scale, and the times between which guidance acts."""
+    """Image size in pixels, number of steps, guidance scale, times between which guidance acts, and start time of upscaling.
+
+    reach: by how much a side may be longer or shorter before `far_size` remarks on it.
+    """
 
     width: int
     height: int
     steps: int = 4
     cfg: float = 2.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    strength: float = 0.5
+    reach: int = 2
+
+    def far_size(self, width: int, height: int) -> str | None:
+        """A line about a size in pixels that is far from what the checkpoint is made for; None for others."""
+        near = all(own <= side * self.reach and side <= own * self.reach for side, own in ((width, self.width), (height, self.height)))
+        low, high = (f"{self.width * a // b}x{self.height * a // b}" for a, b in ((1, self.reach), (self.reach, 1)))
+        made_for = f"this model is made for {self.width}x{self.height} and expects sides between those of {low} and {high}"
+        return None if near else f"size: {width}x{height} is likely to give a broken image; {made_for}"
 
 
 def find_defaults(
@@ -40,6 +55,8 @@ def find_defaults(
     multiple = factor * patch_size
     found: dict[str, Any] = {}
     side = RELEASED_SIDES.get(channels, OTHER_CELLS * factor)
+    if channels not in RELEASED_SIDES:
+        found["strength"] = OTHER_STRENGTH
     if class_conditional and channels in RELEASED_CLASSES:
         side, found["cfg"], found["guidance_interval"] = RELEASED_CLASSES[channels]
     if (size := record.get("native_size")) is None:
@@ -61,6 +78,12 @@ def find_defaults(
         if not (pair and interval[0] < interval[1]):
             raise TimError(f"guidance_interval: {interval!r} is not [low, high] with 0 <= low < high; correct the file's metadata")
         found["guidance_interval"] = (float(interval[0]), float(interval[1]))
+    if channels == 32 and not class_conditional and "native_size" not in record:
+        found["reach"] = RELEASED_REACH
+    if (strength := record.get("strength")) is not None:
+        if not _is_number(strength) or not 0 < strength <= 1:
+            raise TimError(f"strength: {strength!r} is not a number above 0 and at most 1; correct the file's metadata")
+        found["strength"] = float(strength)
     return Defaults(int(size[0]), int(size[1]), **found)
 
 

@@ -1,18 +1,48 @@
-"""Describes a weight file, for `tim inspect`."""
+"""Describes a weight file, for `tim inspect`: what it holds, where it belongs, and what an image still needs."""
 
 import json
-from collections import Counter
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import TimError, printable
 from ..files import parse_json
-from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
-from .load import load_autoencoder, load_text_encoder, load_transformer
-from .lora import read_lora
+from .defaults import Defaults, read_defaults
+from .detect import AUTOENCODER, KL_AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
+from .load import check_loads
+from .lora import Lora, read_lora
 from .open import open_state_dict
-from .parts import GEMMA_1B_WIDTH, Parts, read_parts, resolve
+from .parts import BUNDLED, GEMMA_1B_WIDTH, PART_FOLDERS, Part, Parts, read_parts, resolve
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file belongs. folder: of ComfyUI's models folder, empty if it needs none. option: of the command line."""
+
+    node: str  # as ComfyUI shows its name
+    folder: str
+    option: str
+
+
+ONE_FILE = Place("Load TiM Checkpoint", "checkpoints", "--model")
+PLACES = {
+    TRANSFORMER: Place("Load TiM Model", "diffusion_models", "tim pack --model"),
+    TEXT_ENCODER: Place("Load TiM Text Encoder", "text_encoders", "tim pack --text-encoder"),
+    AUTOENCODER: Place("Load TiM VAE", "vae", "tim pack --vae"),
+}
+LORA = Place("LoraLoaderModelOnly", "loras", "--lora")
+SD_VAE = Place("Load VAE", "vae", "")
+T2I_CHANNELS = 32  # latent channels of the released text-to-image model
+SD_VAE_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How much of a part has one dtype."""
+
+    tensors: int
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -26,31 +56,41 @@ class PartDescription:
     tensors: int
     parameters: int
     projector_parameters: int
-    dtypes: dict[str, int]  # name -> parameters
+    bytes: int  # of its tensors, the projector among them
+    dtypes: dict[str, Stored]  # by name, the most frequent first
+    quantized_layers: int  # whose weights are 8-bit floats with a scale
     problem: str
 
 
 @dataclass(frozen=True)
 class Description:
-    """A weight file: `str()` is the text that `tim inspect` prints."""
+    """A weight file: `str()` is the text that `tim inspect` prints, `as_json()` what it prints with --json."""
 
     path: str
     kind: str
-    parts: tuple[PartDescription, ...]
-    latent_factor: int | None
-    escape_prompts: bool | None
-    tokenizer: bool
-    metadata: dict
+    bytes: int  # of the file, or of all files of a folder
+    parts: tuple[PartDescription, ...] = ()
+    places: tuple[Place, ...] = ()
+    missing: tuple[str, ...] = ()  # what an image still needs
+    latent_factor: int | None = None
+    escape_prompts: bool | None = None
+    tokenizer: bool = False
+    metadata: dict | None = None
+    defaults: Defaults | None = None
     previews: float | None = None  # share of the colour variance that live previews explain
     rest: tuple[str, ...] = ()  # names of tensors that belong to no part
+    advice: str = ""
+
+    def as_json(self) -> str:
+        """Everything, as one line of JSON."""
+        return json.dumps(_finite(asdict(self)), sort_keys=True)
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.kind}"]
+        lines = [f"{self.path}: {self.kind}, {format_bytes(self.bytes)}"]
         for part in self.parts:
-            dtypes = ", ".join(part.dtypes)
             extra = f" (+ {part.projector_parameters:,} in the projector)" if part.projector_parameters else ""
             under = f" under {part.prefix}" if part.prefix else ""
-            lines.append(f"  {part.title}: {part.parameters:,} parameters{extra}, {part.tensors} tensors, {dtypes}{under}")
+            lines.append(f"  {part.title}: {part.parameters:,} parameters{extra}, {part.tensors} tensors, {_dtypes(part)}{under}")
             lines.append(f"    {_summary(part)}")
             if part.problem:
                 lines.append(f"    does not load: {part.problem}")
@@ -61,11 +101,25 @@ class Description:
         if any(part.part == TEXT_ENCODER for part in self.parts):
             lines.append(f"  tokenizer: {'yes' if self.tokenizer else 'none'}")
             lines.append(f"  prompts: {'unicode-escaped' if self.escape_prompts else 'not escaped'}")
+        if self.defaults is not None:
+            own = self.defaults
+            low, high = own.guidance_interval
+            lines.append(f"  defaults: {own.width}x{own.height}, {own.steps} steps, cfg {own.cfg:g}, guidance from {low:g} to {high:g}")
         if self.previews is not None:
             lines.append(f"  live previews: {100 * self.previews:.0f} % of the colour variance")
-        if "format" in self.metadata:
-            lines.append(f"  format: {json.dumps(self.metadata['format'])}")
-        training = self.metadata.get("training")
+        nodes = "; ".join(f"models/{place.folder}, {place.node}" if place.folder else place.node for place in self.places)
+        if nodes:
+            lines.append(f"  in ComfyUI: {nodes}")
+        if options := list(dict.fromkeys(place.option for place in self.places if place.option)):
+            lines.append(f"  on the command line: {', '.join(options)}")
+        if self.missing:
+            lines.append(f"  still missing for an image: {'; '.join(self.missing)}")
+        if self.advice:
+            lines.append(f"  {self.advice}")
+        metadata = self.metadata or {}
+        if "format" in metadata:
+            lines.append(f"  format: {json.dumps(metadata['format'])}")
+        training = metadata.get("training")
         if isinstance(training, dict) and isinstance(training.get("configuration"), dict):
             lines.append(f"  trained for {json.dumps(training.get('step'))} steps; its configuration, in the key names of that version:")
             lines += [f"    {key}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(training["configuration"].items())]
@@ -80,6 +134,7 @@ class Description:
 def describe(path: str | Path) -> Description:
     """Describes a file, folder or bundled name; a file of another model is named as such. TimError if it cannot be opened."""
     place = resolve(path)
+    size = _size(place)
     try:
         parts = read_parts(path)
     except TimError:
@@ -88,34 +143,141 @@ def describe(path: str | Path) -> Description:
         tensors, metadata = open_state_dict(place)
         if any(find_part(tensors, part) for part in TITLES):
             raise
-        kind = _lora_kind(place, tensors)
-        return Description(str(path), kind, (), None, None, False, {**metadata, **_lora_record(metadata)})
+        return _describe_other(str(path), place, size, tensors, metadata)
     described = tuple(_describe_part(parts, kind) for kind in TITLES if kind in parts)
     kind = "TiM checkpoint" if TRANSFORMER in parts and len(described) > 1 else " + ".join(part.title for part in described)
-    if TRANSFORMER in parts:
-        to_image = "text-to-image" if parts[TRANSFORMER].config.text_dim is not None else "class-conditional"
-        kind = f"{kind}, {to_image}"
+    has_transformer = TRANSFORMER in parts
+    if has_transformer:
+        kind = f"{kind}, {'class-conditional' if _reads_classes(parts) else 'text-to-image'}"
+    missing = tuple(_missing(parts))
     return Description(
         str(path),
         kind,
+        size,
         described,
-        parts.latent_factor if TRANSFORMER in parts or AUTOENCODER in parts else None,
+        tuple(_places(parts, place, complete=not missing)),
+        missing,
+        parts.latent_factor if has_transformer or AUTOENCODER in parts else None,
         parts.escape if TEXT_ENCODER in parts else None,
         TEXT_ENCODER in parts and parts[TEXT_ENCODER].tokenizer is not None,
         parts.metadata,
-        (parts[TRANSFORMER].record.get("preview") or {}).get("r2") if TRANSFORMER in parts else None,
+        _defaults(parts),
+        (parts[TRANSFORMER].record.get("preview") or {}).get("r2") if has_transformer else None,
         tuple(parts.rest),
+        _advice(parts, missing),
     )
 
 
-def _lora_kind(path: Path, tensors: Mapping) -> str:
-    """What a LoRA adapts and where it loads; else what kind of state dict it looks like."""
+def _finite(value):
+    """A value with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def format_bytes(size: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name} ({size:,} bytes)"
+    return f"{size} bytes"
+
+
+def _size(place: Path) -> int:
+    """Bytes of a file, or of the regular files of a folder, hidden ones left out, and its subfolders."""
+    files = [place] if place.is_file() else [file for file in place.rglob("[!.]*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _reads_classes(parts: Parts) -> bool:
+    return parts[TRANSFORMER].config.text_dim is None
+
+
+def _missing(parts: Parts) -> list[str]:
+    """What has to be added to these parts for an image."""
+    missing = []
+    transformer = parts[TRANSFORMER].config if TRANSFORMER in parts else None
+    vae = parts[AUTOENCODER] if AUTOENCODER in parts else None
+    text = parts[TEXT_ENCODER] if TEXT_ENCODER in parts else None
+    if transformer is None:
+        channels = "" if vae is None else f" with {vae.config.latent_channels} latent channels"
+        width = "" if text is None else f" that reads text features of width {_width(text)}"
+        missing.append(f"a {TITLES[TRANSFORMER]}{channels}{width}")
+    if text is None and not (transformer is not None and transformer.text_dim is None):
+        known = "" if transformer is None else f" of width {transformer.text_dim}, with its tokenizer"
+        missing.append(f"a {TITLES[TEXT_ENCODER]}{known or ' (text-to-image models only)'}")
+    if text is not None:
+        if _lacks_config(text):
+            missing.append("config.json of the text model, in the same folder")
+        if text.tokenizer is None:
+            missing.append("tokenizer.json or tokenizer.model of the text model, in the same folder")
+    if vae is None:
+        if transformer is not None and transformer.in_channels == SD_VAE_CHANNELS:
+            missing.append(f"Stable Diffusion's VAE, for {SD_VAE.node} in ComfyUI (models/{SD_VAE.folder})")
+        else:
+            channels = "" if transformer is None else f" with {transformer.in_channels} latent channels"
+            missing.append(f"a {TITLES[AUTOENCODER]}{channels}")
+    return missing
+
+
+def _places(parts: Parts, place: Path, complete: bool) -> list[Place]:
+    """Where a file or folder belongs: as a whole, or once for each of its parts."""
+    if place in BUNDLED.values():
+        return [Place(ONE_FILE.node, "", ONE_FILE.option)]
+    folder_of_parts = place.is_dir() and any((place / name).is_dir() for name in PART_FOLDERS)
+    if complete and not folder_of_parts and not _reads_classes(parts):
+        return [ONE_FILE]
+    places = [PLACES[kind] for kind in TITLES if kind in parts]
+    return [Place(one.node, one.folder, ONE_FILE.option) for one in places] if complete else places
+
+
+def _advice(parts: Parts, missing: tuple[str, ...]) -> str:
+    """The command that downloads what is missing, for parts of the released models."""
+    if not missing:
+        return ""
+    if TRANSFORMER not in parts:
+        released = (
+            TEXT_ENCODER in parts
+            and _width(parts[TEXT_ENCODER]) == GEMMA_1B_WIDTH
+            or AUTOENCODER in parts
+            and parts[AUTOENCODER].config.latent_channels == T2I_CHANNELS
+        )
+        return "tim download t2i fetches the released text-to-image model with all its parts" if released else ""
+    config = parts[TRANSFORMER].config
+    if config.text_dim == GEMMA_1B_WIDTH and config.in_channels == T2I_CHANNELS:
+        release = "t2i"
+    elif config.text_dim is None and config.in_channels in (T2I_CHANNELS, SD_VAE_CHANNELS):
+        release = "c2i-512" if config.in_channels == T2I_CHANNELS else "c2i-256"
+    else:
+        return ""
+    return f"tim download {release} fetches what is missing of the released model"
+
+
+def _defaults(parts: Parts) -> Defaults | None:
+    if TRANSFORMER not in parts:
+        return None
     try:
-        lora = read_lora(path)
+        return read_defaults(parts)
+    except TimError:  # named among the transformer's problems
+        return None
+
+
+def _describe_other(path: str, place: Path, size: int, tensors: Mapping, metadata: Mapping[str, str]) -> Description:
+    """A LoRA, with where it loads; else what kind of state dict it looks like."""
+    record = {**metadata, **_lora_record(metadata)}
+    try:
+        lora = read_lora(place)
     except TimError:
-        return describe_unknown(tensors)
-    where = "load it with LoraLoaderModelOnly (models/loras) or --lora"
-    return f"{lora.title}; {where if lora.core_names else 'rename its keys for ComfyUI with tim convert, or use --lora'}"
+        kind = describe_unknown(tensors)
+        places = (SD_VAE,) if kind.startswith(KL_AUTOENCODER) else ()
+        return Description(path, kind, size, places=places, metadata=record)
+    return _describe_lora(path, size, lora, record)
+
+
+def _describe_lora(path: str, size: int, lora: Lora, record: dict) -> Description:
+    advice = "" if lora.core_names else "for ComfyUI, rename its keys with tim convert"
+    return Description(path, lora.title, size, places=(LORA,), missing=("the model it was trained on",), metadata=record, advice=advice)
 
 
 def _lora_record(metadata: Mapping[str, str]) -> dict:
@@ -127,34 +289,53 @@ def _lora_record(metadata: Mapping[str, str]) -> dict:
 
 
 def _describe_part(parts: Parts, kind: str) -> PartDescription:
-    part, dtypes = parts[kind], Counter()
+    part = parts[kind]
+    stored: dict[str, Stored] = {}
     for tensor in part.tensors.values():
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    unknown = kind == TEXT_ENCODER and part.record.keys() <= {"escape_prompts"}
-    no_config = unknown and part.tensors["embed_tokens.weight"].shape[1] != GEMMA_1B_WIDTH
+        name = str(tensor.dtype).removeprefix("torch.")
+        before = stored.get(name, Stored(0, 0))
+        stored[name] = Stored(before.tensors + 1, before.parameters + tensor.numel())
+    no_config = kind == TEXT_ENCODER and _lacks_config(part)
+    everything = part.with_projector().tensors.values()
     return PartDescription(
         kind,
         TITLES[kind],
         part.prefix,
         None if no_config else part.config,
-        len(part.tensors) + len(part.projector),
-        sum(dtypes.values()),
+        len(everything),
+        sum(one.parameters for one in stored.values()),
         sum(tensor.numel() for tensor in part.projector.values()),
-        dict(dtypes.most_common()),
+        sum(tensor.nbytes for tensor in everything),
+        dict(sorted(stored.items(), key=lambda item: (-item[1].parameters, item[0]))),
+        len(part.quantized),
         "" if no_config else _problem(parts, kind),
     )
+
+
+def _width(text_model: Part) -> int:
+    return text_model.tensors["embed_tokens.weight"].shape[1]
+
+
+def _lacks_config(text_model: Part) -> bool:
+    return text_model.record.keys() <= {"escape_prompts"} and _width(text_model) != GEMMA_1B_WIDTH
 
 
 def _problem(parts: Parts, kind: str) -> str:
     """The error that loading a part would raise, found without reading weights; empty if it loads."""
     part = parts[kind]
-    shapes = replace(part, tensors={name: tensor.to("meta") for name, tensor in part.tensors.items()})
     try:
-        {TRANSFORMER: load_transformer, TEXT_ENCODER: load_text_encoder, AUTOENCODER: load_autoencoder}[kind](
-            replace(parts, parts={**parts.parts, kind: shapes}), device="meta")
+        check_loads(part)
+        if kind == TRANSFORMER:
+            read_defaults(parts)
     except TimError as error:
         return str(error).removeprefix(f"{part.source}: ")
     return ""
+
+
+def _dtypes(part: PartDescription) -> str:
+    counts = [f"{name} ({stored.tensors} tensors, {stored.parameters:,} parameters)" for name, stored in part.dtypes.items()]
+    scales = [f"{part.quantized_layers} layers with scales"] if part.quantized_layers else []
+    return ", ".join([*(counts if counts[1:] else part.dtypes), *scales])
 
 
 def _summary(part: PartDescription) -> str:

@@ -27,6 +27,7 @@ BYTE_KEYS = ("config_json", "tokenizer_json", "spiece_model")
 # Endings of the keys of a LoRA's two matrices, as PEFT, ComfyUI, kohya's scripts and diffusers write them.
 LORA_DOWN = ("lora_A.weight", "lora_A.default.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 LORA_UP = ("lora_B.weight", "lora_B.default.weight", "lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight")
+KL_AUTOENCODER = "a KL autoencoder"
 # All of these keys, with or without one or two words before them.
 FOREIGN_SIGNATURES = (
     (("input_blocks.0.0.weight", "label_emb.0.0.weight"), "an SDXL UNet-like state dict"),
@@ -37,8 +38,8 @@ FOREIGN_SIGNATURES = (
     (("joint_blocks.0.x_block.attn.qkv.weight",), "an SD3-like transformer"),
     (("blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight"), "a DiT- or SiT-like transformer"),
     (("transformer_blocks.0.attn1.to_q.weight",), "a diffusers transformer"),
-    (("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), "a KL autoencoder"),
-    (("encoder.down_blocks.0.resnets.0.conv1.weight",), "a KL autoencoder (diffusers)"),
+    (("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), KL_AUTOENCODER),
+    (("encoder.down_blocks.0.resnets.0.conv1.weight",), f"{KL_AUTOENCODER} (diffusers)"),
     (("encoder.block.0.layer.0.SelfAttention.q.weight",), "a T5 text encoder"),
     (("text_model.encoder.layers.0.self_attn.q_proj.weight",), "a CLIP text encoder"),
     (("layers.0.self_attn.q_proj.weight", "embed_tokens.weight"), "a language model other than Gemma 3"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import TimError, one_line, state_dict_mismatch
 from ..finite import damaged_weight
-from ..models.text_encoder import TextEncoder, Tokenizer
+from ..models.text_encoder import TextEncoder, Tokenizer, check_ids, gemma_shapes, text_mismatch
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
 from .parts import Part, naming, read_parts
@@ -21,7 +21,7 @@ def load_transformer(source, operations=torch.nn, attention=None, dtype=None, de
 
     part = read_parts(source)[TRANSFORMER]
     part = part.with_projector() if projector else part
-    dtype = dtype or _main_dtype(part.tensors)
+    dtype = dtype or main_dtype(part.tensors)
     with naming(part.source, part.kind):
         model = TransitionTransformer(part.config, operations, attention or sdpa, device="meta", dtype=dtype)
     model.damaged_weight = damaged_weight(part.tensors)
@@ -35,7 +35,7 @@ def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
     part = read_parts(source)[AUTOENCODER]
     if dtype == torch.float16:
         raise TimError("autoencoder: float16 overflows in its deep stages; use float32 or bfloat16")
-    dtype = dtype or _main_dtype(part.tensors)
+    dtype = dtype or main_dtype(part.tensors)
     dtype = torch.float32 if dtype == torch.float16 else dtype
     with naming(part.source, part.kind):
         model = Autoencoder(part.config, operations, device="meta", dtype=dtype)
@@ -49,10 +49,7 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
     """
     parts = read_parts(source)
     part = parts[TEXT_ENCODER]
-    if part.tokenizer is None:
-        raise TimError(f"{part.source}: no tokenizer; put tokenizer.json or tokenizer.model into the same folder")
-    tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
-    config = part.config
+    tokenizer, config = _open_tokenizer(part), part.config
     try:
         model = TextEncoder(config, tokenizer, parts.escape if escape is None else escape, device="meta")
     except TimError as error:
@@ -65,12 +62,36 @@ def load_text_encoder(source, dtype=None, device="cpu", escape=None):
             raise TimError(f"{tokenizer.name}: <{token}> is token {own}, the text model's {token}_token_id is {wanted}; {use}")
     damaged = damaged_weight(part.tensors)
     model.damaged_weight = None if damaged is None else f"transformer.{damaged}"
-    model.tokenize([""])  # the ids of <bos> and <pad>, too, must be the model's
     try:
         # .to() moves what is not a weight: rotary tables and the embedding scale
-        return model.load(_placed(part.tensors, dtype or _main_dtype(part.tensors), device)).to(device).eval()
+        return model.load(_placed(part, dtype or main_dtype(part.tensors), device)).to(device).eval()
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
+
+
+def _open_tokenizer(part: Part) -> Tokenizer:
+    """The tokenizer of a text model. TimError if there is none, or its special tokens are not in the model's vocabulary."""
+    if part.tokenizer is None:
+        raise TimError(f"{part.source}: no tokenizer; put tokenizer.json or tokenizer.model into the same folder")
+    tokenizer = Tokenizer.from_bytes(part.tokenizer, f"{part.source}: tokenizer")
+    check_ids(tokenizer([""])[0], tokenizer, part.config["vocab_size"])
+    return tokenizer
+
+
+def check_loads(part: Part) -> None:
+    """TimError for what loading a part would find: a bad record, wrong names or shapes, no tokenizer. Reads no weights, no transformers."""
+    from ..models.autoencoder import Autoencoder
+    from ..models.transformer import TransitionTransformer
+
+    if part.kind == TEXT_ENCODER:
+        _open_tokenizer(part)
+        expected = {name: torch.empty(shape, device="meta") for name, shape in gemma_shapes(part.config).items()}
+        if wrong := state_dict_mismatch(expected, part.tensors):
+            raise TimError(f"{part.source}: {text_mismatch(wrong)}")
+        return
+    with naming(part.source, part.kind):
+        model = (TransitionTransformer if part.kind == TRANSFORMER else Autoencoder)(part.config, device="meta")
+    check_tensors(part, model)
 
 
 def check_undamaged(model: torch.nn.Module, source: object) -> None:
@@ -95,7 +116,7 @@ def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
     """Moves the part's tensors into a model built on the meta device. TimError unless every name and shape agrees."""
     check_tensors(part, model)
     try:
-        tensors = _placed(part.tensors, dtype, device)
+        tensors = _placed(part, dtype, device)
     except TimError as error:
         raise TimError(f"{part.source}: {error}") from None
     tensors |= {name: torch.zeros((), dtype=torch.int64, device=device) for name in _counters(model.state_dict()) - tensors.keys()}
@@ -103,9 +124,9 @@ def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
     return model.eval()
 
 
-def _placed(tensors: StateDict, dtype, device) -> StateDict:
-    """The tensors on a device, floating ones in dtype. TimError naming a tensor that dtype cannot hold."""
-    return {name: cast(name, tensor, dtype, device) for name, tensor in tensors.items()}
+def _placed(part: Part, dtype, device) -> StateDict:
+    """A part's tensors on a device, floating ones in dtype. TimError naming a tensor that dtype cannot hold."""
+    return {name: cast(name, part.weight(name), dtype, device) for name in part.tensors}
 
 
 def cast(name: str, tensor: Tensor, dtype, device) -> Tensor:
@@ -121,7 +142,7 @@ def cast(name: str, tensor: Tensor, dtype, device) -> Tensor:
     return out
 
 
-def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype of most weights; bfloat16 for 8-bit floats, in which torch's layers do not compute."""
     counts = Counter()
     for tensor in tensors.values():

@@ -31,6 +31,7 @@ from ..models.config import AutoencoderConfig, TransformerConfig
 from ..models.text_encoder import MOST_TOKENIZER, is_json, normalise_config, tokenizer_file
 from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
+from .quantized import MARKER, Quantization, dequantize, separate, with_layer_keys
 
 FORMAT = 1
 BUNDLED = {"tim-shapes": Path(__file__).parents[1] / "bundled" / "tim-shapes.safetensors"}
@@ -71,6 +72,12 @@ class Part:
     prefix: str = ""  # of its keys in the file
     projector: StateDict = field(default_factory=dict)
     tokenizer: bytes | None = None
+    quantized: dict[str, Quantization] = field(default_factory=dict)  # layers whose weight is stored in 8 bits with a scale
+
+    def weight(self, name: str) -> Tensor:
+        """A tensor as the network needs it: scaled to float32 if it is quantised."""
+        layer = name.removesuffix(".weight")
+        return dequantize(self.tensors[name], self.quantized[layer]) if layer != name and layer in self.quantized else self.tensors[name]
 
     def with_projector(self) -> Part:
         """This part with the REPA projector among its tensors."""
@@ -199,6 +206,7 @@ def read_parts(source) -> Parts:
     if folders := {name: path / folder for folder, name in PART_FOLDERS.items() if (path / folder).is_dir()}:
         return replace(_gather(folders), source=str(source))
     tensors, metadata, folder = _open_folder(path) if path.is_dir() else (*open_state_dict(path), path.parent)
+    tensors = with_layer_keys(tensors, metadata, str(source))
     parts = _take_apart(tensors, _tim_record(metadata, str(source)), str(source))
     if not parts.parts:
         wanted = " or ".join(TITLES.values())
@@ -216,6 +224,7 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
         prefix, own = found
         for name in own:
             del rest[prefix + name]
+        own, quantized = separate(own, rest.pop(prefix + MARKER, None), source)
         places = (prefix, prefix.removesuffix("transformer.")) if kind == TEXT_ENCODER else (prefix,)
         config = next((rest.pop(place + "config_json") for place in places if place + "config_json" in rest), None)
         record = _record_of(kind, metadata)
@@ -225,7 +234,7 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
             logging.warning(f"{source}: the preview in the metadata is malformed and ignored; tim previews makes a new one")
             del record["preview"]
             metadata.pop("preview", None)
-        parts.parts[kind] = _part(kind, source, own, record, prefix)
+        parts.parts[kind] = replace(_part(kind, source, own, record, prefix), quantized=quantized)
     tokenizers = [_bytes(tensor) for key, tensor in rest.items() if key.rpartition(".")[2] in ("tokenizer_json", "spiece_model")]
     if tokenizers and TEXT_ENCODER in parts:
         parts.parts[TEXT_ENCODER] = replace(parts[TEXT_ENCODER], tokenizer=_not_empty(tokenizers[-1], f"{source}: tokenizer"))

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,53 +16,103 @@ from .defaults import RECORD
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .load import cast
 from .lora import Lora, read_lora
-from .open import StateDict, open_state_dict
+from .open import open_state_dict
 from .parts import BUNDLED, CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
+from .quantized import FP8, Quantization, is_large, quantize
+from .write import Entry, Report, entry, json_tensor, write_safetensors
+
+STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORAGE_DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
 
 
-def pack(parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_projector: bool = False) -> Path:
-    """Writes whatever read_parts takes as a one-file checkpoint. dtype: of floating tensors, None keeps theirs.
+def pack(
+    parts, dst: str | Path, dtype=None, metadata: dict | None = None, keep_projector: bool = False, vae_dtype=None,
+    report: Report | None = None,
+) -> Path:
+    """Writes whatever read_parts takes as a one-file checkpoint; equal parts and arguments give equal bytes.
 
-    `metadata` adds to the record (latent_factor, training, ...). The file appears complete or not at all. TimError if the parts do not
-    fit together, dtype cannot hold a value, or dst cannot be written.
+    dtype: of the floating tensors of transformer and text model. float8_e4m3fn quantises the linear layers of the transformer's blocks,
+    the rest of both becomes bfloat16. vae_dtype: of the autoencoder's. None keeps each tensor as it is stored. `metadata` adds to the
+    record (latent_factor, training, ...). The file appears complete or not at all. TimError if the parts do not fit together, dtype
+    cannot hold a value, or dst cannot be written.
     """
     parts = read_parts(parts)
     parts.check_fit((metadata or {}).get("latent_factor"))
-    tensors: StateDict = {}
+    if vae_dtype == FP8:
+        raise TimError("dtype: fp8 is for the transformer; choose bf16 or fp32 for the VAE")
+    tensors: dict[str, Entry] = {}
     records = {}
     for kind in TITLES:
         if kind in parts:
             part = parts[kind].with_projector() if keep_projector else parts[kind]
             records[kind] = _record_of(part, parts, metadata or {})
-            tensors |= {PREFIXES[kind] + name: tensor for name, tensor in part.tensors.items()}
-    tensors = _cast(tensors, dtype)
-    for kind, record in records.items():
-        tensors[CONFIG_KEYS[kind]] = json_tensor(record)
+            entries = _entries(part, vae_dtype if kind == AUTOENCODER else dtype)
+            tensors |= {PREFIXES[kind] + name: one for name, one in entries.items()}
+            tensors[CONFIG_KEYS[kind]] = entry(json_tensor(records[kind]))
     if TEXT_ENCODER in parts and (tokenizer := parts[TEXT_ENCODER].tokenizer) is not None:
         name = "tokenizer_json" if is_json(tokenizer) else "spiece_model"
         if is_json(tokenizer):
             Tokenizer.from_json(tokenizer, f"{parts[TEXT_ENCODER].source}: tokenizer")  # TimError for a damaged one
-        tensors[f"text_encoders.{name}"] = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
-    return _write(tensors, dst, _whole_record(parts, records, metadata or {}))
+        tensors[f"text_encoders.{name}"] = entry(torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8))
+    return _write(tensors, dst, _whole_record(parts, records, metadata or {}), report)
 
 
-def convert(src, dst: str | Path, dtype=None, metadata: dict | None = None) -> Path:
+def convert(
+    src, dst: str | Path, dtype=None, metadata: dict | None = None, vae_dtype=None, report: Report | None = None
+) -> Path:
     """Writes a weight file as safetensors: several parts in the one-file layout, one part under its official names, a LoRA as ComfyUI's.
 
-    The projector is kept; tensors that belong to no part are left out with a warning. dtype, metadata and errors as in `pack`.
+    The projector is kept; tensors that belong to no part are left out with a warning. dtype: also of an autoencoder or a LoRA alone; the
+    rest, and the errors, as in `pack`.
     """
     if (lora := _open_lora(src)) is not None:
-        return _write_lora(lora, dst, dtype)
+        return _write_lora(lora, dst, dtype, report)
     parts, extra = read_parts(src), metadata or {}
     check_output_path(dst)
+    if dtype == FP8 and TRANSFORMER not in parts:
+        raise TimError(f"{parts.source}: fp8 is for the transformer, which is not in it; choose bf16")
     if parts.rest:
         shown = ", ".join(parts.rest[:3]) + (", ..." if parts.rest[3:] else "")
         logging.warning(printable(f"{parts.source}: {len(parts.rest)} tensors belong to no part and are left out: {shown}"))
     if len(parts.parts) > 1 or TEXT_ENCODER in parts:  # a text model keeps its tokenizer in the same file
-        return pack(parts, dst, dtype, extra, keep_projector=True)
+        return pack(parts, dst, dtype, extra, keep_projector=True, vae_dtype=vae_dtype, report=report)
     (part,) = (part.with_projector() for part in parts.parts.values())
+    if part.kind == AUTOENCODER and vae_dtype is not None:
+        dtype = vae_dtype
     records = {part.kind: _record_of(part, parts, extra)}
-    return _write(_cast(part.tensors, dtype), dst, _whole_record(parts, records, extra))
+    return _write(_entries(part, dtype), dst, _whole_record(parts, records, extra), report)
+
+
+def _entries(part: Part, dtype) -> dict[str, Entry]:
+    """The tensors of a part to write, floating ones in dtype."""
+    found: dict[str, Entry] = {}
+    for name, tensor in part.tensors.items():
+        layer = name.removesuffix(".weight")
+        if layer != name and layer in part.quantized and dtype in (None, FP8):
+            found |= {name: entry(tensor), **{key: entry(value) for key, value in part.quantized[layer].tensors(layer).items()}}
+        elif dtype == FP8 and part.kind == TRANSFORMER and is_large(name, tensor):
+            found |= _quantized(part, name)
+        else:
+            wanted = torch.bfloat16 if dtype == FP8 else dtype
+            wanted = wanted if wanted is not None and tensor.is_floating_point() else tensor.dtype
+            found[name] = Entry(tuple(tensor.shape), wanted, partial(_cast_one, part, name, wanted))
+    return found
+
+
+def _cast_one(part: Part, name: str, dtype: torch.dtype) -> Tensor:
+    return cast(name, part.weight(name), dtype, "cpu")
+
+
+def _quantized(part: Part, name: str) -> dict[str, Entry]:
+    """The entries of a weight that is quantised when it is written."""
+    def scaled(index: int) -> Tensor:
+        return quantize(name, part.weight(name))[index]
+
+    layer, shape = name.removesuffix(".weight"), tuple(part.tensors[name].shape)
+    like = Quantization("float8_e4m3fn", torch.ones(())).tensors(layer)
+    found = {key: entry(value) for key, value in like.items()}
+    found[f"{layer}.weight_scale"] = Entry((), torch.float32, lambda: scaled(1))
+    return {**found, name: Entry(shape, FP8, lambda: scaled(0))}
 
 
 def _open_lora(src) -> Lora | None:
@@ -70,16 +122,12 @@ def _open_lora(src) -> Lora | None:
     return read_lora(src) if is_lora(open_state_dict(user_path(src))[0]) else None
 
 
-def _write_lora(lora: Lora, dst: str | Path, dtype) -> Path:
+def _write_lora(lora: Lora, dst: str | Path, dtype, report: Report | None) -> Path:
     """Writes a LoRA under the names that ComfyUI reads; its alphas keep their dtype."""
-    tensors = lora.state_dict()
-    alphas = {key: value for key, value in tensors.items() if key.endswith(".alpha")}
-    return _save(_cast(tensors, dtype) | alphas, dst, lora.metadata)
-
-
-def json_tensor(record: dict) -> Tensor:
-    """A record as a uint8 tensor, which survives programs that copy tensors alone."""
-    return torch.frombuffer(bytearray(json.dumps(record, sort_keys=True).encode("utf-8")), dtype=torch.uint8)
+    if dtype == FP8:
+        raise TimError(f"{lora.source}: fp8 is for transformers, not for a LoRA; choose bf16")
+    tensors = {key: cast(key, value, None if key.endswith(".alpha") else dtype, "cpu") for key, value in lora.state_dict().items()}
+    return _save({key: entry(value) for key, value in tensors.items()}, dst, lora.metadata, report)
 
 
 def _record_of(part: Part, parts: Parts, extra: dict) -> dict:
@@ -107,16 +155,6 @@ def _whole_record(parts: Parts, records: dict[str, dict], extra: dict) -> dict:
     return {**record, **extra}
 
 
-def _cast(tensors: StateDict, dtype) -> StateDict:
-    """Floating tensors in dtype, each with its own storage, as the format needs. TimError naming a tensor that dtype cannot hold."""
-    seen, out = set(), {}
-    for key, tensor in tensors.items():
-        tensor = cast(key, tensor.detach(), dtype, "cpu").contiguous()
-        out[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return out
-
-
 def check_output_path(dst: str | Path) -> Path:
     """The path of a checkpoint to write. TimError for another ending than .safetensors, or as in check_output."""
     dst = user_path(dst)
@@ -126,20 +164,11 @@ def check_output_path(dst: str | Path) -> Path:
     return dst
 
 
-def _write(tensors: StateDict, dst: str | Path, record: dict) -> Path:
-    return _save(tensors, dst, {"tim": json.dumps(record, sort_keys=True)})
+def _write(tensors: Mapping[str, Entry], dst: str | Path, record: dict, report: Report | None) -> Path:
+    return _save(tensors, dst, {"tim": json.dumps(record, sort_keys=True)}, report)
 
 
-def _save(tensors: StateDict, dst: str | Path, metadata: dict[str, str]) -> Path:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    def save(tmp: Path) -> None:
-        try:
-            save_file(tensors, tmp, metadata={**metadata, "format": "pt"})
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(str(error)) from error
-
+def _save(tensors: Mapping[str, Entry], dst: str | Path, metadata: dict[str, str], report: Report | None) -> Path:
     dst = check_output_path(dst)
-    atomic_write(dst, save)
+    atomic_write(dst, lambda tmp: write_safetensors(tmp, tensors, {**metadata, "format": "pt"}, report))
     return dst

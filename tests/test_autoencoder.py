@@ -110,12 +110,13 @@ def test_bands_of_rows_are_the_whole_image(pair, budget, monkeypatch):
 
 
 @torch.no_grad()
-def test_images_and_latents_are_not_overwritten(pair):
+def test_images_and_latents_are_not_overwritten_and_latents_can_be_saved(pair):
     _, ours = pair
     x, z = torch.randn(1, 3, 64, 64), torch.randn(1, ours.config.latent_channels, 64 // ours.config.factor, 64 // ours.config.factor)
     given = x.clone(), z.clone()
     ours.encode(x), ours.decode(z), ours.encoder(x), ours.decoder(z)
     assert torch.equal(x, given[0]) and torch.equal(z, given[1])
+    assert ours.encode(x).is_contiguous()  # safetensors writes no other layout
 
 
 @torch.no_grad()

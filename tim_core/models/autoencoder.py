@@ -349,7 +349,8 @@ class Encoder(nn.Module):
             for block in stage:  # one by one, so that no name holds a tensor that is not needed any more
                 x = block(x)
         out = self.conv_out(x)
-        return out + x.unflatten(1, (self.latent_channels, -1)).mean(2) if self.shortcut else out
+        out = out + x.unflatten(1, (self.latent_channels, -1)).mean(2) if self.shortcut else out
+        return out.contiguous()
 
 
 class Decoder(nn.Module):

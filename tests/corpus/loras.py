@@ -82,6 +82,27 @@ def spellings_of_trainers(random: Random) -> Iterator[Case]:
             yield Case(f"a LoRA of {title}, convert", convert, Gives(same_names))
 
 
+@generator
+def alphas_that_are_plain_numbers(random: Random) -> Iterator[Case]:
+    """Count as tensors do, in a torch file."""
+    value, huge = random.choice([1, 4, 0.5]), random.choice([10**400, -(10**40), 1e300, math.nan])
+
+    def alphas(tensors: dict[str, Tensor], convert: Callable[[float], object]) -> dict:
+        return {name: convert(value) if name.endswith("alpha") else tensor for name, tensor in tensors.items()}
+
+    def build(folder: Path, originals: Originals, value=value) -> list[object]:
+        torch.save(alphas(load_file(originals.lora), lambda number: value), "lora.bin")
+        return [*SAMPLE, "--model", originals.copy(originals.model, Path("model.safetensors")), "--lora", "lora.bin"]
+
+    def reference(originals: Originals) -> Path:
+        path = originals.folder / "alpha.safetensors"
+        save_file(alphas(load_file(originals.lora), lambda number: torch.tensor(float(number))), path)
+        return originals.result(*SAMPLE, "--model", originals.model, "--lora", path)
+
+    yield Case(f"a LoRA with the plain alpha {value}", build, gives("out.png", reference))
+    yield Case(f"a LoRA with the plain alpha {str(huge)[:8]}", lambda *places: build(*places, value=huge), fails("lora.bin", "alpha"))
+
+
 def first(tensors: dict[str, Tensor], ending: str) -> str:
     return next(name for name in sorted(tensors) if name.endswith(ending))
 

@@ -79,10 +79,18 @@ def _open_torch(path: Path):
 
 
 def flatten(value, name: str) -> StateDict:
-    """Flattens nested dicts to dotted keys; keeps tensors alone. TimError naming the source if it is not a dict or repeats a key."""
+    """Flattens nested dicts to dotted keys; keeps tensors, and the plain numbers that some LoRAs have as alpha, alone.
+
+    TimError naming the source if it is not a dict or repeats a key.
+    """
     if not isinstance(value, Mapping):
         raise TimError(f"{name}: holds a {type(value).__name__}, not a state dict; give a file of weights")
-    return _unique(leaves(value, Tensor, name), name)
+    items = leaves(value, (Tensor, int, float), name)
+    return _unique(((key, _as_tensor(item)) for key, item in items if isinstance(item, Tensor) or key.endswith(".alpha")), name)
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(float(max(min(value, 1e300), -1e300)))  # of huge whole numbers inf
 
 
 def _unique(items: Iterable[tuple[str, Tensor]], name: str) -> StateDict:

@@ -82,14 +82,14 @@ def check_torch_file(path: Path) -> None:
         raise TimError(f"{path}: damaged or truncated torch file ({reason}); download or copy it again") from None
 
 
-def leaves(value: Mapping, kind: type, name: str) -> Iterator[tuple[str, Any]]:
+def leaves(value: Mapping, kind: type | tuple[type, ...], name: str) -> Iterator[tuple[str, Any]]:
     """The objects of a kind in nested dicts, with their dotted keys. TimError if there are too many or they are nested too deeply."""
     names = characters = 0
     stack: list[tuple[str, Iterator]] = [("", iter(value.items()))]
     while stack:
         prefix, items = stack[-1]
         for key, item in items:
-            if not isinstance(item, (kind, Mapping)) or not isinstance(key, (str, int, float, tuple)):
+            if not isinstance(item, kind) and not isinstance(item, Mapping) or not isinstance(key, (str, int, float, tuple)):
                 continue
             key = f"{prefix}{key}"
             names, characters = names + 1, characters + len(key)

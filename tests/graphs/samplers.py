@@ -9,7 +9,7 @@ ENOUGH = (
     "uni_pc_bh2", "exp_heun_2_x0",
 )
 CFG_PP = ("euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "gradient_estimation_cfg_pp")
-NAMED_OTHERWISE = {"uni_pc": "unipc", "uni_pc_bh2": "unipc"}  # in the log, as core's function is
+NAMED_OTHERWISE = {"uni_pc": "unipc", "uni_pc_bh2": "unipc_bh2"}  # in the log, as core's function is
 TOO_FEW = {name: 4 for name in ENOUGH} | {"seeds_3": 8, "sa_solver_pece": 29, "ipndm_v": 8}
 SAMPLER_NODES = {
     "SamplerEulerAncestral": {}, "SamplerLMS": {}, "SamplerDPMPP_3M_SDE": {},

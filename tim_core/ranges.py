@@ -22,7 +22,7 @@ def parse_numbers(text: str | int | float, name: str) -> list[int | float]:
     for word in re.split(r"[\s,;]+", words.strip(" ,;")):
         if (entry := ENTRY.fullmatch(word)) is None:
             raise TimError(f"{name}: '{word}' is not a number or a range; write a list such as 1, 2, 4, or 1-8, or 1-32 x2")
-        numbers += _expand(*entry.groups(), name=name)
+        numbers += _expand(name, *entry.groups())
         if len(numbers) > MOST_NUMBERS:
             raise TimError(f"{name}: '{text}' has more than {MOST_NUMBERS} numbers; use a larger step, such as 1-64 x2")
     return numbers
@@ -30,14 +30,15 @@ def parse_numbers(text: str | int | float, name: str) -> list[int | float]:
 
 def parse_counts(text: str | int, name: str) -> list[int]:
     """As parse_numbers, for whole numbers of at least 1."""
-    numbers = parse_numbers(text, name)
-    for number in numbers:
+    counts = []
+    for number in parse_numbers(text, name):
         if not isinstance(number, int) or number < 1:
             raise TimError(f"{name}: {number:g} is not a whole number of at least 1")
-    return numbers
+        counts.append(number)
+    return counts
 
 
-def _expand(first: str, last: str | None, operation: str | None, step: str | None, name: str) -> list[int | float]:
+def _expand(name: str, first: str, last: str | None, operation: str | None, step: str | None) -> list[int | float]:
     """The numbers of one entry, at most one more than MOST_NUMBERS."""
     start = _number(first)
     if last is None:

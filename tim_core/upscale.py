@@ -97,7 +97,7 @@ def enlarge(images: Tensor, width: int, height: int, method: str = "bicubic") ->
     """
     if method not in RESIZE_METHODS:
         raise TimError(f"resize_method: '{method}' is not offered; choose {', '.join(RESIZE_METHODS)}")
-    rows, columns = _crop(*images.shape[1:3], height, width)
+    rows, columns = _crop(images.shape[1], images.shape[2], height, width)
     images = images[:, rows, columns]
     if method == "lanczos":
         return torch.cat([to_tensor(to_pil(image).resize((width, height), Image.Resampling.LANCZOS)) for image in images]).to(images.device)
@@ -106,7 +106,7 @@ def enlarge(images: Tensor, width: int, height: int, method: str = "bicubic") ->
 
 def crop_mask(mask: Tensor, width: int, height: int) -> Tensor:
     """The part of a mask (B, h, w) that `enlarge` keeps of its image for this size."""
-    rows, columns = _crop(*mask.shape[1:], height, width)
+    rows, columns = _crop(mask.shape[1], mask.shape[2], height, width)
     return mask[:, rows, columns]
 
 

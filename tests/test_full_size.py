@@ -2,7 +2,7 @@
 
     pytest -m full tests/test_full_size.py -s
 
-It takes about a quarter of an hour on two cores. Commands run in processes of their own, so that the memory of each is known.
+It takes a quarter of an hour on two idle cores, three quarters on two busy ones. Commands run in processes of their own, so that the memory of each is known.
 """
 
 import json
@@ -136,10 +136,11 @@ def converted(released):
 
 
 def test_convert(converted):
-    assert converted["bf16"].stat().st_size == pytest.approx(1_746_496_957, abs=10_000)
-    assert converted["fp8"].stat().st_size == pytest.approx(842_268_672 + 2 * (873_109_408 - 842_268_672), rel=1e-3)
+    header = 200_000  # bytes, at most
+    assert 0 < converted["bf16"].stat().st_size - 2 * 873_109_408 < header
+    assert 0 < converted["fp8"].stat().st_size - (2 * 873_109_408 - 842_268_672) < header
     (part,) = json.loads(tim("inspect", "--json", converted["fp8"]))["parts"]
-    assert part["quantized_layers"] == 28 * 13 and part["dtypes"]["float8_e4m3fn"]["parameters"] == 842_268_672 and not part["problem"]
+    assert part["quantized_layers"] == 28 * 12 and part["dtypes"]["float8_e4m3fn"]["parameters"] == 842_268_672 and not part["problem"]
 
 
 @pytest.fixture(scope="module")

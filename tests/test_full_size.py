@@ -2,7 +2,7 @@
 
     pytest -m full tests/test_full_size.py -s
 
-It takes a quarter of an hour on two idle cores, three quarters on two busy ones. Commands run in processes of their own, so that the memory of each is known.
+It takes three quarters of an hour on two busy cores. Commands run in processes of their own, so that the memory of each is known.
 """
 
 import json

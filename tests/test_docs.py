@@ -175,3 +175,11 @@ def test_a_configuration_trains_what_its_command_downloads(name, tiny, tmp_path,
         f"base: {ROOT}/configs/{name}.yaml\noutput: made\ndata: {{base_pixels: 4096}}\nloop: {{{changes}}}\n")
     (made,) = run(["short.yaml"])
     assert made == Path("made") / ("lora.safetensors" if name == "t2i-lora" else "model.safetensors") and load_file(made)
+
+
+def test_every_promise_of_security_has_its_tests():
+    rows = [line for line in text_of(ROOT / "SECURITY.md").splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 10
+    for row in rows:
+        named = re.findall(r"`(tests/\w+\.py)`: `(test_\w+)`", row)
+        assert named and all(f"def {test}(" in text_of(ROOT / file) for file, test in named), row

@@ -63,7 +63,11 @@ class TiMEmptyLatent(io.ComfyNode):
                 ),
                 side_input("height", 0, 0, "Image height in pixels for custom, rounded like the width. 0: the model's native height."),
                 io.Int.Input("batch_size", default=1, min=1, max=MAX_BATCH, tooltip="Number of images to sample at once."),
-                *advanced(io.Boolean.Input("swap", optional=True, default=False, tooltip="Swaps width and height, of any size above.")),
+                *advanced(
+                    io.Boolean.Input(
+                        "swap", optional=True, default=False, tooltip="Swaps width and height, however they were chosen."
+                    )
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="LATENT", tooltip="An empty latent, for a sampler that starts from noise."),

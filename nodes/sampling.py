@@ -59,13 +59,13 @@ class TiMSampler(io.ComfyNode):
                     ),
                 ),
                 io.Sigmas.Input(
-                    "sigmas", optional=True, tooltip="Times of the steps, falling from at most 1 to at least 0. They replace steps, shift, "
+                    "sigmas", optional=True, tooltip="Times of the steps, in falling order, between 1 and 0. They replace steps, shift, "
                     "start and end."
                 ),
                 *advanced(
                     shift_input(
-                        "Denser steps at high noise above 1, near the image below 1, as the node ModelSamplingSD3 makes them. 1 keeps the "
-                        "model's own times. start and end are shifted, too.",
+                        "Above 1: denser steps at high noise. Below 1: denser steps near the image. 1: the model's own times. Works as "
+                        "ModelSamplingSD3, and shifts start and end too.",
                         optional=True,
                     )
                 ),

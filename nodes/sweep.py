@@ -39,7 +39,9 @@ class TiMStepSweep(io.ComfyNode):
                     "Every image starts from noise."
                 ),
                 seed_input("Noise seed, the same for every cell unless axis is seed."),
-                step_list_input("1, 2, 4, 8, 16, 32", "Step counts to compare: a list, a range such as 1-8, or 1-32 x2, which doubles."),
+                step_list_input(
+                    "1, 2, 4, 8, 16, 32", "Step counts to compare: a list, a range such as 1-8, or a doubling range such as 1-32 x2.",
+                ),
                 cfg_input(),
                 *advanced(*limit_inputs()),
                 io.Combo.Input(
@@ -47,7 +49,7 @@ class TiMStepSweep(io.ComfyNode):
                     options=list(AXES),
                     default=NONE,
                     optional=True,
-                    tooltip="What changes from row to row. none: one row of cells after the other.",
+                    tooltip="What changes from row to row. none: only the step count changes.",
                 ),
                 io.String.Input(
                     "axis_values",

@@ -40,11 +40,11 @@ class TiMNativeUpscale(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="The image to enlarge. Connect image or latent."),
                 io.Latent.Input("latent", optional=True, tooltip="The image to enlarge, as a finished latent. Connect image or latent."),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Where the image is redrawn (1); the rest (0) is only enlarged. Without a mask all of "
-                    "it is redrawn."
+                    "mask", optional=True, tooltip="White areas (1) are redrawn, black areas (0) only enlarged. Without a mask the whole "
+                    "image is redrawn."
                 ),
                 io.UpscaleModel.Input(
-                    "upscale_model", optional=True, tooltip="Enlarges the image before it is sampled; from Load Upscale Model. Without "
+                    "upscale_model", optional=True, tooltip="From Load Upscale Model; enlarges the image before it is sampled. Without "
                     "one the image is resized."
                 ),
                 seed_input(),

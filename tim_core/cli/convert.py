@@ -15,8 +15,8 @@ one safetensors file. SRC is a .bin, .pt or .safetensors file, or a Hugging
 Face folder. Other tensors are left out and listed. A LoRA gets the key names
 that ComfyUI reads. The same SRC and options give the same bytes.
 
---dtype is for whatever SRC holds alone; in a file of several parts the VAE
-keeps its own dtype unless --vae-dtype is given."""
+If SRC holds one part, --dtype applies to it, whichever it is. If it holds
+several, the VAE keeps its own dtype unless --vae-dtype is given."""
 
 EXAMPLES = """\
 examples:

@@ -11,9 +11,9 @@ SUMMARY = "describe weight files"
 
 DESCRIPTION = """\
 Describe weight files: size, parts, architecture, dtypes, where a file belongs
-in ComfyUI and on the command line, what an image still needs, and how the
-weights were trained. No code in a file is run. A file that cannot be read
-gives one error line; the others are still described."""
+in ComfyUI and on the command line, which parts are still missing to make an
+image, and how the weights were trained. No code in a file is run. A file that
+cannot be read gives one error line; the others are still described."""
 
 EXAMPLES = """\
 examples:
@@ -24,7 +24,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="file, folder of one or several parts, or bundled name")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line and file (default: text)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per file (default: text)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -90,8 +90,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
                        help="add a LoRA (default strength: 1); may be repeated (default: none)")
     group.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 or mps (default: auto, the GPU if there is one)")
     group.add_argument("--dtype", default="auto", metavar="T",
-                       help="float32 (fp32), bfloat16 (bf16) or float16 (fp16) (default: auto: bfloat16 on a GPU; on a CPU float32, or as "
-                       "stored for a large model where the CPU computes in bfloat16)")
+                       help="float32 (fp32), bfloat16 (bf16) or float16 (fp16) (default: auto, bfloat16 on a GPU and float32 on a CPU; a "
+                       "large model stored in bfloat16 or fp8 runs in bfloat16 on a CPU that has instructions for it)")
     group.add_argument("--tile", type=tile, default="auto", metavar="T",
                        help="decode in tiles: auto (where memory is short), off, or their side in pixels (default: auto)")
     group.add_argument("--attention", default="auto", choices=["auto", "sdpa", "flash"],

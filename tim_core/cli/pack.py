@@ -14,8 +14,8 @@ Join a transformer, a text model and an autoencoder in one file, for `--model`
 and for Load TiM Checkpoint in ComfyUI. The same files and options give the
 same bytes.
 
---dtype is for the transformer and the text model. The VAE keeps its own dtype
-unless --vae-dtype is given: the official code decodes in float32."""
+--dtype applies to the transformer and the text model. The VAE keeps its own
+dtype unless --vae-dtype is given; the official code decodes in float32."""
 
 EXAMPLES = """\
 example:

@@ -401,7 +401,8 @@ def test_a_gpu_short_of_memory_makes_the_same_images(tiny, pipe, monkeypatch):
     turns, options = Pipeline.load(tiny, "cuda", "float32"), dict(steps=2, width=32, height=32)
     for _ in range(2):
         torch.testing.assert_close(turns(PROMPT, **options), pipe(PROMPT, **options), rtol=0, atol=5e-3)
-        assert [next(n.parameters()).device.type for n in (turns.text_encoder, turns.transformer, turns.autoencoder)] == ["cpu", "cpu", "cuda"]
+        networks = turns.text_encoder, turns.transformer, turns.autoencoder
+        assert [next(network.parameters()).device.type for network in networks] == ["cpu", "cpu", "cuda"]
 
 
 def test_auto_is_float32_on_a_cpu(tiny):

@@ -107,9 +107,9 @@ class Bench:
     def memory(self, size: int, tile: int) -> None:
         """The most memory of one step and a decode in tiles, weights included."""
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
             self.oracle = None
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)  # last: it takes what is reserved now as the peak
         decode = lambda z: self.autoencoder.tiled_decode(z, tile, tile - tile // 8)  # noqa: E731
         self.image(self.network, decode, size, 1, 1)
         held = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else memory_line("VmHWM")

@@ -71,7 +71,7 @@ class TiMStepSweep(io.ComfyNode):
         counts, values = parse_counts(steps, "steps"), read_axis(axis, axis_values)
         fixed = {"cfg": cfg, "seed": seed, "shift": 1.0, "stochasticity": 0.0}
         rows = [fixed if axis == NONE else {**fixed, axis: value} for value in values]
-        check_size(model, latent_image["samples"], len(rows) * len(counts))
+        check_pixels(model, latent_image["samples"], len(rows) * len(counts))
         model, evaluations = count_evaluations(log_once(model))
         models = [with_shift(model, row["shift"]) for row in rows]
         progress = shared_progress(model, 1 + sum(counts) * len(rows))
@@ -121,7 +121,7 @@ def read_axis(axis: str, text: str) -> list[int | float]:
     return values
 
 
-def check_size(model, samples: torch.Tensor, cells: int) -> None:
+def check_pixels(model, samples: torch.Tensor, cells: int) -> None:
     """TimError if the images of all cells would take more memory than MOST_PIXELS."""
     factor = tim_model(model).latent_format.spacial_downscale_ratio
     width, height, count = samples.shape[-1] * factor, samples.shape[-2] * factor, cells * len(samples)

@@ -821,6 +821,8 @@ def test_describe_counts_the_projector_apart(weights, tmp_path):
 
 def test_bundled_names(tmp_path, monkeypatch):
     assert "tim-shapes" in refused(resolve, "tim-shape")
+    for call in (resolve, lambda name: convert(name, tmp_path / "a.safetensors")):
+        assert "no such file" in refused(call, "a" * 300)
     monkeypatch.setitem(BUNDLED, "tim-shapes", tmp_path / "absent.safetensors")
     assert "bundled" in refused(resolve, "tim-shapes")
     (tmp_path / "absent.safetensors").write_bytes(b"x")
@@ -995,7 +997,8 @@ RECORDS = {
         {"latent_factor": "abc"}, {"latent_factor": -8}, {"latent_factor": 3.7}, {"latent_factor": 10**9}, {"escape_prompts": "false"},
         {"null_class": "no"}, {"num_heads": 0}, {"num_heads": 2.0}, {"new_condition": 5}, {"encoder_depth": "x"},
         {"native_size": [10**9, 8]}, {"native_size": 64}, {"steps": 10**9}, {"steps": 0}, {"cfg": 1e20}, {"cfg": -1}, {"cfg": float("nan")},
-        {"guidance_interval": [1, 0]}, {"strength": 0}, {"strength": 1.5}, {"strength": "half"},
+        {"cfg": 0.5}, {"guidance_interval": [1, 0]}, {"guidance_interval": [1, 2]}, {"strength": 0}, {"strength": 1.5},
+        {"strength": "half"},
     ],
     "autoencoder": [
         {"scaling_factor": 0}, {"scaling_factor": "x"}, {"scaling_factor": 1e-300}, {"scaling_factor": 1e300},

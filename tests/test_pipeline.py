@@ -281,6 +281,29 @@ def test_networks_leave_a_device_that_is_short_of_memory(tiny, monkeypatch, left
     assert sent == [(name, "meta") for name in moves]
 
 
+def test_a_network_that_is_away_comes_back(tiny, monkeypatch):
+    """The meta device stands for a GPU, to which the networks of this pipeline are only noted to be sent."""
+    pipe, sent, available = Pipeline.load(tiny, "cpu"), [], 0
+    for name in ("text_encoder", "transformer", "autoencoder"):
+        monkeypatch.setattr(getattr(pipe, name), "to", lambda device, name=name: sent.append((name, str(device))))
+    pipe.device = torch.device("meta")
+    weights = sum(parameter.nbytes for parameter in pipe.transformer.parameters())
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: available)
+    for available, others in ((1.3 * weights, []), (1.2 * weights, [("text_encoder", "cpu"), ("autoencoder", "cpu")])):
+        sent.clear()
+        pipe._make_room(pipe.transformer, 0)
+        assert sent == [*others, ("transformer", "meta")]
+
+
+def test_room_is_made_for_all_images_of_a_run_of_the_autoencoder(tiny, monkeypatch):
+    pipe, needed = Pipeline.load(tiny, "cpu"), []
+    monkeypatch.setattr(pipe, "_make_room", lambda network, count: needed.append(count))
+    peak = pipe.autoencoder.peak_bytes(64, 32, torch.float32, pipe.device)
+    for batch in (1, 3):
+        pipe.encode(torch.rand(batch, 64, 32, 3))
+    assert needed == [peak, 3 * peak]
+
+
 def test_odd_prompts_give_images(pipe):
     prompts = ["", " ", "a cat", "\u4e00\u53ea\u732b \U0001f408", "word " * 400]
     assert pipe(prompts, width=16, height=16, steps=1).isfinite().all()
@@ -368,6 +391,18 @@ def test_a_gpu_makes_the_images_of_a_cpu(tiny, pipe):
     assert auto.device.type == "cuda" and auto.dtype in (torch.bfloat16, torch.float32)
     assert (auto(PROMPT, **options) - pipe(PROMPT, **options)).abs().mean() < 0.02
     assert available_bytes(torch.device("cuda")) > 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_short_of_memory_makes_the_same_images(tiny, pipe, monkeypatch):
+    """Its networks take turns, and the autoencoder works in bands of four rows."""
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: 0)
+    monkeypatch.setattr("tim_core.models.autoencoder.GPU_BAND", 100)
+    turns, options = Pipeline.load(tiny, "cuda", "float32"), dict(steps=2, width=32, height=32)
+    for _ in range(2):
+        torch.testing.assert_close(turns(PROMPT, **options), pipe(PROMPT, **options), rtol=0, atol=5e-3)
+        networks = turns.text_encoder, turns.transformer, turns.autoencoder
+        assert [next(network.parameters()).device.type for network in networks] == ["cpu", "cpu", "cuda"]
 
 
 def test_auto_is_float32_on_a_cpu(tiny):

@@ -299,10 +299,11 @@ class Pipeline:
     ) -> Tensor:
         """Run the autoencoder over a batch, about a megapixel at a time -> float32 on the CPU. size: height and width in pixels."""
         dtype = next(self.autoencoder.parameters()).dtype
-        self._make_room(self.autoencoder, self.autoencoder.peak_bytes(*size, dtype, self.device))
+        count = max(1, min(len(batch), 2**20 // (size[0] * size[1])))
+        self._make_room(self.autoencoder, count * self.autoencoder.peak_bytes(*size, dtype, self.device))
         tile = self._tile(size, dtype)
         parts = []
-        for some in batch.split(max(1, 2**20 // (size[0] * size[1]))):
+        for some in batch.split(count):
             some = some.to(self.device, dtype)
             done = whole(some) if tile is None else tiled(some, tile, (tile - tile // 8) // self.factor * self.factor)
             check_finite(done, stage, self.autoencoder)

@@ -145,9 +145,9 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tens
         for left in tile_starts(width, tile, overlap):
             rows, columns = slice(top, min(top + tile, height)), slice(left, min(left + tile, width))
             made = function(x[..., rows, columns])
-            weight = _ramp(rows, height, overlap)[:, None] * _ramp(columns, width, overlap)
-            total[..., rows, columns] += made * weight.to(x.device)
-            weights[rows, columns] += weight.to(x.device)
+            weight = (_ramp(rows, height, overlap)[:, None] * _ramp(columns, width, overlap)).to(x.device)
+            total[..., rows, columns] += made * weight
+            weights[rows, columns] += weight
     return (total / weights).to(x.dtype)
 
 

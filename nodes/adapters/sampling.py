@@ -1,7 +1,6 @@
 """TiM's sampler as a SAMPLER, sampling of LATENTs through core's guider, progress, and latent helpers."""
 
 import logging
-import math
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from ...tim_core import schedule
 from ...tim_core.errors import TimError
-from ...tim_core.sampler import MODES, fresh_noise, sample
+from ...tim_core.limits import MAX_SHIFT, MIN_SHIFT
+from ...tim_core.sampler import MODES, check_guidance, fresh_noise, sample
 from .checks import outside_times
 from .compat import supported_kwargs
 from .guidance import with_limits
@@ -58,8 +58,7 @@ def transition_sampler(mode: str = "transition", stochasticity: float = 0.0) -> 
     """TiM's SAMPLER. TimError for an unknown mode or a stochasticity outside 0 to 1."""
     if mode not in MODES:
         raise TimError(f"mode: '{mode}' is not offered; choose {' or '.join(MODES)}")
-    if not 0 <= stochasticity <= 1:
-        raise TimError(f"stochasticity: {stochasticity} is outside 0 to 1")
+    check_guidance(1.0, stochasticity=stochasticity)
     return comfy.samplers.KSAMPLER(sample_transitions, {"mode": mode, "stochasticity": stochasticity})
 
 
@@ -124,8 +123,8 @@ def time_grid(model, steps: int, start: float = 1.0, end: float = 0.0) -> Tensor
 def with_shift(model, shift: float) -> comfy.model_patcher.ModelPatcher:
     """The model for shift 1, else a clone that samples with this shift, as ModelSamplingSD3 makes one."""
     inner = tim_model(model)
-    if not (shift > 0 and math.isfinite(shift)):
-        raise TimError(f"shift: {shift} is not a number above 0; use 1 for the model's own times")
+    if not MIN_SHIFT <= shift <= MAX_SHIFT:
+        raise TimError(f"shift: {shift} is outside {MIN_SHIFT:g} to {MAX_SHIFT:g} (1: the model's own times)")
     before = model.get_model_object("model_sampling")
     if shift == 1 or not hasattr(before, "shift"):  # not a flow model's: refused when the run starts
         return model

@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> None:
     from ..upscale import check_strength, stage_sizes, stage_steps, target_size
 
     width, height = args.size or (0, 0)
-    total = sum(stage_steps(args.steps, args.stages))
+    counts = stage_steps(args.steps, args.stages)
     if args.strength is not None:
         check_strength(args.strength)
-    options.check_sampling(args, [total])
+    options.check_sampling(args, counts)
     size = image_size(args.image)
     wanted = target_size(*size, width, height, args.factor)
     pipe = options.load_pipeline(args, lambda parts: stage_sizes(size, wanted, args.stages, size_multiple(parts)))
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     settings = {name: getattr(args, name) for name in ("negative", "cfg", "seed", "guidance_interval", "stochasticity")}
-    with tqdm(total=total, unit="step", leave=False) as bar:
+    with tqdm(total=sum(counts), unit="step", leave=False) as bar:
         started = time.perf_counter()
         large = pipe.upscale(
             image, args.prompt, width=width, height=height, steps=args.steps, strength=args.strength, factor=args.factor,

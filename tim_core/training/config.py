@@ -16,7 +16,7 @@ from .kinds import KINDS
 from .objectives.transition import ObjectiveConfig
 from .yaml_file import read_values
 
-MAX_BATCH = 2**14  # items of one step
+MOST_ITEMS = 2**14  # items of one step
 MOST_REPEATS = 4  # in a pattern of layer names
 Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
 
@@ -26,7 +26,7 @@ class LoopConfig:
     """The training loop. `seconds` stops a run early, to be resumed (0: never)."""
 
     steps: Count = 10_000
-    batch: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 64
+    batch: Annotated[int, Field(ge=1, le=MOST_ITEMS)] = 64
     optimizer: Literal["adamw", "muon"] = "adamw"    # Muon, of torch 2.9, is for the weight matrices of blocks; AdamW for the rest
     lr: Rate = 1e-3
     muon_lr: Rate = 0.01

@@ -21,7 +21,7 @@ from ..errors import TimError
 from ..files import digest, make_folder, parse_json, read_text, user_path
 from ..images import ENDINGS, image_size, open_image
 from ..processes import ALONE, Processes, Shard
-from .config import MAX_BATCH, FolderConfig
+from .config import MOST_ITEMS, FolderConfig
 from .writing import write_tensors
 
 VERSION = "4"  # of cached files; files of another version are encoded again
@@ -166,7 +166,7 @@ class FolderBatches(torch.utils.data.Dataset):
         self.sizes = sorted(self.files)
         tokens = [batch * config.base_pixels / (width * height) for width, height in self.sizes]
         self.counts = [max(shards[0].count, round(count)) for count in tokens]
-        if (most := max(self.counts)) > MAX_BATCH:
+        if (most := max(self.counts)) > MOST_ITEMS:
             size = "x".join(map(str, self.sizes[self.counts.index(most)]))
             raise TimError(f"data.base_pixels: {config.base_pixels} makes batches of {most} images of {size}; use fewer, or a smaller "
                            "loop.batch")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TimError
-from ..limits import MAX_SIDE
+from ..limits import MAX_CFG, MAX_SIDE
 from .parts import TRANSFORMER, Parts
 
 RECORD = ("native_size", "steps", "cfg", "guidance_interval", "strength")  # keys of a transformer's record
 RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
-MOST_STEPS, MOST_CFG = 1000, 100
+MOST_STEPS = 1000  # of a default
 RELEASED_REACH = 4  # the released text-to-image model was trained from 256 to 4096 pixels a side
 RELEASED_CLASSES = {32: (512, 3.0, (0.0, 0.7)), 4: (256, 2.5, (0.0, 0.6))}  # class-conditional: pixels per side, cfg, guidance interval
 # where neither record nor channels tell: as suits tim-shapes, of factor 8, which was trained mostly at 64x64
@@ -70,13 +70,14 @@ def find_defaults(
             raise TimError(f"steps: {steps!r} is not a whole number from 1 to {MOST_STEPS}; correct the file's metadata")
         found["steps"] = steps
     if (cfg := record.get("cfg")) is not None:
-        if not _is_number(cfg) or cfg > MOST_CFG:
-            raise TimError(f"cfg: {cfg!r} is not a number from 0 to {MOST_CFG}; correct the file's metadata")
+        if not _is_number(cfg) or not 1 <= cfg <= MAX_CFG:
+            raise TimError(f"cfg: {cfg!r} is not a number from 1 to {MAX_CFG:g}; correct the file's metadata")
         found["cfg"] = float(cfg)
     if (interval := record.get("guidance_interval")) is not None:
         pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(_is_number, interval))
-        if not (pair and interval[0] < interval[1]):
-            raise TimError(f"guidance_interval: {interval!r} is not [low, high] with 0 <= low < high; correct the file's metadata")
+        if not (pair and interval[0] < min(interval[1], 1)):
+            raise TimError(f"guidance_interval: {interval!r} is not [low, high] with 0 <= low < high and low < 1; "
+                           "correct the file's metadata")
         found["guidance_interval"] = (float(interval[0]), float(interval[1]))
     if channels == 32 and not class_conditional and "native_size" not in record:
         found["reach"] = RELEASED_REACH

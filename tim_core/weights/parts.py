@@ -15,6 +15,7 @@ ComfyUI's CheckpointSave writes it, loads the same.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -187,7 +188,7 @@ def resolve(name: str | Path) -> Path:
             raise TimError(f"{name}: the bundled model is missing from this installation ({path}); install the package again")
         return path
     path = user_path(name)
-    if not str(name).strip() or not path.exists():
+    if not str(name).strip() or not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise TimError(f"{name}: no such file; give a path or a bundled model ({', '.join(BUNDLED)})")
     return path
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ def _quantized(part: Part, name: str) -> dict[str, Entry]:
 
 def _open_lora(src) -> Lora | None:
     """The LoRA in a file; None if `src` is not the name of one."""
-    if not isinstance(src, (str, Path)) or str(src) in BUNDLED or not user_path(src).is_file():
+    if not isinstance(src, (str, Path)) or str(src) in BUNDLED or not os.path.isfile(user_path(src)):
         return None
     return read_lora(src) if is_lora(open_state_dict(user_path(src))[0]) else None
 

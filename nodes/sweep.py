@@ -2,7 +2,6 @@
 
 import time
 
-import torch
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
@@ -95,7 +94,7 @@ class TiMStepSweep(io.ComfyNode):
             place = "" if axis == NONE else f", {axis} {rows[row][axis]}"
             show_progress(f"{i + 1} of {len(cells)}: {count} step{'s' if count > 1 else ''}{place}")
             made, label = run(row, count, done)
-            images = torch.empty(len(cells), *made.shape, dtype=made.dtype, device=made.device) if images is None else images
+            images = made.new_empty(len(cells), *made.shape) if images is None else images
             images[i] = made
             labels.append(label)
             done += count
@@ -121,7 +120,7 @@ def read_axis(axis: str, text: str) -> list[int | float]:
     return values
 
 
-def check_pixels(model, samples: torch.Tensor, cells: int) -> None:
+def check_pixels(model, samples, cells: int) -> None:
     """TimError if the images of all cells would take more memory than MOST_PIXELS."""
     factor = tim_model(model).latent_format.spacial_downscale_ratio
     width, height, count = samples.shape[-1] * factor, samples.shape[-2] * factor, cells * len(samples)

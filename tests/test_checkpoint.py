@@ -294,6 +294,22 @@ def test_compressed_records_are_refused(weights, tmp_path):
     assert bomb.stat().st_size < 10_000 and "compressed" in refused(load_transformer, bomb)
 
 
+@pytest.mark.parametrize("more", [1, 4, -4, 16])
+def test_a_record_whose_extra_field_lies_is_refused(more, weights, tmp_path):
+    """Its bytes would be read from another place: the end of a tensor from the header of the next record."""
+    torch.save({"a": torch.zeros(64), "b": torch.ones(64)}, tmp_path / "whole.bin")
+    with zipfile.ZipFile(tmp_path / "whole.bin") as archive:
+        record = next(record for record in archive.infolist() if record.filename.endswith("data/0"))
+    data = bytearray((tmp_path / "whole.bin").read_bytes())
+    place = record.header_offset + 28
+    length = int.from_bytes(data[place : place + 2], "little")
+    data[place : place + 2] = (length + more).to_bytes(2, "little")
+    (tmp_path / "lies.bin").write_bytes(data)
+    open_state_dict(tmp_path / "whole.bin")
+    with pytest.raises(TimError, match="'?a'? .*lies|lies.*a "):
+        open_state_dict(tmp_path / "lies.bin")
+
+
 def test_records_that_share_bytes_are_refused(weights, tmp_path):
     """The directory points two records at one place."""
     torch.save(weights, tmp_path / "whole.bin")

@@ -422,6 +422,16 @@ def test_encoders_with_damaged_weights_are_named(tmp_path, tiny, data, part, nam
     assert mentions(str(error.value), named) and not list((tmp_path / "images.cache").glob("*.safetensors"))
 
 
+def test_samples_that_are_not_finite_are_an_error(tmp_path, tiny, data):
+    parts = load_all(tiny)
+    with torch.no_grad():
+        parts.autoencoder.decoder.conv_in.weight.fill_(torch.nan)
+    networks = {"transformer": parts.transformer, "text_encoder": parts.text_encoder, "vae": parts.autoencoder}
+    with pytest.raises(TimError) as error:
+        run([yaml(tmp_path, pack(networks, tmp_path / "m.safetensors"), data)])
+    assert mentions(str(error.value), "VAE decoder", "sample images") and not list(tmp_path.rglob("sample-*.png"))
+
+
 def test_another_text_model_does_not_share_the_cache(tmp_path, tiny, data):
     for escape in (False, True):
         parts = load_all(tiny)

@@ -152,6 +152,9 @@ def test_a_low_strength_keeps_the_image():
 @pytest.mark.parametrize("options, named", [
     (dict(strength=0.0), "strength: 0.0"), (dict(strength=1.5), "strength: 1.5"), (dict(prompts=["a", "b"]), "prompts: 2 for 1 images"),
     (dict(steps="2, 2"), "steps: '2, 2'"), (dict(images=torch.zeros(8, 8, 3)), r"images: shape \[8, 8, 3\]"), (dict(cfg=-1.0), "cfg: -1 "),
+    (dict(images=torch.full((1, 16, 16, 3), 200.0)), "images: .* 200"),
+    (dict(images=torch.full((1, 16, 16, 3), 1, dtype=torch.uint8)), "images: .*uint8"),
+    (dict(images=torch.full((1, 16, 16, 3), torch.nan)), "images: .*nan"),
 ])
 def test_pipeline_refuses(pipe, options, named):
     settings = dict(images=torch.rand(1, 64, 64, 3), prompts="a circle") | options

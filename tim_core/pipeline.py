@@ -223,6 +223,9 @@ class Pipeline:
         """
         if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
             raise TimError(f"images: shape {list(images.shape)} is not (B, H, W, 3)")
+        low, high = (value.item() for value in images.aminmax())
+        if not images.is_floating_point() or not (low >= -0.01 and high <= 1.01):
+            raise TimError(f"images: {images.dtype} values from {low:g} to {high:g}; give floats from 0 to 1")
         prompts = [prompts] * len(images) if isinstance(prompts, (str, int)) else list(prompts)
         if len(prompts) != len(images):
             raise TimError(f"prompts: {len(prompts)} for {len(images)} images; give one, or one per image")

@@ -13,8 +13,7 @@ NAMED_OTHERWISE = {"uni_pc": "unipc", "uni_pc_bh2": "unipc_bh2"}  # in the log, 
 TOO_FEW = {name: 4 for name in ENOUGH} | {"seeds_3": 8, "sa_solver_pece": 29, "ipndm_v": 8}
 SAMPLER_NODES = {
     "SamplerEulerAncestral": {}, "SamplerLMS": {}, "SamplerDPMPP_3M_SDE": {},
-    "SamplerDPMPP_2M_SDE": {}, "SamplerDPMPP_SDE": {}, "SamplerDPMPP_2S_Ancestral": {}, "SamplerER_SDE": {}, "SamplerSASolver": {},
-    "SamplerSEEDS2": {},
+    "SamplerDPMPP_2M_SDE": {}, "SamplerDPMPP_SDE": {}, "SamplerDPMPP_2S_Ancestral": {}, "SamplerER_SDE": {}, "SamplerSEEDS2": {},
 }
 
 
@@ -43,6 +42,8 @@ CASES = [
     *(Case(f"{name}, 8 steps, cfg 2.5", stock(name, 8), Runs(), ((name, "CFG++", "1.5"), *few(name, 8))) for name in CFG_PP),
     Case("dpm_adaptive chooses its steps", stock("dpm_adaptive", 4), Draws(1, count=2)),
     *(Case(kind, select(kind, **settings), Draws(1, count=2)) for kind, settings in SAMPLER_NODES.items()),
+    Case("SamplerSASolver", lambda g: g.custom(g.simple(FLOW), g.node(
+        "SamplerSASolver", model=g.model, use_pece=False, simple_order_2=False)), Draws(1, count=2)),
     Case("SamplerDPMAdaptative", select("SamplerDPMAdaptative"), Draws(1, count=2)),
     Case("SamplerLCM", lambda g: g.custom(g.simple(4), g.node("SamplerLCM")), Draws(4)),
     Case("no steps are too few after half the time", stock("heun", 15, denoise=0.5), Runs(), (("empty", "0.5"),)),

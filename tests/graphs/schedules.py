@@ -107,7 +107,7 @@ CASES = [
     refused("rising times to pure noise", lambda g: g.custom(g.node("FlipSigmas", sigmas=g.simple(4)), latent=grey(g), add_noise=False),
             "sigmas", "end at 1", "below 1"),
     refused("rising times, TiM's sampler", lambda g: g.custom(g.node("FlipSigmas", sigmas=g.node("ManualSigmas", sigmas="0.9, 0.5, 0.2")),
-                                                              g.node("TiMSamplerSelect"), grey(g)), "times", "falling"),
+                                                              g.node("TiMSamplerSelect"), grey(g)), "sigmas", "0.5", "smaller"),
     *(Case(f"{kind}, TiM Sampler as KSampler", shifted(kind, settings, "tim"), Equals(shifted(kind, settings, "stock")))
       for kind, settings in SHIFTS.items()),
     *(Case(f"{kind} draws", shifted(kind, settings, "stock"), Draws(4)) for kind, settings in SHIFTS.items()),

@@ -126,7 +126,7 @@ def _open_lora(src) -> Lora | None:
 def _write_lora(lora: Lora, dst: str | Path, dtype, report: Report | None) -> Path:
     """Writes a LoRA under the names that ComfyUI reads; its alphas keep their dtype."""
     if dtype == FP8:
-        raise TimError(f"{lora.source}: fp8 is for transformers, not for a LoRA; choose bf16")
+        raise TimError(f"{lora.source}: dtype fp8 is for transformers, not for a LoRA; choose bf16")
     tensors = {key: cast(key, value, None if key.endswith(".alpha") else dtype, "cpu") for key, value in lora.state_dict().items()}
     return _save({key: entry(value) for key, value in tensors.items()}, dst, lora.metadata, report)
 

@@ -141,6 +141,10 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
         start = record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         if header[:4] != b"PK\3\4":
             raise ValueError(f"record of {owner} not found")
+        file.seek(start + found)
+        after = (b"PK\7\x08",) if record.flag_bits & 8 else (b"PK\3\4", b"PK\1\2")  # its descriptor, or what comes next
+        if file.read(4) not in after:
+            raise TimError(f"{path}: damaged torch file: {owner} does not end where its record ends; download or copy it again")
         places.append((start, start + found, owner))
     places.sort()
     for (_, stop, owner), (start, *_) in zip(places, [*places[1:], (end,)]):

@@ -38,8 +38,8 @@ CASES = [
     *(Case(f"lcm, {n} steps", stock("lcm", n), Draws(4)) for n in (1, 2, 4)),
     *(Case(f"{name}, {FLOW} steps", stock(name, FLOW), Draws(1, count=2)) for name in ENOUGH),
     *(Case(f"{name}, {steps} steps", stock(name, steps), Runs(), few(name, steps)) for name, steps in TOO_FEW.items()),
-    *(Case(f"{name}, {FLOW} steps, cfg 1.5", stock(name, FLOW, cfg=1.5), Draws(1, count=2)) for name in CFG_PP),
-    *(Case(f"{name}, 8 steps, cfg 2.5", stock(name, 8), Runs(), ((name, "CFG++", "1.5"), *few(name, 8))) for name in CFG_PP),
+    *(Case(f"{name}, {FLOW} steps, cfg 1", stock(name, FLOW, cfg=1.0), Draws(4)) for name in CFG_PP),
+    *(Case(f"{name}, 8 steps, cfg 2.5", stock(name, 8), Runs(), ((name, "CFG++", "1"), *few(name, 8))) for name in CFG_PP),
     Case("dpm_adaptive chooses its steps", stock("dpm_adaptive", 4), Draws(1, count=2)),
     *(Case(kind, select(kind, **settings), Draws(1, count=2)) for kind, settings in SAMPLER_NODES.items()),
     Case("SamplerSASolver", lambda g: g.custom(g.simple(FLOW), g.node(

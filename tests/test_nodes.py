@@ -169,7 +169,7 @@ def test_the_interval_of_a_stock_sampler(comfyui):
     assert (plain - inner).abs().max() > 1e-3
     graph = Graph()
     message = refusal(comfyui, graph, graph.tim(guidance_low=0.6, guidance_high=0.3))
-    assert all(word in message for word in ("guidance_low", "0.6", "guidance_high", "0.3", "cfg to 1"))
+    assert all(word in message for word in ("guidance_low", "0.6", "guidance_high", "0.3", "cfg 1"))
 
 
 # Core's conditionings, latents, models

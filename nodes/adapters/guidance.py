@@ -5,6 +5,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...tim_core.errors import TimError
+from ...tim_core.sampler import check_guidance
 
 INTERVAL = "tim_interval"  # key of the guidance interval's wrapper
 ROUNDING = 1e-6  # of times that core computes in float32: its first time of a shifted schedule may be a little below 1
@@ -39,9 +40,11 @@ class IntervalWrapper:
 
 
 def with_interval(model: comfy.model_patcher.ModelPatcher, low: float, high: float) -> comfy.model_patcher.ModelPatcher:
-    """A clone with guidance only at times low < t < high, instead of the model's own interval. TimError if low >= high."""
-    if low >= high:
-        raise TimError(f"guidance_low: {low:g} is not below guidance_high {high:g}; to turn CFG off, set cfg to 1")
+    """A clone with guidance only at times low < t < high, instead of the model's own interval. TimError for an interval without times."""
+    try:
+        check_guidance(1.0, (low, high))
+    except TimError as error:
+        raise TimError(f"guidance_low, guidance_high: {error}") from None
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, INTERVAL)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, INTERVAL, IntervalWrapper(low, high))

@@ -233,6 +233,9 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], bool]] = {  # ch
     "a Precompiled normaliser without map": (lambda t: t.update(normalizer={"type": "Precompiled"}), True),
     "a Precompiled normaliser in a sequence": (lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [
         {"type": "Precompiled", "precompiled_charsmap": "////"}]}), True),
+    "a normaliser that multiplies the text": (lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "r"}, "content": "r" * 10} for _ in range(7)]}), True),
+    "a normaliser that begins with a page": (lambda t: t.update(normalizer={"type": "Prepend", "prepend": "x" * 10**6}), True),
     "an unknown normaliser": (lambda t: t.update(normalizer={"type": "Magic"}), True),
     "a pattern that is none": (lambda t: t.update(normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}), True),
     "a number as version": (lambda t: t.update(version=3), True),

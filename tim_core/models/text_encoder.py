@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ RANGES = {"rms_norm_eps": (1e-12, 1e-2), "query_pre_attn_scalar": (1e-3, 1e6), "
           "attention_dropout": (0, 1), "rope_theta": (1e-3, 1e9), "rope_local_base_freq": (1e-3, 1e9)}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 MOST_LAYERS = 1000
+MOST_GROWTH = 100  # times that a tokenizer's normaliser may lengthen a text; Gemma's keeps its length
 MOST_SHOWN = 10  # unknown words in a line
 
 
@@ -59,6 +61,9 @@ class Tokenizer:
             raise TimError(f"{name}: not Gemma 3's tokenizer (it has a Precompiled normaliser); use the tokenizer.json of Gemma 3")
         with _rust_errors(f"{name}: not a valid tokenizer.json"):
             model = tokenizers.Tokenizer.from_str(bytes(data).decode("utf-8"))
+        growth = _growth(json.loads(model.normalizer.__getstate__())) if model.normalizer is not None else 1
+        if growth > MOST_GROWTH:
+            raise TimError(f"{name}: its normaliser makes text up to {growth} times as long; use the tokenizer.json of Gemma 3")
         model.no_padding()
         model.no_truncation()
         ids = {token: model.token_to_id(token) for token in ("<pad>", "<bos>")}
@@ -142,6 +147,13 @@ def _spelled_words(model, text: str) -> list[str]:
             first, last = places.get(word, (start, end))
             places[word] = min(first, start), max(last, end)
     return list(dict.fromkeys(text[start:end].strip() for start, end in places.values()))
+
+
+def _growth(normaliser: dict) -> int:
+    """By how much the replacements of a tokenizers normaliser, in its JSON form, may lengthen a text."""
+    if normaliser.get("type") == "Sequence":
+        return math.prod(map(_growth, normaliser["normalizers"]))
+    return max(1, len(normaliser.get("content", "")), len(normaliser.get("prepend", "")))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -443,6 +443,8 @@ def _strengths(lora: Any) -> list[tuple[str | Path, float]]:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if not isinstance(prompts, (str, int)) and not isinstance(prompts, Iterable):
+        raise TimError(f"prompt: {prompts!r} is not text; use an empty text for none")
     return [prompts] if isinstance(prompts, (str, int)) else list(prompts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Callable, Sequence
 
 import torch
@@ -123,6 +123,11 @@ def fresh_noise(shape: Sequence[int], seed: int | Sequence[int]) -> Callable[[Te
 
 def check_guidance(cfg: float, guidance_interval: tuple[float, float] = (0.0, 1.0), stochasticity: float = 0.0) -> None:
     """TimError unless cfg is 1 to MAX_CFG, 0 <= low < 1, low < high, and stochasticity 0 to 1: the rules of every way to sample."""
+    if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
+        raise TimError(f"guidance interval: {guidance_interval!r} is not two numbers, such as (0, 1)")
+    for name, value in (("cfg", cfg), *(("guidance interval", end) for end in guidance_interval), ("stochasticity", stochasticity)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TimError(f"{name}: {value!r} is not a number")
     if not 1 <= cfg <= MAX_CFG:
         raise TimError(f"cfg: {cfg:g} is outside 1 (no guidance) to {MAX_CFG:g}")
     low, high = guidance_interval

@@ -119,7 +119,8 @@ def _check_sums(path: Path) -> None:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image as upright 8-bit RGB; transparent areas become white."""
-    raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how the file stores a pixel; gone once it is loaded
+    tile = getattr(image, "tile", None)
+    raw = tile[0][3] if tile else ""  # how the file stores a pixel; gone once it is loaded
     orientation = _orientation(image)
     alpha = None
     scaled = TO_8_BITS.get(raw) if isinstance(raw, str) else None

@@ -249,7 +249,7 @@ def _enlarging(conv: type[nn.Conv2d]) -> type[nn.Conv2d]:
     In inference it runs 2x2 kernels on x itself, with 4/9 of the products: of three neighbours along an axis two are the same pixel of x.
     """
 
-    class Enlarging(conv):
+    class Enlarging(conv):  # type: ignore[valid-type, misc]
         def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if torch.is_grad_enabled() or x.shape[-2] * x.shape[-1] < MIN_PIXELS:
                 return super()._conv_forward(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias)
@@ -346,7 +346,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(_as_computed(x))
         for stage in self.down_blocks:
-            for block in stage:  # one by one, so that no name holds a tensor that is not needed any more
+            for block in stage.children():  # one by one, so that no name holds a tensor that is not needed any more
                 x = block(x)
         out = self.conv_out(x)
         out = out + x.unflatten(1, (self.latent_channels, -1)).mean(2) if self.shortcut else out
@@ -381,7 +381,7 @@ class Decoder(nn.Module):
         if self.repeats:
             x = x + z.repeat_interleave(self.repeats, 1)
         for stage in reversed(self.up_blocks):
-            for block in stage:  # one by one, so that no name holds a tensor that is not needed any more
+            for block in stage.children():  # one by one, so that no name holds a tensor that is not needed any more
                 x = block(x)
         if not _infers(self):
             return self.conv_out(self.activation(self.norm_out(x)))

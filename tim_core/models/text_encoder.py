@@ -361,9 +361,10 @@ def gemma_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a Gemma3TextModel's weights, from its config; needs no transformers."""
     hidden, head, heads = config["hidden_size"], config["head_dim"], config["num_attention_heads"]
     inner, groups = config.get("intermediate_size", 9216), config.get("num_key_value_heads", 4)  # Gemma3TextConfig's defaults
+    linear: dict[str, tuple[int, ...]]
     linear = {f"self_attn.{name}_proj": (rows * head, hidden) for name, rows in (("q", heads), ("k", groups), ("v", groups))}
     linear["self_attn.o_proj"] = (hidden, heads * head)
-    layer = {f"{name}.weight": shape for name, shape in linear.items()}
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linear.items()}
     if config.get("attention_bias"):
         layer |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
     layer |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}

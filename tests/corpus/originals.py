@@ -23,6 +23,17 @@ from tim_core.weights.save import pack
 
 PROMPT = "a red circle"
 SAMPLE = ("sample", PROMPT, "--size", "16x16", "--steps", "2", "-o", "out.png")  # what most cases run, with --model
+
+
+def readers(file: str) -> dict[str, tuple[str, ...]]:
+    """The commands that read a weight file, by name."""
+    return {
+        "sample": (*SAMPLE, "--model", file),
+        "inspect": ("inspect", file),
+        "convert": ("convert", file, "out.safetensors"),
+        "pack": ("pack", "--model", file, "out.safetensors"),
+        "lora": (*SAMPLE, "--lora", file),
+    }
 GEMMA = {
     "vocab_size": VOCABULARY_SIZE,
     "hidden_size": 16,

@@ -10,18 +10,11 @@ from random import Random
 from typing import Any
 
 from tests.corpus.case import Case, Either, fails, generator, gives
-from tests.corpus.originals import SAMPLE, Originals
+from tests.corpus.originals import SAMPLE, Originals, readers
 from tests.hostile import DEEP, deep_json
 
 FILE = "model.safetensors"
-READERS = {
-    "sample": (*SAMPLE, "--model", FILE),
-    "inspect": ("inspect", FILE),
-    "convert": ("convert", FILE, "out.safetensors"),
-    "pack": ("pack", "--model", FILE, "out.safetensors"),
-    "lora": (*SAMPLE, "--lora", FILE),
-    "previews": ("previews", FILE),
-}
+READERS = {**readers(FILE), "previews": ("previews", FILE)}
 
 
 def with_bytes(change: Callable[[bytes], bytes], command: tuple[str, ...]):

@@ -16,17 +16,11 @@ import torch
 
 from tests import hostile
 from tests.corpus.case import Case, Either, Fails, Gives, Outcome, fails, generator, gives
-from tests.corpus.originals import SAMPLE, Originals
+from tests.corpus.originals import SAMPLE, Originals, readers
 from tests.hostile import Pickle, one_tensor, rezip
 
 FILE = "model.bin"
-READERS = {
-    "sample": (*SAMPLE, "--model", FILE),
-    "inspect": ("inspect", FILE),
-    "convert": ("convert", FILE, "out.safetensors"),
-    "pack": ("pack", "--model", FILE, "out.safetensors"),
-    "lora": (*SAMPLE, "--lora", FILE),
-}
+READERS = readers(FILE)
 CLEAN = gives("out.png", lambda originals: originals.result(*SAMPLE, "--model", originals.model))
 
 

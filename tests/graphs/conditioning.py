@@ -31,7 +31,7 @@ def ranged(g, cond, start, end):
     return g.node("ConditioningSetTimestepRange", conditioning=cond, start=start, end=end)
 
 
-def told(text, said=()):
+def with_syntax(text, said=()):
     """A prompt with syntax, which reads as PROMPT without it."""
     return Case(f"prompt: {text}", lambda g: g.stock(positive=g.text(text)), Equals(plain), said)
 
@@ -106,11 +106,11 @@ CASES = [
     Case("ZeroOut as the negative", lambda g: g.stock(negative=g.node("ConditioningZeroOut", conditioning=g.positive)), Draws(4)),
     Case("the prompt as its own negative", lambda g: g.stock(negative=g.positive), Equals(lambda g: g.stock(cfg=1.0), 1e-3)),
     Case("a long negative", lambda g: g.stock(negative=g.text("two yellow triangles above a purple square")), Draws(4)),
-    told("a (red:1.3) circle left of a blue square", SYNTAX),
-    told("a red circle left of a ((blue)) square", SYNTAX),
-    told("a red circle left of a blue square embedding:easynegative", SYNTAX),
-    told("a red circle left of a \\(blue\\) square"),
-    told("  A RED circle,\nleft of a blue square. "),
+    with_syntax("a (red:1.3) circle left of a blue square", SYNTAX),
+    with_syntax("a red circle left of a ((blue)) square", SYNTAX),
+    with_syntax("a red circle left of a blue square embedding:easynegative", SYNTAX),
+    with_syntax("a red circle left of a \\(blue\\) square"),
+    with_syntax("  A RED circle,\nleft of a blue square. "),
     Case("an empty prompt", lambda g: g.stock(positive=g.text("")), Equals(lambda g: g.stock(cfg=1.0, positive=g.negative), 1e-3)),
     Case("a prompt of words it does not know", lambda g: g.stock(positive=g.text("a cat on a sofa")), Runs(), (("cat",),)),
     Case("a number it does not know", lambda g: g.stock(positive=g.text("nine red circles")), Runs(), (("nine",),)),

@@ -29,7 +29,8 @@ from torch import Tensor
 from ..errors import TimError, one_line
 from ..files import is_file, parse_json, read_bytes, user_path
 from ..models.config import AutoencoderConfig, TransformerConfig
-from ..models.text_encoder import MOST_TOKENIZER, is_json, normalise_config, tokenizer_file
+from ..models.gemma import normalise_config
+from ..models.tokenizer import MOST_TOKENIZER, is_json, tokenizer_file
 from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
 from .quantized import MARKER, Quantization, dequantize, separate, with_layer_keys

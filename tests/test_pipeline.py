@@ -397,7 +397,7 @@ def test_a_gpu_makes_the_images_of_a_cpu(tiny, pipe):
 def test_a_gpu_short_of_memory_makes_the_same_images(tiny, pipe, monkeypatch):
     """Its networks take turns, and the autoencoder works in bands of four rows."""
     monkeypatch.setattr(pipeline, "available_bytes", lambda device: 0)
-    monkeypatch.setattr("tim_core.models.autoencoder.GPU_BAND", 100)
+    monkeypatch.setattr("tim_core.models.bands.GPU_BAND", 100)
     turns, options = Pipeline.load(tiny, "cuda", "float32"), dict(steps=2, width=32, height=32)
     for _ in range(2):
         torch.testing.assert_close(turns(PROMPT, **options), pipe(PROMPT, **options), rtol=0, atol=5e-3)

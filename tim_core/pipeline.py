@@ -21,7 +21,7 @@ from .imagenet import NULL_CLASS, class_number
 from .limits import MAX_BATCH, MAX_SIDE, MAX_STEPS
 from .memory import available_bytes
 from .models.attention import get_attention
-from .models.autoencoder import TILE
+from .models.tiles import TILE
 from .models.transformer import PEAK_TENSORS
 from .sampler import Model, check_guidance, check_seed, fresh_noise, sample
 from .upscale import stage_sizes, stage_steps, target_size, upscale

@@ -163,6 +163,11 @@ class Parts:
             return self[AUTOENCODER].config.factor
         return LATENT_FACTORS.get(self[TRANSFORMER].tensors["x_embedder.proj.weight"].shape[1], 8)
 
+    @property
+    def size_multiple(self) -> int:
+        """Sides of images are multiples of this many pixels: the latent factor times the patch size."""
+        return self.latent_factor * self[TRANSFORMER].config.patch_size
+
 
 def _list(parts: Parts) -> str:
     return ", ".join(f"a {TITLES[kind]}" for kind in TITLES if kind in parts) or "no part of a TiM checkpoint"

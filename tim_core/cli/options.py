@@ -134,8 +134,8 @@ def warn_of_replacing(path: Path) -> None:
 
 def check_sampling(args: argparse.Namespace, steps: list[int]) -> None:
     """TimError for sampling options that no model takes. steps: the step counts of the runs."""
-    from ..pipeline import time_grid
     from ..sampler import check_guidance, check_seed
+    from ..schedule import time_grid
 
     check_seed(args.seed)
     check_guidance(1.0 if args.cfg is None else args.cfg, args.guidance_interval or (0.0, 1.0), getattr(args, "stochasticity", 0.0))
@@ -147,7 +147,8 @@ def check_sampling(args: argparse.Namespace, steps: list[int]) -> None:
 
 def load_pipeline(args: argparse.Namespace, check_with: Callable[[Any], None] = lambda parts: None):
     """Load --model with --lora and --tile. check_with(parts) and the check of the tile come before the weights are loaded."""
-    from ..pipeline import Pipeline, check_tile
+    from ..limits import check_tile
+    from ..pipeline import Pipeline
     from ..weights.parts import read_parts
 
     parts = read_parts(args.model)
@@ -162,9 +163,9 @@ def load_pipeline(args: argparse.Namespace, check_with: Callable[[Any], None] = 
 
 def check_size_of(size: tuple[int, int] | None) -> Callable[[Any], None]:
     """For `load_pipeline`: TimError for a size that the model cannot make."""
-    from ..pipeline import check_size, size_multiple
+    from ..limits import check_size
 
-    return lambda parts: None if size is None else check_size(*size, size_multiple(parts))
+    return lambda parts: None if size is None else check_size(*size, parts.size_multiple)
 
 
 def settings(args: argparse.Namespace) -> dict:

@@ -29,7 +29,8 @@ from torch import Tensor
 from ..errors import TimError, one_line
 from ..files import is_file, parse_json, read_bytes, user_path
 from ..models.config import AutoencoderConfig, TransformerConfig
-from ..models.text_encoder import MOST_TOKENIZER, is_json, normalise_config, tokenizer_file
+from ..models.gemma import normalise_config
+from ..models.tokenizer import MOST_TOKENIZER, is_json, tokenizer_file
 from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
 from .quantized import MARKER, Quantization, dequantize, separate, with_layer_keys
@@ -161,6 +162,11 @@ class Parts:
         if AUTOENCODER in self:
             return self[AUTOENCODER].config.factor
         return LATENT_FACTORS.get(self[TRANSFORMER].tensors["x_embedder.proj.weight"].shape[1], 8)
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of images are multiples of this many pixels: the latent factor times the patch size."""
+        return self.latent_factor * self[TRANSFORMER].config.patch_size
 
 
 def _list(parts: Parts) -> str:

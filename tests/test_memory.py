@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.decoder import released_config
 from benchmarks.measure import LiveTensors, counted_peak
 from benchmarks.network import RELEASED
 from tim_core import memory
+from tim_core.codec import Codec
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig
 from tim_core.models.transformer import PEAK_TENSORS, TransitionTransformer
@@ -82,3 +84,13 @@ def test_decoding_takes_at_most_six_tenths_of_diffusers_memory(dtype):
     z = torch.empty(1, 32, 32, 32, dtype=dtype, device="meta")
     theirs, own = counted_peak(lambda: oracle.decoder(z)), counted_peak(lambda: ours.decoder(z))
     assert own < 0.6 * theirs
+
+
+@torch.inference_mode()
+def test_tiles_hold_at_most_three_copies_of_the_image(dtype):
+    """Copies in float32, whose size an image has at the end; a tile of 256 pixels counts as 1/16 of this one."""
+    config = AutoencoderConfig.from_diffusers(released_config(small=True))
+    codec = Codec(Autoencoder(config, dtype=dtype).eval(), config.factor, 256, torch.device("cpu"), lambda network, needed: None)
+    latent, image = torch.randn(1, config.latent_channels, 32, 32), torch.rand(1, 1024, 1024, 3)
+    for call in (lambda: codec.decode(latent), lambda: codec.encode(image)):
+        assert counted_peak(call) < 3 * image.nbytes

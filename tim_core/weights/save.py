@@ -120,7 +120,7 @@ def _open_lora(src) -> Lora | None:
     """The LoRA in a file; None if `src` is not the name of one."""
     if not isinstance(src, (str, Path)) or str(src) in BUNDLED or not os.path.isfile(user_path(src)):
         return None
-    return read_lora(src) if is_lora(open_state_dict(user_path(src))[0]) else None
+    return read_lora(src) if is_lora(open_state_dict(user_path(src), checksums=False)[0]) else None
 
 
 def _write_lora(lora: Lora, dst: str | Path, dtype, report: Report | None) -> Path:

@@ -15,10 +15,10 @@ from ..files import atomic_write, check_output, user_path
 from ..models.tokenizer import Tokenizer, is_json
 from .defaults import RECORD
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
-from .load import cast
 from .lora import Lora, read_lora
 from .open import open_state_dict
 from .parts import BUNDLED, CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
+from .precision import cast
 from .quantized import FP8, Quantization, is_large, quantize
 from .write import Entry, Report, entry, json_tensor, write_safetensors
 

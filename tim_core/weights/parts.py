@@ -198,20 +198,21 @@ def resolve(name: str | Path) -> Path:
     return path
 
 
-def read_parts(source) -> Parts:
+def read_parts(source, checksums: bool = True) -> Parts:
     """Reads the parts of a weight file, a folder, a bundled name, or a dict {"model": ..., "vae": ...}.
 
     A folder holds one model in Hugging Face layout, or folders transformer, text_encoder and vae that each hold one. The values of a dict
-    are files, folders or modules. TimError naming the source if it holds no part of a TiM checkpoint.
+    are files, folders or modules. checksums: whether to compare the checksums of torch files; only what reads no weights may do without.
+    TimError naming the source if it holds no part of a TiM checkpoint.
     """
     if isinstance(source, Parts):
         return source
     if isinstance(source, Mapping):
-        return _gather(source)
+        return _gather(source, checksums)
     path = resolve(source)
     if folders := {name: path / folder for folder, name in PART_FOLDERS.items() if (path / folder).is_dir()}:
-        return replace(_gather(folders), source=str(source))
-    tensors, metadata, folder = _open_folder(path) if path.is_dir() else (*open_state_dict(path), path.parent)
+        return replace(_gather(folders, checksums), source=str(source))
+    tensors, metadata, folder = _open_folder(path, checksums) if path.is_dir() else (*open_state_dict(path, checksums), path.parent)
     tensors = with_layer_keys(tensors, metadata, str(source))
     parts = _take_apart(tensors, _tim_record(metadata, str(source)), str(source))
     if not parts.parts:
@@ -275,7 +276,7 @@ def _record_of(kind: str, metadata: dict) -> dict:
     return {key: metadata[key] for key in keys if key in metadata}
 
 
-def _gather(sources: Mapping) -> Parts:
+def _gather(sources: Mapping, checksums: bool) -> Parts:
     parts = Parts(" + ".join(str(s) if isinstance(s, (str, Path)) else type(s).__name__ for s in sources.values()))
     for name, source in sources.items():
         if name not in PART_NAMES:
@@ -284,7 +285,7 @@ def _gather(sources: Mapping) -> Parts:
         if isinstance(source, torch.nn.Module):
             parts.parts[kind] = _from_module(source, kind)
         elif source is not None:
-            one = read_parts(source)
+            one = read_parts(source, checksums)
             parts.parts[kind] = one[kind]
             if kind == TRANSFORMER:
                 parts.metadata = _record_of(kind, one.metadata)
@@ -303,28 +304,28 @@ def _from_module(module: torch.nn.Module, kind: str) -> Part:
     return _part(kind, source, found[1], inner.config.record())
 
 
-def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
+def _open_folder(folder: Path, checksums: bool) -> tuple[StateDict, dict[str, str], Path]:
     """The weights of a folder in Hugging Face layout: one file, or the shards that an index names."""
     for index in sorted(folder.glob("*.index.json")):
         weight_map = _json(read_bytes(index), str(index)).get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TimError(f"{index}: weight_map must map names of tensors to file names; download the index again")
         if weight_map:
-            return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()})), {}, folder
+            return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()}), checksums), {}, folder
     files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
     files = [file for file in files if is_file(file)] or sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if len(files) > 1 and files[0].stem not in WEIGHT_FILES:
         raise TimError(f"{folder}: holds {len(files)} weight files; name one ({', '.join(f.name for f in files[:3])}, ...)")
     if not files:
         raise TimError(f"{folder}: no weights in this folder; it needs model.safetensors or another file of the Hugging Face layout")
-    return (*open_state_dict(files[0]), folder)
+    return (*open_state_dict(files[0], checksums), folder)
 
 
-def _open_shards(folder: Path, names: list[str]) -> StateDict:
+def _open_shards(folder: Path, names: list[str], checksums: bool) -> StateDict:
     """The tensors of several files. TimError naming a tensor that two of them hold."""
     tensors: StateDict = {}
     for name in names:
-        shard = open_state_dict(folder / name)[0]
+        shard = open_state_dict(folder / name, checksums)[0]
         if twice := next((key for key in shard if key in tensors), None):
             raise TimError(f"{folder / name}: tensor '{twice}' is in another shard, too; download the folder again")
         tensors |= shard

@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "finite": {"errors"}, "memory": set(), "limits": set(), "imagenet": FLOOR,
     "ranges": FLOOR,
     "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
-    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"images", "schedule"}, "models": FLOOR, "weights": FLOOR | {"images", "models"},
+    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"images", "ranges", "schedule"}, "models": FLOOR,
+    "weights": FLOOR | {"images", "models"},
     "pipeline": INFERENCE - {"images", "processes"},
     "settings": {"errors"}, "shapes": FLOOR | {"processes", "settings"},
-    "evaluation": FLOOR | {"images", "processes", "sampler", "shapes"},
+    "evaluation": FLOOR | {"images", "processes", "ranges", "sampler", "shapes"},
     "training": INFERENCE - {"pipeline"} | {"settings", "shapes"},
     "__init__": {"errors", "pipeline"}, "__main__": {"cli"}, "cli": INFERENCE | {"__init__", "training", "evaluation", "shapes"},
 }

@@ -33,6 +33,21 @@ NUMBERS = {
     "upscale": ("--factor", "--strength", "--cfg"),
     "evaluate": ("--cfg", "--shift"),
 }
+NO_LISTS = [
+    "x",
+    "1,x",
+    "1,-2",
+    "8-1",
+    "1-8 x1",
+    "1-8 +0",
+    "\u0663",
+    "1_0",
+    "1," * 150,
+    "1-1000000000",
+    "4,8,4",
+    "1e3",
+    "1" + " " * 10**5 + "x",
+]
 SEEDS = [-1, 2**64, 2**65 + 1, -(2**63), 10**30]
 CFGS = ["0", "0.99", "-1", "nan", "inf", "-inf", "1e20", "1e-300", "100.1", "-0", "1e400"]
 SHIFTS = ["0", "-1", "nan", "inf", "1e20", "1e-300", "0.009", "101", "-inf"]
@@ -54,7 +69,7 @@ OUTSIDE = {  # values that are numbers, or whatever the option takes, but that n
         "--dtype": (["int8", "float8", "", "FP32", "float64", "torch.float32", "32"], "dtype"),
     },
     "sweep": {
-        "--steps": (["", ",", "0", "1,0", "1,-2", "1,10001", f"1,{10**30}"], "steps"),
+        "--steps": (["", ",", "0", "1,0", "1,10001", f"1,{10**30}", "1.5", "6000,5000", "0-8"], "steps"),
         "--columns": ([0, -1, -(10**20)], "--columns"),
         "--cfg": (CFGS, "cfg"),
         "--size": (SIZES, "size"),
@@ -64,14 +79,17 @@ OUTSIDE = {  # values that are numbers, or whatever the option takes, but that n
         "--factor": (["0", "0.24", "-1", "nan", "inf", "1e20", "1e-300", "17", "1000"], "factor"),
         "--strength": (["0", "-0.1", "1.01", "nan", "inf", "1e20"], "strength"),
         "--stages": ([0, -1, 9, 10**6, 10**30], "stages"),
-        "--steps": (["0", "-1", "", ",", "4,4", "8;4", "4.5", "1e3", "1_0", "\u0663", str(10**6), "9" * 30, "x", "4,x"], "steps"),
+        "--steps": (
+            ["0", "-1", "", ",", "4,4", "8;4", "4.5", "1e3", "1_0", "\u0663", str(10**6), "9" * 30, "x", "4,x", "1-8", "1," * 150],
+            "steps",
+        ),
         "--size": (["0x0", "0x32", "32x0", "4x4096", "100000x100000", "5000x5000", "4097x4097"], "size"),
         "--seed": (SEEDS, "seed"),
         "--cfg": (CFGS, "cfg"),
         "--guidance-interval": (INTERVALS, "guidance"),
     },
     "evaluate": {
-        "--steps": (["", "0", "1,0", "10001", "-1,2", str(10**20)], "steps"),
+        "--steps": (["", "0", "1,0", "10001", "5000 5001", str(10**20)], "steps"),
         "--images": ([0, -1, 4097, 10**12], "images"),
         "--prompts-per-task": ([0, -1, 100_001, 10**12], "prompts per task"),
         "--batch": ([0, -1, 4097, 10**20], "batch"),
@@ -110,6 +128,13 @@ def words_that_are_no_numbers(random: Random) -> Iterator[Case]:
 
 
 @generator
+def lists_that_are_none(random: Random) -> Iterator[Case]:
+    for command in ("sweep", "evaluate"):
+        for text in random.sample(NO_LISTS, 5):
+            yield Case(f"{command} --steps {text[:20]!r}", with_options(command, f"--steps={text}"), fails("--steps", code=2))
+
+
+@generator
 def values_outside_their_range(random: Random) -> Iterator[Case]:
     for command, options in OUTSIDE.items():
         for name, (values, named) in options.items():
@@ -122,6 +147,17 @@ def options_that_do_not_go_together(random: Random) -> Iterator[Case]:
     for name, (words, named) in PAIRS.items():
         yield Case(name, with_options("evaluate", *words), fails(*named))
     yield Case("a shift with times", with_options("sample", "--times", "1,0.4,0", "--shift", "2"), fails("shift", "2.0", "times"))
+
+
+@generator
+def too_many_pixels(random: Random) -> Iterator[Case]:
+    batch, size = random.choice([(4096, "512x512"), (300, "1024x1024"), (17, "4096x4096")])
+    for name, words, named in (
+        ("sample", ("--batch", batch, "--size", size), ("--batch", batch, size, "megapixels")),
+        ("sweep", ("--steps", "1-70", "--size", "2048x2048"), ("--steps", 70, "2048x2048", "megapixels")),
+        ("evaluate", ("--batch", batch, "--size", size), ("--batch", batch, size, "megapixels")),
+    ):
+        yield Case(f"{name} of too many pixels", with_options(name, *words), fails(*named))
 
 
 def shows(look_for: tuple[int, int], said: tuple[object, ...] = ()) -> Gives:

@@ -41,8 +41,8 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
-    parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST",
-                        help="step counts (default: 1,2,4,8,16,32,64)")
+    parser.add_argument("--steps", type=options.step_list, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST",
+                        help="step counts: a list, 1-8, or 1-32 x2 (default: 1,2,4,8,16,32,64)")
     parser.add_argument("--cfg", type=options.number, metavar="C", help="guidance scale, from 2 steps on (default: the model's, else 2.5)")
     parser.add_argument("--guidance-interval", type=options.interval, metavar="LOW,HIGH", help=options.INTERVAL_HELP)
     parser.add_argument("--shift", type=options.number, default=1.0, metavar="S", help=options.SHIFT_HELP)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         benchmark_export.check_amounts(args.layout, args.steps, args.images, batch)
         benchmark_export.read_prompts(args.prompts, args.layout)
     processes = find_processes()
-    pipe = options.load_pipeline(args, options.check_size_of(args.size))
+    pipe = options.load_pipeline(args, options.check_size_of(args.size, batch))
     width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
     settings = {"cfg": pipe.defaults.cfg if args.cfg is None else args.cfg, "images": args.images, "seed": args.seed, "width": width,
                 "height": height, "mode": args.mode, "guidance_interval": args.guidance_interval or pipe.defaults.guidance_interval,

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import TimError
 from ..files import user_path
+from ..ranges import check_counts, parse_numbers
 
 INTERVAL_HELP = "guide only at times above LOW and below HIGH; 0,1.1 guides the first step too (default: the model's, else 0,1)"
 SHIFT_HELP = "above 1: denser steps at high noise (default: 1, equal steps)"
@@ -44,11 +45,12 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def whole_numbers(text: str) -> list[int]:
+def step_list(text: str) -> list[int | float]:
+    """Numbers in any notation of `ranges`; check_sampling says which are no step counts."""
     try:
-        return [whole(word) for word in text.replace(",", " ").split()]
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers, such as 1,2,4,8") from None
+        return parse_numbers(text, "steps") if text.strip(" ,;") else []
+    except TimError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("steps: ")) from None
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -132,16 +134,14 @@ def warn_of_replacing(path: Path) -> None:
         logging.warning(f"{path}: exists; replacing it")
 
 
-def check_sampling(args: argparse.Namespace, steps: list[int]) -> None:
-    """TimError for sampling options that no model takes. steps: the step counts of the runs."""
+def check_sampling(args: argparse.Namespace, steps: list[int], distinct: bool = True) -> None:
+    """TimError for sampling options that no model takes. steps: the step counts of the runs, which may have to be distinct."""
     from ..pipeline import time_grid
     from ..sampler import check_guidance, check_seed
 
     check_seed(args.seed)
     check_guidance(1.0 if args.cfg is None else args.cfg, args.guidance_interval or (0.0, 1.0), getattr(args, "stochasticity", 0.0))
-    if not steps or min(steps) < 1:
-        raise TimError(f"--steps: '{','.join(map(str, steps))}' is not a whole number of at least 1, or a list of them, such as 1,2,4")
-    for count in steps:
+    for count in check_counts(steps, "--steps", distinct):
         time_grid(count, getattr(args, "shift", 1.0), getattr(args, "times", None))
 
 
@@ -160,11 +160,22 @@ def load_pipeline(args: argparse.Namespace, check_with: Callable[[Any], None] = 
     return pipe
 
 
-def check_size_of(size: tuple[int, int] | None) -> Callable[[Any], None]:
-    """For `load_pipeline`: TimError for a size that the model cannot make."""
-    from ..pipeline import check_size, size_multiple
+def check_size_of(size: tuple[int, int] | None, count: int = 1, option: str = "--batch") -> Callable[[Any], None]:
+    """For `load_pipeline`: TimError for a size that the model cannot make, or for `count` images of it that are too many pixels.
 
-    return lambda parts: None if size is None else check_size(*size, size_multiple(parts))
+    option: what sets the count.
+    """
+    from ..images import check_pixels
+    from ..pipeline import check_size, size_multiple
+    from ..weights.defaults import read_defaults
+
+    def check(parts: Any) -> None:
+        defaults = read_defaults(parts)
+        width, height = size or (defaults.width, defaults.height)
+        check_size(width, height, size_multiple(parts))
+        check_pixels(option, count, width, height, f"fewer {option.lstrip('-')}, or a smaller --size")
+
+    return check
 
 
 def settings(args: argparse.Namespace) -> dict:

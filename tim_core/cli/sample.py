@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     for name in names[1:]:
         check_output_image(name)
     options.check_sampling(args, [1 if args.steps is None else args.steps])
-    pipe = options.load_pipeline(args, options.check_size_of(args.size))
+    pipe = options.load_pipeline(args, options.check_size_of(args.size, args.batch))
 
     images, seconds = options.timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **options.settings(args))
     for name, image in zip(names, images):

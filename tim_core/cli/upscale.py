@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> None:
     from ..upscale import check_strength, stage_sizes, stage_steps, target_size
 
     width, height = args.size or (0, 0)
-    counts = stage_steps(args.steps, args.stages)
+    counts = stage_steps(args.steps, args.stages, "--steps")
     if args.strength is not None:
         check_strength(args.strength)
-    options.check_sampling(args, counts)
+    options.check_sampling(args, counts, distinct=False)
     size = image_size(args.image)
     wanted = target_size(*size, width, height, args.factor)
     pipe = options.load_pipeline(args, lambda parts: stage_sizes(size, wanted, args.stages, size_multiple(parts)))

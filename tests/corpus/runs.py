@@ -404,6 +404,46 @@ def reports_and_prompts(random: Random) -> Iterator[Case]:
 
         yield Case(f"{name} in the way of {chart}", in_the_way, fails(chart))
 
+    def report_is(name: str, *words: str):
+        def build(folder: Path, originals: Originals) -> list[object]:
+            clean_report(originals)
+            shutil.copytree(originals.folder / "scores", folder / "scores")
+            originals.copy(originals.model, folder / "model.safetensors")
+            (folder / "scores" / name).unlink()
+            os.link(folder / words[-1], folder / "scores" / name)
+            return [*EVALUATE, *words]
+
+        return build
+
+    def baseline_is_replaced(folder: Path, originals: Originals) -> list[object]:
+        clean_report(originals)
+        shutil.copytree(originals.folder / "scores", folder / "scores")
+        return [*EVALUATE, "--model", originals.model, "--baseline", "scores/report.json"]
+
+    yield Case("a baseline is this run's report", baseline_is_replaced, fails("report.json", "input"))
+    chart = random.choice(["report.json", "curve.png"])
+    yield Case(f"{chart} is the model", report_is(chart, "--model", "model.safetensors"), fails(chart, "input", "model.safetensors"))
+
+    def prompts_are_replaced(folder: Path, originals: Originals) -> list[object]:
+        place = folder / "made" / "steps-1" / "00000" / "metadata.jsonl"
+        place.parent.mkdir(parents=True)
+        place.write_text('{"prompt": "a red circle"}')
+        return [place if word == "prompts.jsonl" else word for word in (*EXPORT, "geneval", "--model", originals.model)]
+
+    yield Case("prompts are a file of this run", prompts_are_replaced, fails("metadata.jsonl", "input"))
+    for name in ("settings.json", "00000", "00000/samples/00001.png", "00000/metadata.jsonl"):
+        made, make = random.choice(list(IN_THE_WAY.items()))
+
+        def in_the_way_of_images(folder: Path, originals: Originals, name=name, make=make) -> list[object]:
+            place = folder / "made" / "steps-1" / name
+            place.parent.mkdir(parents=True)
+            make(place)
+            (folder / "prompts.jsonl").write_text('{"prompt": "a red circle"}')
+            return [*EXPORT, "geneval", "--model", originals.model]
+
+        if (made, name) != ("a folder", "00000"):
+            yield Case(f"{made} in the way of {name}", in_the_way_of_images, fails(name.partition("/")[0]))
+
     def scores_are_a_file(folder: Path, originals: Originals) -> list[object]:
         (folder / "scores").write_text("")
         return [*EVALUATE, "--model", originals.model]

@@ -77,9 +77,13 @@ def run(args: argparse.Namespace) -> None:
     tasks = curve.TASKS if args.tasks is None else args.tasks
     if args.prompts is None:
         curve.check_protocol(args.steps, prompts_per_task, args.images, batch, tasks)
+        curve.check_folder(args.output, [args.baseline, *options.input_files(args)])
     else:
         benchmark_export.check_amounts(args.layout, args.steps, args.images, batch)
-        benchmark_export.read_prompts(args.prompts, args.layout)
+        records = benchmark_export.read_prompts(args.prompts, args.layout)
+        for steps in args.steps:
+            folder = args.output / f"steps-{steps}"
+            benchmark_export.check_folder(folder, args.layout, records, args.images, [args.prompts, *options.input_files(args)])
     processes = find_processes()
     pipe = options.load_pipeline(args, options.check_size_of(args.size, batch))
     width, height = args.size or (pipe.defaults.width, pipe.defaults.height)

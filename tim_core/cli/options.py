@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TimError
-from ..files import user_path
+from ..files import check_separate, user_path
 from ..ranges import check_counts, parse_numbers
 
 INTERVAL_HELP = "guide only at times above LOW and below HIGH; 0,1.1 guides the first step too (default: the model's, else 0,1)"
@@ -128,10 +128,20 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 # Values
 
 
-def warn_of_replacing(path: Path) -> None:
-    """Say that a file which is there will be replaced."""
+def check_target(path: Path, sources: list[str | None]) -> None:
+    """TimError if a weight file to write is one of its sources. Say that a file which is there will be replaced."""
+    from ..weights.parts import BUNDLED
+
+    check_separate(user_path(path), [BUNDLED.get(source, source) for source in sources])
     if user_path(path).is_file():
         logging.warning(f"{path}: exists; replacing it")
+
+
+def input_files(args: argparse.Namespace) -> list[str | Path]:
+    """The weight files that the options of `add_model` name."""
+    from ..weights.parts import BUNDLED
+
+    return [BUNDLED.get(args.model, args.model), *(file for file, _ in args.lora)]
 
 
 def check_sampling(args: argparse.Namespace, steps: list[int], distinct: bool = True) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..files import check_separate
 from . import options
 from .image_files import check_output_image, write_image
 
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     names = [args.output] if args.batch == 1 else [args.output.with_stem(f"{args.output.stem}-{k}") for k in range(args.batch)]
     for name in names[1:]:
         check_output_image(name)
+    for name in names:
+        check_separate(name, options.input_files(args))
     options.check_sampling(args, [1 if args.steps is None else args.steps])
     pipe = options.load_pipeline(args, options.check_size_of(args.size, args.batch))
 

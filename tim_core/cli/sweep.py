@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import TimError
+from ..files import check_separate
 from . import options
 from .image_files import check_output_image, write_image
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     check_output_image(args.output)
     if args.columns is not None and args.columns < 1:
         raise TimError(f"--columns: {args.columns} is not a whole number of at least 1")
+    check_separate(args.output, options.input_files(args))
     options.check_sampling(args, args.steps)
     pipe = options.load_pipeline(args, options.check_size_of(args.size, len(args.steps), "--steps"))
     from ..images import contact_sheet, step_label

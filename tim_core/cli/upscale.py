@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from ..errors import TimError
+from ..files import check_separate
 from . import options
 from .image_files import check_output_image, write_image
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_output_image(args.output)
+    check_separate(args.output, [args.image, *options.input_files(args)])
     if args.size and min(args.size) < 1:
         raise TimError(f"--size: {args.size[0]}x{args.size[1]} has no pixels; use a size such as 128x128, or --factor")
     from ..images import image_size, open_image, to_pil, to_tensor

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import TimError
-from ..files import atomic_write, check_output, make_folder, parse_json, read_text, user_path
+from ..files import atomic_write, check_new_output, make_folder, parse_json, read_text, user_path
 from ..limits import MAX_BATCH, MAX_CFG, MAX_STEPS
 from ..processes import ALONE, Processes
 from ..ranges import MOST_NUMBERS, check_counts
@@ -24,6 +24,7 @@ from ..shapes.scenes import TASKS, Prompt, scoring_prompts
 MOST_SEEDS = 100_000  # of a task's images, after which the next task's begin
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 LABELS = ("name", "version")  # entries of a report's model that images do not depend on
+FILES = ("report.json", "curve.png")
 SAMPLING = ("mode", "shift", "guidance_interval", "stochasticity", "negative")  # pipeline options that a report records
 
 
@@ -124,6 +125,12 @@ def check_protocol(steps: Sequence[int], prompts_per_task: int, images: int, bat
         raise TimError(f"prompts per task: {prompts_per_task} with {images} images each; use at most {MOST_SEEDS // images}")
 
 
+def check_folder(folder: str | Path, inputs: Sequence[str | Path | None]) -> None:
+    """TimError if `evaluate` cannot write its files to a folder, or would replace an input. Makes nothing."""
+    for name in FILES:
+        check_new_output(user_path(folder) / name, inputs)
+
+
 def evaluate(
     pipe,
     steps: Sequence[int] = STEPS,
@@ -165,9 +172,8 @@ def evaluate(
         _check_points(other["curve"], samples, baseline)
     folder = None if output is None else user_path(output)
     if folder is not None:
+        check_folder(folder, [baseline])
         make_folder(folder)
-        for name in ("report.json", "curve.png"):
-            check_output(folder / name)
     steps = sorted(set(steps))
     sampling = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if name in SAMPLING}
     sampling["cfg"] = float(cfg)

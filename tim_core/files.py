@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PART_ENDINGS = (".safetensors", ".bin", ".pt", ".json", ".model")  # of the files in a folder of parts
+LONGEST_PATH = 4000  # bytes; Linux takes 4095, and temporary files need some
 MOST_TEXT = 2**24  # bytes of a text or JSON file; a parsed value takes up to 30 times as much memory
 
 
@@ -72,6 +73,9 @@ def check_output(path: str | Path, kind: str = "file") -> None:
 def check_new_output(path: Path, inputs: Iterable[str | Path | None]) -> None:
     """As check_output and check_separate, for a file whose folders may still have to be made."""
     above = next(one for one in (path.parent, *path.absolute().parents) if os.path.lexists(one))
+    longest = _longest_name(above)
+    if len(os.fsencode(path.absolute())) > LONGEST_PATH or any(len(os.fsencode(part)) > longest for part in path.parts):
+        raise TimError(f"{path}: its name is too long; use another name")
     if not above.is_dir():
         raise TimError(f"{above}: is not a folder; write to another")
     if above == path.parent:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tests.corpus.case import Case, Gives, Outcome, fails, generator
+from tests.corpus.case import Case, Fails, Gives, Outcome, fails, generator
 from tests.corpus.originals import Originals
 from tim_core.cli import main
 
@@ -31,6 +31,14 @@ def made(name: str, look_into: str = "run") -> Callable[[Outcome, Originals], No
         assert (outcome.folder / look_into / name).is_file() and not list(outcome.folder.rglob("*.part"))
 
     return look
+
+
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "a FIFO": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to itself": lambda p: p.symlink_to(p.name),
+}
 
 
 # Data of `kind: finetune`
@@ -144,6 +152,63 @@ def training_data(random: Random) -> Iterator[Case]:
     yield Case("folders in a circle", finetune(loop), Gives(made("lora.safetensors"), ("pictures", "3 images")))
 
 
+def no_weights(change: Callable[[Path], str], *named: str) -> tuple[Callable[[Path, Originals], list[object]], Fails]:
+    """A builder of a LoRA of weights that are not there, with more keys that `change` returns, and its error, which comes first."""
+
+    def build(folder: Path, originals: Originals) -> list[object]:
+        whole(folder / "pictures")
+        text = "kind: finetune\nmodel: none.safetensors\ndata: {path: pictures}\nlora: {rank: 2}\n"
+        (folder / "c.yaml").write_text(text + LOOP % (4, "") + change(folder))
+        return ["train", "c.yaml"]
+
+    return build, fails(*named)
+
+
+def run_with(make: Callable[[Path], object], name: str) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        (folder / "run").mkdir()
+        make(folder / "run" / name)
+        return "output: run\n"
+
+    return change
+
+
+def is_the_model(place: str, link: Callable[[str, Path], object]) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        (folder / "run").mkdir()
+        (folder / "none.safetensors").write_text("weights")
+        link("none.safetensors", folder / place)
+        return f"output: run\ncheckpoint: {place}\n"
+
+    return change
+
+
+@generator
+def outputs_of_training(random: Random) -> Iterator[Case]:
+    """Are checked before the weights, which are not there, are read."""
+    for name, make in IN_THE_WAY.items():
+        for file in random.sample(["metrics.csv", "lora.safetensors", "step-00000002.pt", "sample-00000004.png"], 2):
+            yield Case(f"{name} in the way of a new {file}", *no_weights(run_with(make, file), file))
+    outputs = {
+        "the images": ("pictures", "data.path"),
+        "a folder in the images": ("pictures/run", "data.path"),
+        "a long name": ("a" * 300, "too long"),
+        "many folders": ("d/" * 2100, "too long"),
+        "a FIFO": ("c.yaml", "file"),
+    }
+    for name, (output, named) in outputs.items():
+        yield Case(f"the output of a training: {name}", *no_weights(lambda folder, output=output: f"output: {output}\n", named))
+    for name, link in {"a symbolic link": lambda a, b: b.symlink_to(f"../{a}"), "a hard link": os.link}.items():
+        change = is_the_model("run/made.safetensors", link)
+        yield Case(f"a training writes to its model: {name}", *no_weights(change, "made.safetensors", "input", "none.safetensors"))
+
+    def cache(folder: Path) -> str:
+        (folder / "pictures.cache").write_text("")
+        return "output: run\n"
+
+    yield Case("a file in the way of the cache", *no_weights(cache, "data.cache", "pictures.cache"))
+
+
 # Runs
 
 
@@ -224,12 +289,6 @@ ODD_METRICS = {
     "rows of other lengths": b"step,loss\n1\n2,3,4\nx,1\n-1,2\n",
     "an open text": b'step,loss\n"1,2\n',
 }
-IN_THE_WAY: dict[str, Callable[[Path], object]] = {
-    "a FIFO": os.mkfifo,
-    "a folder": Path.mkdir,
-    "a device": lambda path: path.symlink_to("/dev/zero"),
-    "a link to itself": lambda p: p.symlink_to(p.name),
-}
 
 
 def put(make: Callable[[Path], object], name: str) -> Callable[[Path], None]:
@@ -279,6 +338,8 @@ def runs_to_resume(random: Random) -> Iterator[Case]:
     yield Case("only damaged checkpoints", resumed(all_damaged), fails("step-00000004.pt", "damaged"))
     for name, make in IN_THE_WAY.items():
         yield Case(f"{name} in the way of the model", resumed(put(make, "autoencoder.safetensors")), fails("autoencoder.safetensors"))
+        file = random.choice(["metrics.csv", "sample-00000006.png", "step-00000006.pt"])
+        yield Case(f"{name} in the way of {file}", resumed(put(make, file)), fails(file))
         later = Gives(made("autoencoder.safetensors"), ("step-00000009.pt", "damaged", "resuming from step-00000004.pt"))
         yield Case(f"{name} as a later checkpoint", resumed(put(make, "step-00000009.pt")), later)
     for key, value in {"lr": "0.5", "seed": "9", "ema": "0.5", "weight_decay": "0.3", "clip": "9.0"}.items():

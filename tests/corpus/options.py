@@ -261,6 +261,30 @@ def outputs_that_cannot_be_written(random: Random) -> Iterator[Case]:
     yield Case("a folder in the way of the last image", in_the_way_of_the_last, fails("out-2.png", "folder"))
 
 
+ODD_NAMES = ["\x1b[31mred", "two\nlines", "\udce9", "\x1b]0;title\x07", "back\b\b\b", "\x9b31m", "\u202ename", "car\rriage", "\u2028line"]
+
+
+@generator
+def odd_names_of_outputs(random: Random) -> Iterator[Case]:
+    """Are written and printed as one line."""
+
+    def named(name: str) -> Gives:
+        def look(outcome: Outcome, originals: Originals) -> None:
+            shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+            assert outcome.new == (name,) and outcome.out.split("\n")[0] == shown
+
+        return Gives(look)
+
+    for command in ("sample", "sweep", "upscale"):
+        for name in random.sample(ODD_NAMES, 2):
+            words = ("--steps", "1", "--output", f"{name}.png")
+            yield Case(f"{command} writes to {name!r}", with_options(command, *words), named(f"{name}.png"))
+    for command in ("convert", "pack"):
+        name = f"{random.choice(ODD_NAMES)}.safetensors"
+        words = {"convert": ["convert"], "pack": ["pack", "--model"]}[command]
+        yield Case(f"{command} writes to {name!r}", lambda f, o, words=words, name=name: [*words, o.model, name], named(name))
+
+
 @generator
 def outputs_through_links(random: Random) -> Iterator[Case]:
     def build(folder: Path, originals: Originals) -> list[object]:

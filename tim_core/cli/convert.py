@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from . import options
+from .failures import print_result
 
 SUMMARY = "rewrite weights as safetensors"
 
@@ -37,4 +38,4 @@ def run(args: argparse.Namespace) -> None:
     options.check_target(args.target, [args.source])
     with options.report_bytes(args.target) as report:
         made = convert(args.source, args.target, **options.storage(args), report=report)
-    print(made)
+    print_result(made)

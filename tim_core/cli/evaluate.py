@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import __version__
 from ..errors import TimError
 from . import options
+from .failures import print_result
 
 SUMMARY = "score a model and draw its curve"
 
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
             made = benchmark_export.export_images(
                 pipe, args.prompts, args.layout, folder, model=weights, steps=steps, batch=batch, **settings)
             if processes.is_main:
-                print(made)
+                print_result(made)
         return
     from ..weights.parts import BUNDLED
 
@@ -107,8 +108,8 @@ def run(args: argparse.Namespace) -> None:
                             baseline=args.baseline, model=model, **settings)
     if processes.is_main:
         print_report(report)
-        print(args.output / "report.json")
-        print(args.output / "curve.png")
+        print_result(args.output / "report.json")
+        print_result(args.output / "curve.png")
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import TimError
+from ..errors import TimError, printable
 from ..files import check_separate, user_path
 from ..ranges import check_counts, parse_numbers
 
@@ -238,7 +238,7 @@ def report_bytes(path: Path) -> Iterator[Callable[[int, int], None]]:
 
     def show(done: int, total: int) -> None:
         if not bars:
-            bars.append(tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False))
+            bars.append(tqdm(total=total, unit="B", unit_scale=True, desc=printable(path.name), leave=False))
         bars[0].update(done - bars[0].n)
 
     try:

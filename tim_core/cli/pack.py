@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from . import options
+from .failures import print_result
 
 SUMMARY = "join three parts in one file"
 
@@ -40,4 +41,4 @@ def run(args: argparse.Namespace) -> None:
     parts = {name: source for name, source in sources.items() if source is not None}
     with options.report_bytes(args.target) as report:
         made = pack(parts, args.target, **options.storage(args), report=report)
-    print(made)
+    print_result(made)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..files import check_separate
 from . import options
+from .failures import print_result
 from .image_files import check_output_image, write_image
 
 SUMMARY = "make images from a prompt"
@@ -57,5 +58,5 @@ def run(args: argparse.Namespace) -> None:
     images, seconds = options.timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **options.settings(args))
     for name, image in zip(names, images):
         write_image(to_pil(image), name)
-        print(name)
+        print_result(name)
     print(f"{pipe.nfe} NFE, {seconds:.2f} s")

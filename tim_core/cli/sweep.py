@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import TimError
 from ..files import check_separate
 from . import options
+from .failures import print_result
 from .image_files import check_output_image, write_image
 
 SUMMARY = "compare step counts on one labelled sheet"
@@ -50,6 +51,6 @@ def run(args: argparse.Namespace) -> None:
         images.append(image[0])
         labels.append(step_label(steps, pipe.nfe, seconds))
     write_image(contact_sheet(images, labels, args.columns), args.output)
-    print(args.output)
+    print_result(args.output)
     for label in labels:
         print(label.replace(" · ", ", "))

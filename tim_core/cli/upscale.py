@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import TimError
 from ..files import check_separate
 from . import options
+from .failures import print_result
 from .image_files import check_output_image, write_image
 
 SUMMARY = "re-render an image at a larger size"
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
             stages=args.stages, callback=lambda state: bar.update(), **settings)[0]
         seconds = time.perf_counter() - started
     write_image(to_pil(large), args.output)
-    print(args.output)
+    print_result(args.output)
     made = large.shape[1], large.shape[0]
     rounded = "" if made == wanted else f" (asked for {wanted[0]}x{wanted[1]}; sides are multiples of {pipe.size_multiple})"
     print(f"{made[0]}x{made[1]}{rounded}, {pipe.nfe} NFE, {seconds:.2f} s")

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import network as plain  # noqa: E402
 from benchmarks.decoder import released_config  # noqa: E402
 from benchmarks.measure import device_name, memory_line, report, seconds  # noqa: E402
-from tim_core.models.autoencoder import TILE, Autoencoder  # noqa: E402
+from tim_core.models.autoencoder import Autoencoder  # noqa: E402
 from tim_core.models.config import AutoencoderConfig  # noqa: E402
+from tim_core.models.tiles import TILE  # noqa: E402
 from tim_core.sampler import sample  # noqa: E402
 from tim_core.schedule import uniform  # noqa: E402
 

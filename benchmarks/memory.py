@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.decoder import released_config  # noqa: E402
 from benchmarks.measure import child, counted_peak, memory_line, report  # noqa: E402
 from benchmarks.network import RELEASED, SMALL  # noqa: E402
-from tim_core.models.autoencoder import TILE, Autoencoder  # noqa: E402
+from tim_core.models.autoencoder import Autoencoder  # noqa: E402
 from tim_core.models.config import AutoencoderConfig  # noqa: E402
+from tim_core.models.tiles import TILE  # noqa: E402
 from tim_core.models.transformer import PEAK_TENSORS, TransitionTransformer  # noqa: E402
 from tim_core.sampler import sample  # noqa: E402
 

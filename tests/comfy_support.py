@@ -250,7 +250,8 @@ def make_released_files(server: Server, folder: Path) -> dict[str, Path]:
     from safetensors.torch import save_file
 
     from tim_core.models.config import TransformerConfig
-    from tim_core.models.text_encoder import TextEncoder, Tokenizer
+    from tim_core.models.text_encoder import TextEncoder
+    from tim_core.models.tokenizer import Tokenizer
     from tim_core.models.transformer import TransitionTransformer
     from tim_core.shapes.tokenizer import VOCABULARY_SIZE, shapes_tokenizer
 

@@ -11,7 +11,7 @@ import torch
 from tests.support import official_config
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig
-from tim_core.models.text_encoder import gemma_shapes, normalise_config
+from tim_core.models.gemma import gemma_shapes, normalise_config
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.shapes.tokenizer import shapes_tokenizer
 from tim_core.weights.write import Entry, write_safetensors

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tim_core.errors import TimError
-from tim_core.models import autoencoder
+from tim_core.models import autoencoder, bands
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig
 
@@ -104,7 +104,7 @@ def test_bands_of_rows_are_the_whole_image(pair, budget, monkeypatch):
         encoded, decoded = ours.encoder(x).detach(), ours.decoder(z).detach()
     for layout in (autoencoder._as_computed, lambda x: x):
         monkeypatch.setattr(autoencoder, "_as_computed", layout)
-        monkeypatch.setattr(autoencoder, "CPU_BAND", budget)
+        monkeypatch.setattr(bands, "CPU_BAND", budget)
         torch.testing.assert_close(ours.encoder(x), encoded, rtol=1e-4, atol=2e-5 * encoded.std().item())
         torch.testing.assert_close(ours.decoder(z), decoded, rtol=1e-4, atol=2e-5 * max(1.0, decoded.std().item()))
 
@@ -123,7 +123,7 @@ def test_images_and_latents_are_not_overwritten_and_latents_can_be_saved(pair):
 def test_batch_norm_learns_from_whole_batches(pair, monkeypatch):
     """In training mode there are no bands, which would be batches of their own."""
     _, ours = pair
-    monkeypatch.setattr(autoencoder, "CPU_BAND", 100)
+    monkeypatch.setattr(bands, "CPU_BAND", 100)
     ours.train().decoder(torch.randn(2, ours.config.latent_channels, 8, 8))
     assert all(module.num_batches_tracked <= 1 for module in ours.modules() if isinstance(module, torch.nn.BatchNorm2d))
 

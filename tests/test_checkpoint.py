@@ -29,7 +29,8 @@ from tim_core.evaluation.curve import read_report
 from tim_core.files import atomic_write
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
-from tim_core.models.text_encoder import TextEncoder, Tokenizer
+from tim_core.models.text_encoder import TextEncoder
+from tim_core.models.tokenizer import Tokenizer
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.pipeline import Pipeline
 from tim_core.shapes.tokenizer import VOCABULARY_SIZE, shapes_tokenizer

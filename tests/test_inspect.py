@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import mentions
 from tim_core.models.config import TransformerConfig
-from tim_core.models.text_encoder import TextEncoder, Tokenizer, gemma_shapes
+from tim_core.models.gemma import gemma_shapes
+from tim_core.models.text_encoder import TextEncoder
+from tim_core.models.tokenizer import Tokenizer
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.shapes.tokenizer import VOCABULARY_SIZE, shapes_tokenizer
 from tim_core.weights.describe import ONE_FILE, PLACES, describe

@@ -12,13 +12,15 @@ ROOT = Path(__file__).parents[1]
 FLOOR = {"errors", "files", "finite", "limits", "memory"}
 INFERENCE = FLOOR | {
     "models", "weights", "sampler", "schedule", "transport", "upscale", "pipeline", "images", "imagenet", "processes", "ranges",
+    "codec", "conditions", "devices",
 }
 MAY_IMPORT = {
-    "errors": set(), "files": {"errors"}, "finite": {"errors"}, "memory": set(), "limits": set(), "imagenet": FLOOR,
+    "errors": set(), "files": {"errors"}, "finite": {"errors"}, "memory": set(), "limits": {"errors"}, "imagenet": FLOOR,
     "ranges": FLOOR,
     "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
     "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"images", "ranges", "schedule"}, "models": FLOOR,
     "weights": FLOOR | {"images", "models"},
+    "codec": FLOOR | {"models"}, "conditions": FLOOR | {"imagenet", "models", "sampler"}, "devices": FLOOR | {"weights"},
     "pipeline": INFERENCE - {"images", "processes"},
     "settings": {"errors"}, "shapes": FLOOR | {"processes", "settings"},
     "evaluation": FLOOR | {"images", "processes", "ranges", "sampler", "shapes"},
@@ -57,7 +59,7 @@ def test_a_room_imports_only_what_lies_below(file):
 def test_nodes_import_the_inference_rooms_alone():
     files = list((ROOT / "nodes").rglob("*.py"))
     found = {room(name) for file in files for name in imports(file) if name.startswith("tim_core.")}
-    assert files and found and found <= INFERENCE - {"pipeline", "processes"}
+    assert files and found and found <= INFERENCE - {"codec", "conditions", "devices", "pipeline", "processes"}
 
 
 def test_adapters_import_no_node_file():

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.support import load_all, mentions
-from tim_core import Pipeline, TimError, pipeline
+from tim_core import Pipeline, TimError, memory, pipeline
 from tim_core.evaluation.curve import eval_samples, regressions, score, summarise, unpack
 from tim_core.memory import available_bytes
 from tim_core.models.config import TransformerConfig
@@ -275,8 +275,8 @@ def test_networks_leave_a_device_that_is_short_of_memory(tiny, monkeypatch, left
     expected = pipe(PROMPT, steps=1)
     for name in ("text_encoder", "transformer", "autoencoder"):
         monkeypatch.setattr(getattr(pipe, name), "to", lambda device, name=name: sent.append((name, str(device))))
-    monkeypatch.setattr(pipeline, "OFFLOAD_DEVICE", torch.device("meta"))
-    monkeypatch.setattr(pipeline, "available_bytes", lambda device: left - 1)
+    monkeypatch.setattr(memory, "OFFLOAD_DEVICE", torch.device("meta"))
+    monkeypatch.setattr(memory, "available_bytes", lambda device: left - 1)
     assert torch.equal(pipe(PROMPT, steps=1), expected)
     assert sent == [(name, "meta") for name in moves]
 
@@ -288,7 +288,7 @@ def test_a_network_that_is_away_comes_back(tiny, monkeypatch):
         monkeypatch.setattr(getattr(pipe, name), "to", lambda device, name=name: sent.append((name, str(device))))
     pipe.device = torch.device("meta")
     weights = sum(parameter.nbytes for parameter in pipe.transformer.parameters())
-    monkeypatch.setattr(pipeline, "available_bytes", lambda device: available)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: available)
     for available, others in ((1.3 * weights, []), (1.2 * weights, [("text_encoder", "cpu"), ("autoencoder", "cpu")])):
         sent.clear()
         pipe._make_room(pipe.transformer, 0)
@@ -346,7 +346,7 @@ def test_an_overflow_names_its_step_and_what_helps(cfg, advice):
 def test_tiles_are_chosen_from_the_memory(tiny, monkeypatch, tile, available, expected):
     pipe = Pipeline.load(tiny, "cpu")
     pipe.tile = tile
-    monkeypatch.setattr(pipeline, "available_bytes", lambda device: available)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: available)
     monkeypatch.setattr(pipe.autoencoder, "peak_bytes", lambda *arguments: 1)
     calls = []
     for name, shape in (("decode", (1, 3, 1032, 16)), ("encode", (1, 16, 129, 2))):
@@ -358,7 +358,7 @@ def test_tiles_are_chosen_from_the_memory(tiny, monkeypatch, tile, available, ex
 
 
 def test_small_images_are_decoded_whole_however_little_memory_there_is(pipe, monkeypatch):
-    monkeypatch.setattr(pipeline, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
     monkeypatch.setattr(pipe.autoencoder, "tiled_decode", None)
     assert pipe.decode(torch.randn(2, 16, 128, 1)).shape == (2, 1024, 8, 3)
 
@@ -396,8 +396,8 @@ def test_a_gpu_makes_the_images_of_a_cpu(tiny, pipe):
 @pytest.mark.gpu
 def test_a_gpu_short_of_memory_makes_the_same_images(tiny, pipe, monkeypatch):
     """Its networks take turns, and the autoencoder works in bands of four rows."""
-    monkeypatch.setattr(pipeline, "available_bytes", lambda device: 0)
-    monkeypatch.setattr("tim_core.models.autoencoder.GPU_BAND", 100)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
+    monkeypatch.setattr("tim_core.models.bands.GPU_BAND", 100)
     turns, options = Pipeline.load(tiny, "cuda", "float32"), dict(steps=2, width=32, height=32)
     for _ in range(2):
         torch.testing.assert_close(turns(PROMPT, **options), pipe(PROMPT, **options), rtol=0, atol=5e-3)
@@ -420,7 +420,7 @@ def test_auto_is_the_stored_dtype_of_large_models_where_a_cpu_has_bfloat16(capab
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr("tim_core.pipeline.LARGE", 1 if large else 2**30)
+    monkeypatch.setattr("tim_core.devices.LARGE", 1 if large else 2**30)
     stored = pack(tiny, tmp_path / "a.safetensors", torch.bfloat16)
     pipe = Pipeline.load(stored, "cpu")
     wanted = torch.bfloat16 if half else torch.float32

@@ -818,7 +818,8 @@ BFLOAT16_TEXT = 0.15
 
 @lru_cache(maxsize=4)
 def text_encoder(folder: str, escape: bool, dtype: torch.dtype):
-    from tim_core.models.text_encoder import TextEncoder, Tokenizer, tokenizer_file
+    from tim_core.models.text_encoder import TextEncoder
+    from tim_core.models.tokenizer import Tokenizer, tokenizer_file
 
     tokenizer = Tokenizer.from_bytes(tokenizer_file(ROOT / folder).read_bytes())
     encoder = TextEncoder(json.loads((ROOT / folder / "config.json").read_text()), tokenizer, escape=escape)

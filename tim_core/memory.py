@@ -1,12 +1,32 @@
-"""How much memory a device has left."""
+"""How much memory a device has left, and room for one network where it is short."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 UNKNOWN = 4 * 2**30  # bytes, where the system does not say
+SHARE_OF_MEMORY = 0.8  # of what is available that a run of a network may take
+OFFLOAD_DEVICE = torch.device("cpu")
+
+
+def fits(needed: int, device: torch.device) -> bool:
+    """Whether a run that takes `needed` bytes fits in what a device can still give."""
+    return needed < SHARE_OF_MEMORY * available_bytes(device)
+
+
+def make_room(network: nn.Module, needed: int, others: Iterable[nn.Module], device: torch.device) -> None:
+    """Bring a network to a device. Where a run of it, of `needed` bytes, does not fit there, the others leave for the CPU."""
+    away = [parameter for parameter in network.parameters() if parameter.device != device]
+    needed += sum(parameter.nbytes for parameter in away)
+    if device != OFFLOAD_DEVICE and not fits(needed, device):
+        for other in others:
+            other.to(OFFLOAD_DEVICE)
+    if away:
+        network.to(device)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -109,11 +109,21 @@ def sample(
     return state.float(), evaluations
 
 
+def initial_noise(shape: Sequence[int], seed: int | Sequence[int]) -> Tensor:
+    """The noise that ComfyUI draws: float32 on the CPU, the whole batch at once; or with one seed per item."""
+    if isinstance(seed, (list, tuple)):
+        _check_seed_count(seed, shape[0])
+        return torch.cat([initial_noise((1, *shape[1:]), one) for one in seed])
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(check_seed(seed)))
+
+
 def fresh_noise(shape: Sequence[int], seed: int | Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
     """A noise sampler for a seed: float32 on the CPU, from seed + 1, so that it differs from the initial noise, as in k-diffusion.
 
     With one seed per item of the batch, the noise of an item does not depend on the others.
     """
+    if isinstance(seed, (list, tuple)):
+        _check_seed_count(seed, shape[0])
     seeds = seed if isinstance(seed, (list, tuple)) else [seed]
     generators = [torch.Generator().manual_seed((check_seed(one) + 1) % 2**64) for one in seeds]
     if len(generators) == 1:
@@ -147,6 +157,12 @@ def check_seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise TimError(f"seed: {seed} is not a whole number from 0 to 2^64 - 1")
     return int(seed)
+
+
+def _check_seed_count(seeds: Sequence[int], batch: int) -> None:
+    """TimError unless there are as many seeds as images."""
+    if len(seeds) != batch:
+        raise TimError(f"seed: {len(seeds)} seeds for {batch} images; give one, or one per image")
 
 
 def _steps(count: int, disable: bool) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +57,20 @@ def parse(text: str) -> Tensor:
         if before is not None and after >= before:
             raise TimError(f"times: {after:g} follows {before:g}; each time must be smaller than the one before")
     return torch.tensor(times, dtype=torch.float64)
+
+
+def time_grid(steps: int, shift: float = 1.0, times: Tensor | Sequence[float] | str | None = None) -> Tensor:
+    """Times from 1 to 0: `times`, or else of `steps` and `shift`. TimError for unusable values."""
+    if times is None:
+        return uniform(steps) if shift == 1 else shifted(steps, shift)
+    if shift != 1:
+        raise TimError(f"shift: {shift} cannot be used with times; give one of the two")
+    grid = parse(times) if isinstance(times, str) else torch.as_tensor(times, dtype=torch.float64)
+    if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0:
+        raise TimError(f"times: {grid.tolist()} does not start at 1 and end at 0")
+    if len(grid) > MAX_STEPS + 1:
+        raise TimError(f"times: {len(grid)} are too many; use at most {MAX_STEPS + 1}")
+    return grid
 
 
 def _check(steps: int, start: float, end: float) -> None:

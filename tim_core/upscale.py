@@ -73,6 +73,15 @@ def check_stages(stages: int) -> None:
         raise TimError(f"stages: {stages} is not a whole number from 1 to {MAX_STAGES}")
 
 
+def check_images(images: Tensor) -> None:
+    """TimError unless images are (B, H, W, 3) floats in [0, 1]."""
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise TimError(f"images: shape {list(images.shape)} is not (B, H, W, 3)")
+    low, high = (value.item() for value in images.aminmax())
+    if not images.is_floating_point() or not (low >= -0.01 and high <= 1.01):
+        raise TimError(f"images: {images.dtype} values from {low:g} to {high:g}; give floats from 0 to 1")
+
+
 def check_strength(strength: float) -> None:
     """TimError unless `strength` is above 0 and at most 1."""
     if not 0 < strength <= 1:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...tim_core.errors import TimError, printable
 from ...tim_core.finite import check_finite
-from ...tim_core.models.text_encoder import MAX_LENGTH, TextEncoder
+from ...tim_core.models.text_encoder import TextEncoder
+from ...tim_core.models.tokenizer import MAX_LENGTH
 from ...tim_core.weights.load import load_text_encoder
 from ...tim_core.weights.parts import Parts, read_parts
 from ...tim_core.weights.write import json_tensor

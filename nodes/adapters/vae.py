@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...tim_core.finite import check_finite
-from ...tim_core.models.autoencoder import STRIDE, TILE, Autoencoder
+from ...tim_core.models.autoencoder import Autoencoder
+from ...tim_core.models.tiles import STRIDE, TILE
 from ...tim_core.weights.load import cast, check_tensors
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
 from ...tim_core.weights.write import json_tensor

@@ -16,7 +16,8 @@ from torch import Tensor
 from tim_core.cli import main
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
-from tim_core.models.text_encoder import TextEncoder, Tokenizer
+from tim_core.models.text_encoder import TextEncoder
+from tim_core.models.tokenizer import Tokenizer
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.shapes.tokenizer import VOCABULARY_SIZE, shapes_tokenizer
 from tim_core.weights.save import pack

@@ -146,8 +146,8 @@ def input_files(args: argparse.Namespace) -> list[str | Path]:
 
 def check_sampling(args: argparse.Namespace, steps: list[int], distinct: bool = True) -> None:
     """TimError for sampling options that no model takes. steps: the step counts of the runs, which may have to be distinct."""
-    from ..pipeline import time_grid
     from ..sampler import check_guidance, check_seed
+    from ..schedule import time_grid
 
     check_seed(args.seed)
     check_guidance(1.0 if args.cfg is None else args.cfg, args.guidance_interval or (0.0, 1.0), getattr(args, "stochasticity", 0.0))
@@ -157,7 +157,8 @@ def check_sampling(args: argparse.Namespace, steps: list[int], distinct: bool = 
 
 def load_pipeline(args: argparse.Namespace, check_with: Callable[[Any], None] = lambda parts: None):
     """Load --model with --lora and --tile. check_with(parts) and the check of the tile come before the weights are loaded."""
-    from ..pipeline import Pipeline, check_tile
+    from ..limits import check_tile
+    from ..pipeline import Pipeline
     from ..weights.parts import read_parts
 
     parts = read_parts(args.model)
@@ -176,13 +177,13 @@ def check_size_of(size: tuple[int, int] | None, count: int = 1, option: str = "-
     option: what sets the count.
     """
     from ..images import check_pixels
-    from ..pipeline import check_size, size_multiple
+    from ..limits import check_size
     from ..weights.defaults import read_defaults
 
     def check(parts: Any) -> None:
         defaults = read_defaults(parts)
         width, height = size or (defaults.width, defaults.height)
-        check_size(width, height, size_multiple(parts))
+        check_size(width, height, parts.size_multiple)
         check_pixels(option, count, width, height, f"fewer {option.lstrip('-')}, or a smaller --size")
 
     return check

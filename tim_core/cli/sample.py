@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_output_image(args.output)
     from ..images import to_pil
-    from ..pipeline import check_batch
+    from ..limits import check_batch
 
     check_batch(args.batch, "--batch")
     names = [args.output] if args.batch == 1 else [args.output.with_stem(f"{args.output.stem}-{k}") for k in range(args.batch)]

@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> None:
     if args.size and min(args.size) < 1:
         raise TimError(f"--size: {args.size[0]}x{args.size[1]} has no pixels; use a size such as 128x128, or --factor")
     from ..images import image_size, open_image, to_pil, to_tensor
-    from ..pipeline import size_multiple
     from ..upscale import check_strength, stage_sizes, stage_steps, target_size
 
     width, height = args.size or (0, 0)
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     options.check_sampling(args, counts, distinct=False)
     size = image_size(args.image)
     wanted = target_size(*size, width, height, args.factor)
-    pipe = options.load_pipeline(args, lambda parts: stage_sizes(size, wanted, args.stages, size_multiple(parts)))
+    pipe = options.load_pipeline(args, lambda parts: stage_sizes(size, wanted, args.stages, parts.size_multiple))
     image = to_tensor(open_image(args.image))
     from tqdm import tqdm
 

@@ -16,7 +16,8 @@ from ..files import digest, user_path
 from ..models.attention import get_attention
 from ..models.autoencoder import Autoencoder
 from ..models.config import TransformerConfig
-from ..models.text_encoder import TextEncoder, Tokenizer
+from ..models.text_encoder import TextEncoder
+from ..models.tokenizer import Tokenizer
 from ..models.transformer import TransitionTransformer
 from ..processes import Shard, find_processes
 from ..shapes import scenes

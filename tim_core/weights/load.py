@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ..errors import TimError, one_line, state_dict_mismatch
 from ..finite import damaged_weight
-from ..models.text_encoder import TextEncoder, Tokenizer, check_ids, gemma_shapes, text_mismatch
+from ..models.gemma import gemma_shapes, text_mismatch
+from ..models.text_encoder import TextEncoder
+from ..models.tokenizer import Tokenizer, check_ids
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
 from .parts import Part, naming, read_parts

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -190,3 +192,10 @@ def _transformer_layers() -> dict[str, str]:
         network = TransitionTransformer(TransformerConfig(**shape, **condition), device="meta")
         names |= {name.replace(".", "_"): name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     return names
+
+
+def list_loras(lora: Any) -> list[tuple[str | Path, float]]:
+    """LoRA files and their strengths, from what `Pipeline.load` takes."""
+    if isinstance(lora, (str, Path)):
+        return [(lora, 1.0)]
+    return list(lora.items() if isinstance(lora, Mapping) else lora or ())

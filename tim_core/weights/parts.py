@@ -29,7 +29,9 @@ from torch import Tensor
 from ..errors import TimError, one_line
 from ..files import is_file, parse_json, read_bytes, user_path
 from ..models.config import AutoencoderConfig, TransformerConfig
-from ..models.text_encoder import MOST_TOKENIZER, is_json, normalise_config, tokenizer_file
+from ..models.gemma import check_gemma, gemma_1b_config, normalise_config
+from ..models.released import ESCAPE_PROMPTS, latent_factor
+from ..models.tokenizer import MOST_TOKENIZER, is_json, tokenizer_file
 from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
 from .quantized import MARKER, Quantization, dequantize, separate, with_layer_keys
@@ -52,9 +54,7 @@ DIMENSIONS = {
 }
 
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
-GEMMA_1B_WIDTH = 1152
 MOST_FACTOR = 256
-LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +93,8 @@ class Part:
             if self.kind == AUTOENCODER:
                 return AutoencoderConfig.from_state_dict(self.tensors, self.record)
             gemma = {key: value for key, value in self.record.items() if key != "escape_prompts"}
-            config = normalise_config(gemma or _gemma_config(self.tensors))
-            _check_gemma(config, self.tensors)
+            config = normalise_config(gemma or gemma_1b_config(self.tensors))
+            check_gemma(config, self.tensors)
             return config
 
 
@@ -143,9 +143,9 @@ class Parts:
 
     @property
     def escape(self) -> bool:
-        """Whether prompts are unicode-escaped, as in training: from the transformer's record, else the text model's, else True."""
+        """Whether prompts are unicode-escaped, as in training: from the transformer's record, else the text model's, else as released."""
         records = (self.parts[kind].record for kind in (TRANSFORMER, TEXT_ENCODER) if kind in self)
-        escape = next((r["escape_prompts"] for r in records if r.get("escape_prompts") is not None), True)
+        escape = next((r["escape_prompts"] for r in records if r.get("escape_prompts") is not None), ESCAPE_PROMPTS)
         if not isinstance(escape, bool):
             raise TimError(f"{self.source}: escape_prompts is {escape!r}; it must be true or false")
         return escape
@@ -160,7 +160,12 @@ class Parts:
             return factor
         if AUTOENCODER in self:
             return self[AUTOENCODER].config.factor
-        return LATENT_FACTORS.get(self[TRANSFORMER].tensors["x_embedder.proj.weight"].shape[1], 8)
+        return latent_factor(self[TRANSFORMER].tensors["x_embedder.proj.weight"].shape[1])
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of images are multiples of this many pixels: the latent factor times the patch size."""
+        return self.latent_factor * self[TRANSFORMER].config.patch_size
 
 
 def _list(parts: Parts) -> str:
@@ -350,47 +355,6 @@ def _not_empty(data: bytes, name: str) -> bytes:
     if not data.strip():
         raise TimError(f"{name}: is empty; download it again")
     return data
-
-
-def _gemma_config(tensors: Mapping[str, Tensor]) -> dict:
-    """The config of a Gemma 3 1B, the one size that shapes identify for certain. TimError for another width."""
-    vocab, hidden = tensors["embed_tokens.weight"].shape
-    if hidden != GEMMA_1B_WIDTH:
-        raise TimError(f"the Gemma-3 text model of width {hidden} needs its config.json in the same folder")
-    head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": tensors["layers.0.mlp.gate_proj.weight"].shape[0],
-        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers.")),
-        "num_attention_heads": tensors["layers.0.self_attn.q_proj.weight"].shape[0] // head_dim,
-        "num_key_value_heads": tensors["layers.0.self_attn.k_proj.weight"].shape[0] // head_dim,
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": head_dim,
-        "sliding_window": 512,
-        "sliding_window_pattern": 6,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "rms_norm_eps": 1e-6,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 32768,
-    }
-
-
-def _check_gemma(config: dict, tensors: Mapping[str, Tensor]) -> None:
-    """TimError unless the counts and widths of a Gemma config are those of the tensors: no model is built that they could not fill."""
-    vocab, hidden = tensors["embed_tokens.weight"].shape
-    head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
-    layers = len({key.split(".")[1] for key in tensors if key.startswith("layers.")})
-    found = {"num_hidden_layers": layers, "vocab_size": vocab, "hidden_size": hidden, "head_dim": head_dim}
-    rows = {"num_attention_heads": ("self_attn.q_proj", head_dim), "num_key_value_heads": ("self_attn.k_proj", head_dim),
-            "intermediate_size": ("mlp.gate_proj", 1)}
-    for name, (module, width) in rows.items():
-        if (weight := tensors.get(f"layers.0.{module}.weight")) is not None:
-            found[name] = weight.shape[0] // max(width, 1)
-    for name, value in found.items():
-        if config.get(name) is not None and config[name] != value:
-            raise TimError(f"text encoder config: {name} is {config[name]}, the tensors have {value}; use the config.json of these weights")
 
 
 def _tim_record(metadata: Mapping[str, str], source: str) -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import TimError, printable
 from ..files import atomic_write, check_output, user_path
-from ..models.text_encoder import Tokenizer, is_json
+from ..models.tokenizer import Tokenizer, is_json
 from .defaults import RECORD
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .load import cast

@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 FLOOR = {"errors", "files", "finite", "limits", "memory"}
 INFERENCE = FLOOR | {
     "models", "weights", "sampler", "schedule", "transport", "upscale", "pipeline", "images", "imagenet", "processes", "ranges",
-    "codec", "conditions", "devices",
+    "codec", "conditions", "devices", "prompts",
 }
 MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "finite": {"errors"}, "memory": set(), "limits": {"errors"}, "imagenet": FLOOR,
-    "ranges": FLOOR,
+    "ranges": FLOOR, "prompts": {"errors"},
     "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
     "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"images", "ranges", "schedule"}, "models": FLOOR,
     "weights": FLOOR | {"images", "models"},

@@ -189,6 +189,23 @@ STRANGE_PROMPTS = {"right to left", "emoji", "escape codes", "NUL", "format code
 SAME_PROMPTS = ["  A Red   circle ", "a red\ncircle", "a red, circle!", "\uff41 red circle", "A\tRED\u00a0CIRCLE"]  # as PROMPT
 
 
+WEIGHTED_PROMPTS = [
+    "a (red:1.3) circle",
+    "(a red circle:0.5)",
+    "((a:1.1) red:2) circle",
+    "a red circle embedding:bad",
+    "a red (circle:-.5)",
+]
+
+
+@generator
+def prompts_with_weights(random: Random) -> Iterator[Case]:
+    for number, prompt in enumerate(random.sample(WEIGHTED_PROMPTS, 3)):
+        reference = gives("out.png", lambda o: o.result(*RUNS["sample"], "--model", o.model), ("weights", "a red circle"))
+        run = ["sample", prompt, *RUNS["sample"][2:]]
+        yield Case(f"a prompt with weights {number}", lambda f, o, run=run: [*run, "--model", o.model], reference)
+
+
 @generator
 def odd_prompts(random: Random) -> Iterator[Case]:
     for name, prompt in ODD_PROMPTS.items():

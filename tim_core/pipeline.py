@@ -208,8 +208,8 @@ class Pipeline:
         options = self._options(cfg, guidance_interval, stochasticity, callback=callback)
         condition = self._condition(prompts, as_list(negative))
         counts = stage_steps(steps, stages)
-        self._mention(self.defaults.far_size(*sizes[-1]))
         strength = self.defaults.strength if strength is None else strength
+        self._mention(self.defaults.far_size(*sizes[-1], strength))
         self.nfe = 0
 
         def resample(latents: Tensor, times: Tensor, stage: int) -> Tensor:

@@ -24,7 +24,7 @@ EXAMPLES = """\
 examples:
   tim sample "a red circle left of a blue square" --steps 4 -o circle.png
   tim sample "three squares" --batch 4 -o squares.png        numbered from 0
-  tim sample "a circle" --size 96x64 --seed 2 --cfg 1
+  tim sample "a circle" --size 80x80 --seed 2 --cfg 1
   tim sample "a circle" --times "1, 0.6, 0.2, 0"             custom times"""
 
 

@@ -41,7 +41,7 @@ def is_file(path: str | Path) -> bool:
 def check_file(path: str | Path) -> None:
     """TimError unless `path` is a regular file, or a link to one. Nothing is opened."""
     if not is_file(path):
-        raise TimError(f"{path}: no such file; check the path")
+        raise TimError(f"{path or repr('')}: no such file; check the path")
 
 
 def check_output(path: str | Path, kind: str = "file") -> None:

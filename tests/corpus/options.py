@@ -62,7 +62,26 @@ OUTSIDE = {  # values that are numbers, or whatever the option takes, but that n
         "--shift": (SHIFTS, "shift"),
         "--guidance-interval": (INTERVALS, "guidance"),
         "--stochasticity": (["-0.1", "1.01", "nan", "inf", "1e20", "-1e-9"], "stochasticity"),
-        "--times": (["1", "", "0,1", "1,0.5,0.5,0", "2,0", "1,nan,0", "1,0.5", "0.9,0", "1;x;0", "1,-0.1", "1,inf,0", "1,0,0"], "times"),
+        "--times": (
+            [
+                "1",
+                "",
+                "0,1",
+                "1,0.5,0.5,0",
+                "2,0",
+                "1,nan,0",
+                "1,0.5",
+                "0.9,0",
+                "1;x;0",
+                "1,-0.1",
+                "1,inf,0",
+                "1,0,0",
+                "1,0.5_5,0",
+                "1,\u0660.5,0",
+                "1,0x0",
+            ],
+            "times",
+        ),
         "--size": (SIZES, "size"),
         "--tile": (["0", "-1", "255", "258", "1e3", "on", "", "10_24", "9" * 30], "tile"),
         "--device": (["cuda:99", "abacus", "cuda:-1", "", "cpu:x", "meta", "cpu:5", "\u00b2"], "device"),
@@ -147,6 +166,20 @@ def options_that_do_not_go_together(random: Random) -> Iterator[Case]:
     for name, (words, named) in PAIRS.items():
         yield Case(name, with_options("evaluate", *words), fails(*named))
     yield Case("a shift with times", with_options("sample", "--times", "1,0.4,0", "--shift", "2"), fails("shift", "2.0", "times"))
+
+
+@generator
+def values_that_depend_on_a_file(random: Random) -> Iterator[Case]:
+    for strength in random.sample(["101", "-100.1", "1e30", "nan", "-inf"], 2):
+        build = lambda f, o, strength=strength: [*RUNS["sample"], "--model", o.model, "--lora", f"{o.lora}:{strength}"]  # noqa: E731
+        yield Case(f"a LoRA of strength {strength}", build, fails("lora.safetensors", "strength", f"{float(strength)}"))
+    words = ("--size", "16x16")
+    yield Case("evaluate a class model", lambda f, o: [*RUNS["evaluate"], *words, "--model", o.classes], fails("--model", "classes"))
+    label = random.choice(["\uff10", "10", "1.5", "-1", "9" * 30, "\u0663", "a cat on a sofa", "0,1"])
+    sample = ("sample", "--size", "16x16", "--steps", "1")
+    yield Case(f"a class {label}", lambda f, o: [*sample, "--model", o.classes, "--", label], fails("class", label))
+    for command in (("sample", "a", "--model", ""), ("inspect", ""), ("convert", "", "out.safetensors"), ("sample", "a", "--lora", ":1")):
+        yield Case(f"{command[0]} of {command[-1]!r} as a file", lambda f, o, command=command: command, fails("no such file"))
 
 
 @generator

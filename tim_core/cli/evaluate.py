@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     options.check_sampling(args, args.steps)
     from ..evaluation import benchmark_export, curve
+    from ..weights.parts import BUNDLED, TRANSFORMER, Parts
 
     batch = (120 if args.prompts is None else 4) if args.batch is None else args.batch
     prompts_per_task = 60 if args.prompts_per_task is None else args.prompts_per_task
@@ -86,7 +87,13 @@ def run(args: argparse.Namespace) -> None:
             folder = args.output / f"steps-{steps}"
             benchmark_export.check_folder(folder, args.layout, records, args.images, [args.prompts, *options.input_files(args)])
     processes = find_processes()
-    pipe = options.load_pipeline(args, options.check_size_of(args.size, batch))
+
+    def check_model(parts: Parts) -> None:
+        options.check_size_of(args.size, batch)(parts)
+        if args.prompts is None and parts[TRANSFORMER].config.text_dim is None:
+            raise TimError(f"--model: {args.model} draws classes, not texts such as 'a red circle'; give a text-to-image model")
+
+    pipe = options.load_pipeline(args, check_model)
     width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
     settings = {"cfg": pipe.defaults.cfg if args.cfg is None else args.cfg, "images": args.images, "seed": args.seed, "width": width,
                 "height": height, "mode": args.mode, "guidance_interval": args.guidance_interval or pipe.defaults.guidance_interval,
@@ -100,8 +107,6 @@ def run(args: argparse.Namespace) -> None:
             if processes.is_main:
                 print_result(made)
         return
-    from ..weights.parts import BUNDLED
-
     name = args.model if args.model in BUNDLED else Path(args.model).name
     model = {"name": name, "weights": pipe.fingerprint(), "dtype": str(pipe.dtype).removeprefix("torch."), "version": __version__}
     report = curve.evaluate(pipe, args.steps, prompts_per_task=prompts_per_task, output=args.output, batch=batch, tasks=tasks,

@@ -57,7 +57,7 @@ def open_image(path: str | Path) -> Image.Image:
 def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height of an image file, upright; reads its header alone. TimError as open_image."""
     with _opened(path) as image:
-        return image.size[::-1] if _orientation(image) >= 5 else image.size
+        return image.size[::-1] if 5 <= _orientation(image) <= 8 else image.size
 
 
 @contextmanager

@@ -240,6 +240,22 @@ def prompts_with_weights(random: Random) -> Iterator[Case]:
 
 
 @generator
+def lines_beside_progress(random: Random) -> Iterator[Case]:
+    """Are lines of their own."""
+    for command, words in {
+        "sample": (*RUNS["sample"], "--negative", "zebra"),
+        "sweep": ("sweep", "a zebra", *RUNS["sweep"][2:]),
+        "upscale": ("upscale", "image.png", "a zebra", *RUNS["upscale"][3:]),
+    }.items():
+
+        def build(folder: Path, originals: Originals, words=words) -> list[object]:
+            originals.copy(originals.image, folder / "image.png")
+            return [*words, "--model", originals.model]
+
+        yield Case(f"an unknown word of {command}", build, Gives(lambda outcome, originals: None, ("does not know", "zebra")))
+
+
+@generator
 def odd_prompts(random: Random) -> Iterator[Case]:
     for name, prompt in ODD_PROMPTS.items():
         words = random.choice([("sample", prompt), ("sample", f"--negative={prompt}", PROMPT)])

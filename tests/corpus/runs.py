@@ -447,6 +447,9 @@ def reports_and_prompts(random: Random) -> Iterator[Case]:
     for number, item in enumerate(random.sample(NO_NAMES, 4)):
         data = f'{{"prompt": "a", "item_id": "{item}"}}'.encode()
         yield Case(f"a name of a prompt {number}: {item[:9]}", prompts(data, "dpg"), fails("prompts.jsonl", "line", 1))
+    for value in random.sample(["null", "true", "1.5", "[1]", "{}"], 2):
+        data = b'{"prompt": "a", "item_id": %s}' % value.encode()
+        yield Case(f"a name of a prompt: {value}", prompts(data, "dpg"), fails("prompts.jsonl", "line", 1))
     twice = b'{"prompt": "a", "item_id": "a"}\n' * 2
     yield Case("a name of a prompt: twice", prompts(twice, "dpg"), fails("prompts.jsonl", "twice"))
     for name, make in IN_THE_WAY.items():
@@ -534,5 +537,12 @@ def previews(random: Random) -> Iterator[Case]:
     }
     for name, fill in bad.items():
         yield Case(f"previews of {name}", build(fill), fails("a.png"))
+    for name, images in {"one colour": [(64, 64)] * 9, "a few pixels": [(1, 1), (2, 1), (1, 3)]}.items():
+
+        def fill(place: Path, images=images) -> None:
+            for number, size in enumerate(images):
+                Image.new("RGB", size, (number, 9, 200)).save(place / f"{number}.png")
+
+        yield Case(f"previews of {name}", build(fill), fails("previews", "colours", "more"))
     yield Case("previews of an empty folder", build(lambda place: None), fails("pictures", "no images"))
     yield Case("previews into an image", build(lambda place: draw(place / "a.png"), "pictures/a.png"), fails("a.png"))

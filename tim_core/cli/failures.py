@@ -6,9 +6,19 @@ import argparse
 import logging
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import TextIO
 
 from ..errors import escaped, printable
+
+
+class LogHandler(logging.StreamHandler):
+    """Writes lines above the progress bars, not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")  # without it there are no bars
+        with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm else nullcontext():
+            super().emit(record)
 
 
 class LogLine(logging.Formatter):

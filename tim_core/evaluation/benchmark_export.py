@@ -43,7 +43,8 @@ def read_prompts(path: str | Path, layout: str = "geneval") -> list[PromptRecord
         try:
             metadata = json.loads(line)
             prompt = metadata["prompt"] if "prompt" in metadata else metadata["text"]
-            name = str(metadata.get("item_id", metadata.get("id", "")) if named else len(records))
+            name = metadata.get("item_id", metadata.get("id", "")) if named else len(records)
+            name = "" if isinstance(name, bool) or not isinstance(name, (int, str)) else str(name)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             prompt = name = None
         if isinstance(prompt, str) and len(prompt) > MOST_PROMPT:
@@ -135,7 +136,8 @@ def export_images(
     bare = [record for record in records if not {"tag", "include"} <= record.metadata.keys()]
     if layout == "geneval" and bare and processes.is_main:
         first = repr(bare[0].prompt[:40])
-        logging.warning(f'{prompts}: {len(bare)} lines have no "tag" and "include", first {first}: GenEval cannot score them')
+        lines = "1 line has" if len(bare) == 1 else f"{len(bare)} lines have"
+        logging.warning(f'{prompts}: {lines} no "tag" and "include", first {first}: GenEval cannot score them')
     check_folder(folder, layout, records, images, [prompts])
     make_folder(folder)
     settings = {"model": model, "prompts": hashlib.sha256(repr(records).encode()).hexdigest(), "layout": layout, "steps": steps, "cfg": cfg,

@@ -5,7 +5,7 @@ import time
 from comfy_api.latest import io
 
 from ..tim_core.errors import TimError
-from ..tim_core.images import contact_sheet, step_label, to_tensor
+from ..tim_core.images import check_pixels, contact_sheet, step_label, to_tensor
 from ..tim_core.ranges import parse_counts, parse_numbers
 from ..tim_core.sampler import check_guidance, check_seed
 from .adapters.compat import Schema
@@ -16,7 +16,6 @@ from .inputs import advanced, cfg_input, conditioning_inputs, limit_inputs, seed
 
 NONE = "none"
 AXES = (NONE, "cfg", "seed", "shift", "stochasticity")
-MOST_PIXELS = 2**28  # of all images: 3.2 GB in memory
 
 
 class TiMStepSweep(io.ComfyNode):
@@ -70,11 +69,14 @@ class TiMStepSweep(io.ComfyNode):
         counts, values = parse_counts(steps, "steps"), read_axis(axis, axis_values)
         fixed = {"cfg": cfg, "seed": seed, "shift": 1.0, "stochasticity": 0.0}
         rows = [fixed if axis == NONE else {**fixed, axis: value} for value in values]
-        check_pixels(model, latent_image["samples"], len(rows) * len(counts))
+        cells, batch = len(rows) * len(counts), len(latent_image["samples"])
+        factor = tim_model(model).latent_format.spacial_downscale_ratio
+        height, width = (side * factor for side in latent_image["samples"].shape[-2:])
+        check_pixels("sweep", cells * batch, width, height, "fewer steps or values, a smaller batch or a smaller size")
         model, evaluations = count_evaluations(log_once(model))
         models = [with_shift(model, row["shift"]) for row in rows]
         progress = shared_progress(model, 1 + sum(counts) * len(rows))
-        interval, batch = (guidance_low, guidance_high), len(latent_image["samples"])
+        interval = (guidance_low, guidance_high)
 
         def run(row: int, count: int, done: int):
             evaluations.clear()
@@ -118,12 +120,3 @@ def read_axis(axis: str, text: str) -> list[int | float]:
         elif axis == "seed":
             check_seed(value)
     return values
-
-
-def check_pixels(model, samples, cells: int) -> None:
-    """TimError if the images of all cells would take more memory than MOST_PIXELS."""
-    factor = tim_model(model).latent_format.spacial_downscale_ratio
-    width, height, count = samples.shape[-1] * factor, samples.shape[-2] * factor, cells * len(samples)
-    if count * width * height > MOST_PIXELS:
-        raise TimError(f"sweep: {count} images of {width}x{height} are over {MOST_PIXELS / 1e6:.0f} megapixels; use fewer steps or values, "
-                       "a smaller batch or a smaller size")

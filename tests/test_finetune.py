@@ -292,6 +292,20 @@ def test_samples_per_second_count_images(tmp_path, tiny, data, monkeypatch):
     assert [b / a for a, b in zip(*rates)] == pytest.approx([16] * 4, rel=0.15)  # rates have one decimal
 
 
+@pytest.mark.parametrize("pixels, sizes", [(None, [(64, 64), (96, 48)]), (1024, [(64, 64)])])
+def test_a_batch_is_for_images_of_the_models_native_size(tmp_path, tiny, data, pixels, sizes):
+    """loop.batch images of it, as many tokens of other sizes, unless base_pixels is set."""
+    for width, height in sizes:
+        model = pack(read_parts(tiny), tmp_path / "sized.safetensors", metadata={"native_size": [width, height]})
+        path = yaml(tmp_path, model, data, f"{width}-{height}", loop=", keep: 1")
+        text = path.read_text().replace("batch: 4,", "batch: 8,")
+        path.write_text(text.replace(", base_pixels: 4096", f", base_pixels: {pixels}" if pixels else ""))
+        task = finetune.FineTuningTask(read_config(path), None)
+        counts = dict(zip(task.batches.sizes, task.batches.counts))
+        assert counts[64, 64] == round(8 * (pixels or width * height) / 64**2)
+        assert task.settings["data"]["base_pixels"] == (pixels or width * height)
+
+
 @pytest.mark.parametrize("more", ["", "objective: {enhance_target: true, w_gt: 0.5, w_cond: 0.3}\n"], ids=["plain", "guided"])
 def test_a_class_conditional_model_learns_from_folders(tmp_path, tiny, more):
     config = TransformerConfig(in_channels=16, hidden_size=32, depth=1, num_heads=2, num_classes=3, lora_hidden_size=8)

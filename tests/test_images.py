@@ -131,7 +131,7 @@ def test_a_transparent_grey_of_16_bits_is_white(tmp_path):
     assert np.abs(found.astype(int) - GREY)[values != values[10, 10]].max() <= 1
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [*range(10), 99])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "16.png"])
 def test_every_orientation_is_turned_upright(orientation, name, tmp_path):
     exif = Image.Exif()
@@ -139,7 +139,7 @@ def test_every_orientation_is_turned_upright(orientation, name, tmp_path):
     image = Image.fromarray(wide * 257) if name == "16.png" else Image.fromarray(COLOUR)
     image.save(tmp_path / name, exif=exif, **({"quality": 95, "subsampling": 0} if name == "a.jpg" else {}))
     upright = Image.fromarray(GREY).convert("RGB") if name == "16.png" else Image.fromarray(COLOUR)
-    upright = upright.transpose(TRANSPOSE[orientation]) if orientation > 1 else upright
+    upright = upright.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else upright
     tagged = Image.fromarray(COLOUR)
     tagged.getexif()[0x0112] = orientation
     assert ImageOps.exif_transpose(tagged).size == upright.size == image_size(tmp_path / name)

@@ -12,17 +12,18 @@ ROOT = Path(__file__).parents[1]
 FLOOR = {"errors", "files", "finite", "limits", "memory"}
 INFERENCE = FLOOR | {
     "models", "weights", "sampler", "schedule", "transport", "upscale", "pipeline", "images", "imagenet", "processes", "ranges",
-    "codec", "conditions", "devices",
+    "codec", "conditions", "devices", "prompts",
 }
 MAY_IMPORT = {
     "errors": set(), "files": {"errors"}, "finite": {"errors"}, "memory": set(), "limits": {"errors"}, "imagenet": FLOOR,
-    "ranges": FLOOR,
+    "ranges": FLOOR, "prompts": {"errors"},
     "images": FLOOR, "schedule": FLOOR, "transport": FLOOR, "processes": FLOOR,
-    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"images", "schedule"}, "models": FLOOR, "weights": FLOOR | {"images", "models"},
+    "sampler": FLOOR | {"transport"}, "upscale": FLOOR | {"images", "ranges", "schedule"}, "models": FLOOR,
+    "weights": FLOOR | {"images", "models"},
     "codec": FLOOR | {"models"}, "conditions": FLOOR | {"imagenet", "models", "sampler"}, "devices": FLOOR | {"weights"},
     "pipeline": INFERENCE - {"images", "processes"},
     "settings": {"errors"}, "shapes": FLOOR | {"processes", "settings"},
-    "evaluation": FLOOR | {"images", "processes", "sampler", "shapes"},
+    "evaluation": FLOOR | {"images", "processes", "ranges", "sampler", "shapes"},
     "training": INFERENCE - {"pipeline"} | {"settings", "shapes"},
     "__init__": {"errors", "pipeline"}, "__main__": {"cli"}, "cli": INFERENCE | {"__init__", "training", "evaluation", "shapes"},
 }

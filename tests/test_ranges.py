@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.support import mentions
 from tim_core.errors import TimError
-from tim_core.ranges import MOST_NUMBERS, parse_counts, parse_numbers
+from tim_core.ranges import MOST_NUMBERS, check_counts, parse_counts, parse_numbers
 
 
 @pytest.mark.parametrize("text, numbers", [
@@ -17,13 +18,14 @@ def test_numbers(text, numbers):
     assert parse_numbers(text, "values") == pytest.approx(numbers, rel=0, abs=0)
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "8-1", "1-8 x1", "0-8 x2", "1-8 +0", "1--8", "1-2-3", "nan", "1e5", "x2"])
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "8-1", "1-8 x1", "0-8 x2", "1-8 +0", "1--8", "1-2-3", "nan", "1e5", "x2",
+                                  "\u0663", "1_0", "9" * 50])
 def test_what_is_no_list_is_named(text):
     with pytest.raises(TimError, match="^values: "):
         parse_numbers(text, "values")
 
 
-@pytest.mark.parametrize("text", ["1-1000000000", "0-1 +0.0001", "1-60, 1-60"])
+@pytest.mark.parametrize("text", ["1-1000000000", "0-1 +0.0001", "1-60, 1-60", "1," * 150, "1 " + " " * 10**6 + "1-200"])
 def test_long_lists_are_refused(text):
     with pytest.raises(TimError, match=f"values: .* {MOST_NUMBERS} "):
         parse_numbers(text, "values")
@@ -34,3 +36,20 @@ def test_counts_are_whole_and_at_least_1():
     for text, number in (("0, 1", "0"), ("1.5", "1.5"), ("1-2 +0.5", "1.5")):
         with pytest.raises(TimError, match=f"steps: {number} "):
             parse_counts(text, "steps")
+
+
+@pytest.mark.parametrize("counts, named", [
+    ([], ("none",)), ([10_001], ("10001", 10_000)), ([4, 0], ("0", "4,0", 10_000)), ([True], ("True",)), ([2.5], ("2.5",)),
+    ([4, 8, 4], ("4,8,4", "twice")), ([6000, 5000], ("11000", "6000,5000", 10_000)), (list(range(1, 102)), (101, MOST_NUMBERS)),
+])
+def test_step_counts_are_bounded_one_by_one_and_in_all(counts, named):
+    with pytest.raises(TimError) as error:
+        check_counts(counts, "--steps")
+    assert mentions(str(error.value), "--steps", *named)
+
+
+def test_numbers_are_listed_once_unless_each_has_a_place():
+    with pytest.raises(TimError) as error:
+        parse_numbers("1-8, 4", "values")
+    assert mentions(str(error.value), "values", "1-8, 4", 4, "twice")
+    assert parse_numbers("8, 8", "steps", distinct=False) == parse_counts("8, 8", "steps", distinct=False) == [8, 8]

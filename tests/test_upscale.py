@@ -42,15 +42,18 @@ def test_stages_enlarge_by_equal_factors():
 
 
 @pytest.mark.parametrize("steps, stages, counts", [
-    (4, 1, [4]), (4, 3, [4, 4, 4]), ("8, 4", 2, [8, 4]), ([2, 1], 2, [2, 1]), ("5", 2, [5, 5]),
+    (4, 1, [4]), (4, 3, [4, 4, 4]), ("8, 4", 2, [8, 4]), ([2, 1], 2, [2, 1]), ("5", 2, [5, 5]), ("8;8", 2, [8, 8]),
+    ("4-8 x2", 2, [4, 8]),
 ])
 def test_steps_of_the_stages(steps, stages, counts):
     assert stage_steps(steps, stages) == counts
 
 
 @pytest.mark.parametrize("call, named", [
-    (lambda: stage_steps("4, 4", 3), "steps: '4, 4' .* 3 of them"), (lambda: stage_steps("0", 1), "steps: '0'"),
+    (lambda: stage_steps("4, 4", 3), "steps: '4, 4' .* 3 of them"), (lambda: stage_steps("0", 1), "steps: 0 "),
     (lambda: stage_steps("four", 1), "steps: 'four'"), (lambda: stage_steps("", 1), "steps: ''"),
+    (lambda: stage_steps("\u0663", 1), "steps: '\u0663'"), (lambda: stage_steps("5000", 3), "steps: 15000 .* at most 10000"),
+    (lambda: stage_steps([2.5], 1), "steps: 2.5 "), (lambda: stage_steps("4, 4", 1), "steps: '4, 4' .* stages"),
     (lambda: stage_sizes((64, 64), (128, 128), 0, 8), "stages: 0 .* 1 to 8"),
     (lambda: stage_sizes((64, 64), (128, 128), 9, 8), "stages: 9"),
     (lambda: stage_sizes((1, 1), (0, 4), 1, 8), "size: 0x4 .* 8x8"), (lambda: target_size(64, 64, factor=float("nan")), "factor: nan"),

@@ -19,7 +19,12 @@ def printable(text: str) -> str:
     """`text` as one line for a terminal: control characters escaped, long words (such as keys) and long lines cut in the middle."""
     text = re.sub(r"\s*\n\s*", " ", text)
     text = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: _cut(word[0], LONGEST_WORD), text)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _cut(text, LONGEST_LINE))
+    return escaped(_cut(text, LONGEST_LINE))
+
+
+def escaped(text: str) -> str:
+    """`text` with characters that a terminal does not show, or acts on, as Python escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _cut(text: str, limit: int) -> str:

@@ -20,6 +20,8 @@ from .errors import TimError, one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+PART_ENDINGS = (".safetensors", ".bin", ".pt", ".json", ".model")  # of the files in a folder of parts
+LONGEST_PATH = 4000  # bytes; Linux takes 4095, and temporary files need some
 MOST_TEXT = 2**24  # bytes of a text or JSON file; a parsed value takes up to 30 times as much memory
 
 
@@ -39,7 +41,7 @@ def is_file(path: str | Path) -> bool:
 def check_file(path: str | Path) -> None:
     """TimError unless `path` is a regular file, or a link to one. Nothing is opened."""
     if not is_file(path):
-        raise TimError(f"{path}: no such file; check the path")
+        raise TimError(f"{path or repr('')}: no such file; check the path")
 
 
 def check_output(path: str | Path, kind: str = "file") -> None:
@@ -66,6 +68,49 @@ def check_output(path: str | Path, kind: str = "file") -> None:
         raise TimError(f"{path}: is write-protected; make it writable, or give another name")
     if len(os.fsencode(target.name)) > _longest_name(parent):
         raise TimError(f"{path}: its name is too long; use another name")
+
+
+def check_new_output(path: Path, inputs: Iterable[str | Path | None]) -> None:
+    """As check_output and check_separate, for a file whose folders may still have to be made."""
+    above = next(one for one in (path.parent, *path.absolute().parents) if os.path.lexists(one))
+    longest = _longest_name(above)
+    if len(os.fsencode(path.absolute())) > LONGEST_PATH or any(len(os.fsencode(part)) > longest for part in path.parts):
+        raise TimError(f"{path}: its name is too long; use another name")
+    if not above.is_dir():
+        raise TimError(f"{above}: is not a folder; write to another")
+    if above == path.parent:
+        check_output(path)
+        check_separate(path, inputs)
+    elif not os.access(above, os.W_OK):
+        raise TimError(f"{above}: this folder is not writable; write to another")
+
+
+def check_separate(path: str | Path, inputs: Iterable[str | Path | None]) -> None:
+    """TimError if writing `path` would replace an input: the same file under any name, or a weight file of a folder. Opens nothing."""
+    for source in inputs if os.path.exists(path) else ():
+        for file in _files_of(source):
+            if _is_same(path, file):
+                raise TimError(f"{path}: is the same file as the input {file}, which it would replace; give another name")
+
+
+def _files_of(source: str | Path | None) -> list[Path]:
+    """The file that an input is, or the files that a folder of parts is read from."""
+    if source is None:
+        return []
+    source = user_path(source)
+    try:
+        if not source.is_dir():
+            return [source]
+        return [file for pattern in ("*", "*/*") for file in source.glob(pattern) if file.suffix in PART_ENDINGS]
+    except (OSError, ValueError):  # no legal name
+        return []
+
+
+def _is_same(path: str | Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):  # one of them is not there
+        return False
 
 
 def _longest_name(folder: Path) -> int:

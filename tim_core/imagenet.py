@@ -25,7 +25,7 @@ def class_number(text: str) -> int:
     text = " ".join(text.replace("_", " ").split())
     if text.lower() in ("", "null", "none"):
         return NULL_CLASS
-    if text.isdecimal():
+    if text.isascii() and text.isdecimal() and len(text) < 20:
         return int(text)
     known = names()
     if text in known:

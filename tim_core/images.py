@@ -25,6 +25,7 @@ from .files import check_file
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow would start Ghostscript for PostScript under any name
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".pnm", ".pfm")
 MOST_PIXELS, MOST_BYTES = 2**26, 2**29
+MOST_MADE = 2**28  # pixels of the images that are in memory together: 3.2 GB
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
@@ -56,7 +57,7 @@ def open_image(path: str | Path) -> Image.Image:
 def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height of an image file, upright; reads its header alone. TimError as open_image."""
     with _opened(path) as image:
-        return image.size[::-1] if _orientation(image) >= 5 else image.size
+        return image.size[::-1] if 5 <= _orientation(image) <= 8 else image.size
 
 
 @contextmanager
@@ -195,6 +196,12 @@ def to_pil(image: Tensor) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """A PIL image -> (1, H, W, 3) float32 in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"), np.float32)).div_(255)[None]
+
+
+def check_pixels(name: str, count: int, width: int, height: int, advice: str) -> None:
+    """TimError if `count` images, made together, would take more memory than MOST_MADE. name: of what asks for them."""
+    if count * width * height > MOST_MADE:
+        raise TimError(f"{name}: {count} images of {width}x{height} are over {MOST_MADE / 1e6:.0f} megapixels; use {advice}")
 
 
 def contact_sheet(images: Sequence[Tensor] | Tensor, labels: Sequence[str], columns: int | None = None) -> Image.Image:

@@ -21,6 +21,7 @@ from .limits import check_batch, check_lora_strength, check_size, check_tile
 from .memory import make_room
 from .models.attention import get_attention
 from .models.transformer import peak_bytes
+from .prompts import has_syntax, take_off_syntax
 from .sampler import check_guidance, fresh_noise, initial_noise, sample
 from .schedule import time_grid
 from .upscale import check_images, stage_sizes, stage_steps, target_size, upscale
@@ -210,8 +211,8 @@ class Pipeline:
         options = self._options(cfg, guidance_interval, stochasticity, callback=callback)
         condition = self._condition(prompts, as_list(negative))
         counts = stage_steps(steps, stages)
-        self._mention(self.defaults.far_size(*sizes[-1]))
         strength = self.defaults.strength if strength is None else strength
+        self._mention(self.defaults.far_size(*sizes[-1], strength))
         self.nfe = 0
 
         def resample(latents: Tensor, times: Tensor, stage: int) -> Tensor:
@@ -293,12 +294,18 @@ class Pipeline:
             return class_condition(self.transformer, prompts, negatives, self.device)
         return self._text(prompts, negatives)
 
-    def _text(self, prompts: list[Prompt], negatives: list[Prompt]) -> Condition:
-        texts = check_texts((*prompts, *negatives))
-        unknown, line = self.text_encoder.unknown_words(texts, self._mentioned)
-        if unknown:
-            self._mentioned.update(unknown)
+    def _plain_text(self, text: str) -> str:
+        """A prompt without ComfyUI's weights and embeddings, which are mentioned; parentheses alone stay."""
+        if has_syntax(text):
+            text, line = take_off_syntax(text)
             self._mention(line)
+        return text
+
+    def _text(self, prompts: list[Prompt], negatives: list[Prompt]) -> Condition:
+        texts = [self._plain_text(text) for text in check_texts((*prompts, *negatives))]
+        unknown, line = self.text_encoder.unknown_words(texts, self._mentioned)
+        self._mentioned.update(unknown)
+        self._mention(line)
         self._make_room(self.text_encoder, 0)
         features = self.text_encoder.encode(texts)
         check_finite(features.rows, "text encoder", self.text_encoder)

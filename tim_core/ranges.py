@@ -3,39 +3,57 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from .errors import TimError
+from .limits import MAX_STEPS
 
 MOST_NUMBERS = 100
-NUMBER = r"\d+(?:\.\d+)?"
+NUMBER = r"[0-9]{1,40}(?:\.[0-9]{1,40})?"
 ENTRY = re.compile(rf"({NUMBER})(?:-({NUMBER})(?:([x+])({NUMBER}))?)?")
 
 
-def parse_numbers(text: str | int | float, name: str) -> list[int | float]:
+def parse_numbers(text: str | int | float, name: str, distinct: bool = True) -> list[int | float]:
     """Numbers from 0 on, as ints where they are whole; commas, semicolons or spaces separate them.
 
     "1-8" is every whole step, "1-32 x2" doubles from 1 to 32, "1-4 +0.5" adds. name: of the setting, for the TimError of a text that is
-    no such list, or of more than MOST_NUMBERS numbers.
+    no such list, of more than MOST_NUMBERS numbers, or, where they must be distinct, of a number that is there twice.
     """
-    words = re.sub(r"\s*([-x+*×])\s*", lambda found: found[1].replace("*", "x").replace("×", "x"), str(text).strip().strip("[]()").lower())
+    text = " ".join(str(text).split())
+    words = re.sub(r" ?([-x+*×]) ?", lambda found: found[1].replace("*", "x").replace("×", "x"), text.strip("[]()").lower())
     numbers: list[int | float] = []
     for word in re.split(r"[\s,;]+", words.strip(" ,;")):
         if (entry := ENTRY.fullmatch(word)) is None:
             raise TimError(f"{name}: '{word}' is not a number or a range; write a list such as 1, 2, 4, or 1-8, or 1-32 x2")
         numbers += _expand(name, *entry.groups())
         if len(numbers) > MOST_NUMBERS:
-            raise TimError(f"{name}: '{text}' has more than {MOST_NUMBERS} numbers; use a larger step, such as 1-64 x2")
+            raise TimError(f"{name}: '{text}' has more than {MOST_NUMBERS} numbers; use fewer, or a larger step, such as 1-64 x2")
+    if distinct and len(set(numbers)) < len(numbers):
+        twice = next(number for place, number in enumerate(numbers) if number in numbers[:place])
+        raise TimError(f"{name}: '{text}' has {twice} twice; name each number once")
     return numbers
 
 
-def parse_counts(text: str | int, name: str) -> list[int]:
-    """As parse_numbers, for whole numbers of at least 1."""
-    counts = []
-    for number in parse_numbers(text, name):
-        if not isinstance(number, int) or number < 1:
-            raise TimError(f"{name}: {number:g} is not a whole number of at least 1")
-        counts.append(number)
-    return counts
+def parse_counts(text: str | int, name: str, distinct: bool = True) -> list[int]:
+    """As parse_numbers, for step counts; TimError as in check_counts."""
+    return check_counts(parse_numbers(text, name, distinct), name, distinct)
+
+
+def check_counts(counts: Sequence[int | float], name: str, distinct: bool = True) -> list[int]:
+    """The step counts of a list of runs. TimError unless they are whole numbers of at least 1, with MAX_STEPS or fewer in all."""
+    where = f" in {','.join(map(str, counts))}" if len(counts) > 1 else ""
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_STEPS:
+            raise TimError(f"{name}: {count}{where} is not a whole number from 1 to {MAX_STEPS}; use numbers such as 1,2,4")
+    if not counts:
+        raise TimError(f"{name}: none given; use a list such as 1,2,4")
+    if len(counts) > MOST_NUMBERS:
+        raise TimError(f"{name}: {len(counts)} step counts; use at most {MOST_NUMBERS}")
+    if distinct and len(set(counts)) < len(counts):
+        raise TimError(f"{name}: a step count{where} is there twice; name each once")
+    if sum(counts) > MAX_STEPS:
+        raise TimError(f"{name}: {sum(counts)} steps in all{where}; use at most {MAX_STEPS}")
+    return list(counts)
 
 
 def _expand(name: str, first: str, last: str | None, operation: str | None, step: str | None) -> list[int | float]:

@@ -46,6 +46,8 @@ def parse(text: str) -> Tensor:
     times = []
     for word in words:
         try:
+            if not re.fullmatch(r"[-+.0-9a-zA-Z]+", word):  # float() takes 1_0 and digits of other scripts too
+                raise ValueError
             times.append(float(word))
         except ValueError:
             raise TimError(f"times: '{word}' is not a number; write a list such as 1, 0.7, 0.3, 0") from None

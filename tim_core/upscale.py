@@ -8,7 +8,6 @@ steps.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 from . import schedule
 from .errors import TimError
 from .images import to_pil, to_tensor
-from .limits import MAX_FACTOR, MAX_SIDE, MAX_STAGES, MAX_STEPS, MIN_FACTOR
+from .limits import MAX_FACTOR, MAX_SIDE, MAX_STAGES, MIN_FACTOR
+from .ranges import check_counts, parse_numbers
 
 RESIZE_METHODS = ("bicubic", "lanczos", "bilinear", "area", "nearest-exact")  # as in ComfyUI's node Upscale Image
 
@@ -88,14 +88,17 @@ def check_strength(strength: float) -> None:
         raise TimError(f"strength: {strength} is not above 0 and at most 1")
 
 
-def stage_steps(steps: int | str | Sequence[int], stages: int) -> list[int]:
-    """Step counts per stage, from one number for all or one per stage ("8, 4"). TimError for unusable values."""
+def stage_steps(steps: int | str | Sequence[int], stages: int, name: str = "steps") -> list[int]:
+    """Step counts per stage, from one number for all or one per stage ("8, 4"). TimError for unusable values.
+
+    name: of the setting, for the error.
+    """
     check_stages(stages)
-    words = steps.replace(",", " ").split() if isinstance(steps, str) else [steps] if isinstance(steps, int) else list(steps)
-    counts = [int(word) for word in words if re.fullmatch(r"[0-9]{1,9}", str(word))]
-    if not len(counts) == len(words) in (1, stages) or not all(1 <= count <= MAX_STEPS for count in counts):
-        raise TimError(f"steps: '{steps}' is not a whole number from 1 to {MAX_STEPS}, or {stages} of them, one per stage")
-    return counts * stages if len(counts) == 1 else counts
+    counts = parse_numbers(steps, name, distinct=False) if isinstance(steps, str) else [steps] if isinstance(steps, int) else list(steps)
+    if len(counts) not in (1, stages):
+        wanted = f"one, or {stages} of them, one per stage" if stages > 1 else "one, or set stages"
+        raise TimError(f"{name}: '{steps}' has {len(counts)} numbers; use {wanted}")
+    return check_counts(counts * stages if len(counts) == 1 else counts, name, distinct=False)
 
 
 def enlarge(images: Tensor, width: int, height: int, method: str = "bicubic") -> Tensor:

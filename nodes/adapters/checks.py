@@ -23,10 +23,10 @@ def outside_times(sigmas: Tensor) -> float | None:
     return next((sigma for sigma in sigmas.tolist() if not -1e-6 <= sigma <= 1 + 1e-6), None)
 
 
-def check_size(model_config, noise: Tensor, options: dict) -> None:
-    """Logs a line if the image is much larger or smaller than what the checkpoint is made for."""
-    factor = model_config.latent_format.spacial_downscale_ratio
-    if line := model_config.defaults.far_size(noise.shape[3] * factor, noise.shape[2] * factor):
+def check_size(model_config, latent_image: Tensor, sigmas: Tensor, options: dict) -> None:
+    """Logs a line if the image is of a size that the checkpoint is not made for."""
+    factor, start = model_config.latent_format.spacial_downscale_ratio, float(sigmas[0]) if bool(latent_image.any()) else 1.0
+    if line := model_config.defaults.far_size(latent_image.shape[3] * factor, latent_image.shape[2] * factor, start):
         say(options, line)
 
 

@@ -1,28 +1,25 @@
 """The text encoder as a CLIP: transformers' Gemma 3, loaded and unloaded as a whole."""
 
 import logging
-import re
 from types import SimpleNamespace
 
 import comfy.model_management as mm
 import comfy.sd
 import torch
 from comfy.cli_args import args
-from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
-from ...tim_core.errors import TimError, printable
+from ...tim_core.errors import TimError
 from ...tim_core.finite import check_finite
 from ...tim_core.models.text_encoder import TextEncoder
 from ...tim_core.models.tokenizer import MAX_LENGTH
+from ...tim_core.prompts import take_off_syntax
 from ...tim_core.weights.load import load_text_encoder
 from ...tim_core.weights.parts import Parts, read_parts
 from ...tim_core.weights.write import json_tensor
 from .compat import supported_kwargs
 from .model import WholePatcher
 from .run import PADDED
-
-EMBEDDING = re.compile(r"embedding:\S+")
 
 
 class Tokens(dict):
@@ -43,9 +40,8 @@ class TiMTokenizer:
             raise TimError(f"CLIP: this TiM CLIP takes text only, not {', '.join(extra)}; use CLIP Text Encode")
         if kwargs.get("tokenizer_options"):
             logging.warning("TiM: tokenizer options have no effect: prompts are not padded to a minimum length")
-        text = plain_text(text)
-        unknown, line = self.encoder.unknown_words([text])
-        if unknown:
+        text, taken_off = take_off_syntax(text)
+        for line in filter(None, (taken_off, self.encoder.unknown_words([text])[1])):
             logging.warning(f"TiM: {line}")
         ids, mask = self.encoder.tokenize([text])
         word = (0,) if return_word_ids else ()
@@ -57,18 +53,6 @@ class TiMTokenizer:
         name = "tokenizer_json" if tokenizer.is_json else "spiece_model"
         config = {**self.encoder.gemma_config, "escape_prompts": self.encoder.escape}
         return {name: torch.frombuffer(bytearray(tokenizer.data), dtype=torch.uint8), "config_json": json_tensor(config)}
-
-
-def plain_text(text: str) -> str:
-    r"""The text without core's syntax for prompt weights, as in (red:1.3), and embeddings; \( and \) become parentheses.
-
-    One log line shows what is left, if anything was taken off.
-    """
-    escaped = escape_important(text)
-    words = EMBEDDING.sub("", "".join(part for part, _ in token_weights(escaped, 1.0)))
-    if words != escaped:
-        logging.warning(f"TiM: prompt weights and embeddings have no effect: read as '{printable(unescape_important(words))}'")
-    return unescape_important(words)
 
 
 class TiMTextModel(torch.nn.Module):

@@ -104,7 +104,7 @@ def _start_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None
     if getattr(sampling, "noise_scale", 1.0) != 1:
         say(options, f"noise scale: {sampling.noise_scale:g}, but TiM is trained with 1; remove ModelNoiseScale")
     _check_sigmas(sigmas)
-    check_size(model.model.model_config, noise, options)
+    check_size(model.model.model_config, latent_image, sigmas, options)
     check_start(noise, latent_image, sigmas, options)
     windows = guider.model_options.pop("context_handler", None)  # the run's own copy
     if windows is not None and noise.shape[windows.dim] > windows.context_length:

@@ -47,6 +47,11 @@ class Outcome:
         """The lines on stderr, without progress bars."""
         return [line for line in re.split("[\r\n]+", self.err) if line.strip() and not PROGRESS.search(line)]
 
+    def check_printable(self) -> None:
+        """AssertionError for control characters and lone surrogates, which a terminal acts on or cannot show."""
+        wrong = [line for line in (*self.out.split("\n"), *self.lines) if not line.isprintable()]
+        assert not wrong, wrong
+
 
 @dataclass(frozen=True)
 class Fails:
@@ -56,6 +61,7 @@ class Fails:
     code: int = 1
 
     def check(self, outcome: Outcome, originals: Originals) -> None:
+        outcome.check_printable()
         *others, last = outcome.lines or [""]
         assert outcome.code == self.code, f"exit code {outcome.code}, not {self.code}\n{outcome.out}{outcome.err}"
         assert last.startswith("tim: error: ") and len(last) <= LONGEST_LINE, last[:5000]
@@ -73,6 +79,7 @@ class Gives:
 
     def check(self, outcome: Outcome, originals: Originals) -> None:
         assert outcome.code == 0, f"exit code {outcome.code}\n{outcome.err}"
+        outcome.check_printable()
         assert all(line.startswith("tim: ") for line in outcome.lines), outcome.err[:5000]
         assert mentions(" ".join(outcome.lines), *self.said) and (self.said or not outcome.lines), outcome.lines
         assert not [name for name in outcome.new if ".part" in name], outcome.new

@@ -33,6 +33,21 @@ NUMBERS = {
     "upscale": ("--factor", "--strength", "--cfg"),
     "evaluate": ("--cfg", "--shift"),
 }
+NO_LISTS = [
+    "x",
+    "1,x",
+    "1,-2",
+    "8-1",
+    "1-8 x1",
+    "1-8 +0",
+    "\u0663",
+    "1_0",
+    "1," * 150,
+    "1-1000000000",
+    "4,8,4",
+    "1e3",
+    "1" + " " * 10**5 + "x",
+]
 SEEDS = [-1, 2**64, 2**65 + 1, -(2**63), 10**30]
 CFGS = ["0", "0.99", "-1", "nan", "inf", "-inf", "1e20", "1e-300", "100.1", "-0", "1e400"]
 SHIFTS = ["0", "-1", "nan", "inf", "1e20", "1e-300", "0.009", "101", "-inf"]
@@ -47,14 +62,33 @@ OUTSIDE = {  # values that are numbers, or whatever the option takes, but that n
         "--shift": (SHIFTS, "shift"),
         "--guidance-interval": (INTERVALS, "guidance"),
         "--stochasticity": (["-0.1", "1.01", "nan", "inf", "1e20", "-1e-9"], "stochasticity"),
-        "--times": (["1", "", "0,1", "1,0.5,0.5,0", "2,0", "1,nan,0", "1,0.5", "0.9,0", "1;x;0", "1,-0.1", "1,inf,0", "1,0,0"], "times"),
+        "--times": (
+            [
+                "1",
+                "",
+                "0,1",
+                "1,0.5,0.5,0",
+                "2,0",
+                "1,nan,0",
+                "1,0.5",
+                "0.9,0",
+                "1;x;0",
+                "1,-0.1",
+                "1,inf,0",
+                "1,0,0",
+                "1,0.5_5,0",
+                "1,\u0660.5,0",
+                "1,0x0",
+            ],
+            "times",
+        ),
         "--size": (SIZES, "size"),
         "--tile": (["0", "-1", "255", "258", "1e3", "on", "", "10_24", "9" * 30], "tile"),
         "--device": (["cuda:99", "abacus", "cuda:-1", "", "cpu:x", "meta", "cpu:5", "\u00b2"], "device"),
         "--dtype": (["int8", "float8", "", "FP32", "float64", "torch.float32", "32"], "dtype"),
     },
     "sweep": {
-        "--steps": (["", ",", "0", "1,0", "1,-2", "1,10001", f"1,{10**30}"], "steps"),
+        "--steps": (["", ",", "0", "1,0", "1,10001", f"1,{10**30}", "1.5", "6000,5000", "0-8"], "steps"),
         "--columns": ([0, -1, -(10**20)], "--columns"),
         "--cfg": (CFGS, "cfg"),
         "--size": (SIZES, "size"),
@@ -64,14 +98,17 @@ OUTSIDE = {  # values that are numbers, or whatever the option takes, but that n
         "--factor": (["0", "0.24", "-1", "nan", "inf", "1e20", "1e-300", "17", "1000"], "factor"),
         "--strength": (["0", "-0.1", "1.01", "nan", "inf", "1e20"], "strength"),
         "--stages": ([0, -1, 9, 10**6, 10**30], "stages"),
-        "--steps": (["0", "-1", "", ",", "4,4", "8;4", "4.5", "1e3", "1_0", "\u0663", str(10**6), "9" * 30, "x", "4,x"], "steps"),
+        "--steps": (
+            ["0", "-1", "", ",", "4,4", "8;4", "4.5", "1e3", "1_0", "\u0663", str(10**6), "9" * 30, "x", "4,x", "1-8", "1," * 150],
+            "steps",
+        ),
         "--size": (["0x0", "0x32", "32x0", "4x4096", "100000x100000", "5000x5000", "4097x4097"], "size"),
         "--seed": (SEEDS, "seed"),
         "--cfg": (CFGS, "cfg"),
         "--guidance-interval": (INTERVALS, "guidance"),
     },
     "evaluate": {
-        "--steps": (["", "0", "1,0", "10001", "-1,2", str(10**20)], "steps"),
+        "--steps": (["", "0", "1,0", "10001", "5000 5001", str(10**20)], "steps"),
         "--images": ([0, -1, 4097, 10**12], "images"),
         "--prompts-per-task": ([0, -1, 100_001, 10**12], "prompts per task"),
         "--batch": ([0, -1, 4097, 10**20], "batch"),
@@ -110,6 +147,13 @@ def words_that_are_no_numbers(random: Random) -> Iterator[Case]:
 
 
 @generator
+def lists_that_are_none(random: Random) -> Iterator[Case]:
+    for command in ("sweep", "evaluate"):
+        for text in random.sample(NO_LISTS, 5):
+            yield Case(f"{command} --steps {text[:20]!r}", with_options(command, f"--steps={text}"), fails("--steps", code=2))
+
+
+@generator
 def values_outside_their_range(random: Random) -> Iterator[Case]:
     for command, options in OUTSIDE.items():
         for name, (values, named) in options.items():
@@ -122,6 +166,31 @@ def options_that_do_not_go_together(random: Random) -> Iterator[Case]:
     for name, (words, named) in PAIRS.items():
         yield Case(name, with_options("evaluate", *words), fails(*named))
     yield Case("a shift with times", with_options("sample", "--times", "1,0.4,0", "--shift", "2"), fails("shift", "2.0", "times"))
+
+
+@generator
+def values_that_depend_on_a_file(random: Random) -> Iterator[Case]:
+    for strength in random.sample(["101", "-100.1", "1e30", "nan", "-inf"], 2):
+        build = lambda f, o, strength=strength: [*RUNS["sample"], "--model", o.model, "--lora", f"{o.lora}:{strength}"]  # noqa: E731
+        yield Case(f"a LoRA of strength {strength}", build, fails("lora.safetensors", "strength", f"{float(strength)}"))
+    words = ("--size", "16x16")
+    yield Case("evaluate a class model", lambda f, o: [*RUNS["evaluate"], *words, "--model", o.classes], fails("--model", "classes"))
+    label = random.choice(["\uff10", "10", "1.5", "-1", "9" * 30, "\u0663", "a cat on a sofa", "0,1"])
+    sample = ("sample", "--size", "16x16", "--steps", "1")
+    yield Case(f"a class {label}", lambda f, o: [*sample, "--model", o.classes, "--", label], fails("class", label))
+    for command in (("sample", "a", "--model", ""), ("inspect", ""), ("convert", "", "out.safetensors"), ("sample", "a", "--lora", ":1")):
+        yield Case(f"{command[0]} of {command[-1]!r} as a file", lambda f, o, command=command: command, fails("no such file"))
+
+
+@generator
+def too_many_pixels(random: Random) -> Iterator[Case]:
+    batch, size = random.choice([(4096, "512x512"), (300, "1024x1024"), (17, "4096x4096")])
+    for name, words, named in (
+        ("sample", ("--batch", batch, "--size", size), ("--batch", batch, size, "megapixels")),
+        ("sweep", ("--steps", "1-70", "--size", "2048x2048"), ("--steps", 70, "2048x2048", "megapixels")),
+        ("evaluate", ("--batch", batch, "--size", size), ("--batch", batch, size, "megapixels")),
+    ):
+        yield Case(f"{name} of too many pixels", with_options(name, *words), fails(*named))
 
 
 def shows(look_for: tuple[int, int], said: tuple[object, ...] = ()) -> Gives:
@@ -151,6 +220,39 @@ ODD_PROMPTS = {
 }
 STRANGE_PROMPTS = {"right to left", "emoji", "escape codes", "NUL", "format codes", "a byte order mark", "a private character"}
 SAME_PROMPTS = ["  A Red   circle ", "a red\ncircle", "a red, circle!", "\uff41 red circle", "A\tRED\u00a0CIRCLE"]  # as PROMPT
+
+
+WEIGHTED_PROMPTS = [
+    "a (red:1.3) circle",
+    "(a red circle:0.5)",
+    "((a:1.1) red:2) circle",
+    "a red circle embedding:bad",
+    "a red (circle:-.5)",
+]
+
+
+@generator
+def prompts_with_weights(random: Random) -> Iterator[Case]:
+    for number, prompt in enumerate(random.sample(WEIGHTED_PROMPTS, 3)):
+        reference = gives("out.png", lambda o: o.result(*RUNS["sample"], "--model", o.model), ("weights", "a red circle"))
+        run = ["sample", prompt, *RUNS["sample"][2:]]
+        yield Case(f"a prompt with weights {number}", lambda f, o, run=run: [*run, "--model", o.model], reference)
+
+
+@generator
+def lines_beside_progress(random: Random) -> Iterator[Case]:
+    """Are lines of their own."""
+    for command, words in {
+        "sample": (*RUNS["sample"], "--negative", "zebra"),
+        "sweep": ("sweep", "a zebra", *RUNS["sweep"][2:]),
+        "upscale": ("upscale", "image.png", "a zebra", *RUNS["upscale"][3:]),
+    }.items():
+
+        def build(folder: Path, originals: Originals, words=words) -> list[object]:
+            originals.copy(originals.image, folder / "image.png")
+            return [*words, "--model", originals.model]
+
+        yield Case(f"an unknown word of {command}", build, Gives(lambda outcome, originals: None, ("does not know", "zebra")))
 
 
 @generator
@@ -223,6 +325,30 @@ def outputs_that_cannot_be_written(random: Random) -> Iterator[Case]:
         return with_options("sample", "--batch", "3")(folder, originals)
 
     yield Case("a folder in the way of the last image", in_the_way_of_the_last, fails("out-2.png", "folder"))
+
+
+ODD_NAMES = ["\x1b[31mred", "two\nlines", "\udce9", "\x1b]0;title\x07", "back\b\b\b", "\x9b31m", "\u202ename", "car\rriage", "\u2028line"]
+
+
+@generator
+def odd_names_of_outputs(random: Random) -> Iterator[Case]:
+    """Are written and printed as one line."""
+
+    def named(name: str) -> Gives:
+        def look(outcome: Outcome, originals: Originals) -> None:
+            shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+            assert outcome.new == (name,) and outcome.out.split("\n")[0] == shown
+
+        return Gives(look)
+
+    for command in ("sample", "sweep", "upscale"):
+        for name in random.sample(ODD_NAMES, 2):
+            words = ("--steps", "1", "--output", f"{name}.png")
+            yield Case(f"{command} writes to {name!r}", with_options(command, *words), named(f"{name}.png"))
+    for command in ("convert", "pack"):
+        name = f"{random.choice(ODD_NAMES)}.safetensors"
+        words = {"convert": ["convert"], "pack": ["pack", "--model"]}[command]
+        yield Case(f"{command} writes to {name!r}", lambda f, o, words=words, name=name: [*words, o.model, name], named(name))
 
 
 @generator

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tests.corpus.case import Case, Gives, Outcome, fails, generator
+from tests.corpus.case import Case, Fails, Gives, Outcome, fails, generator
 from tests.corpus.originals import Originals
 from tim_core.cli import main
 
@@ -31,6 +31,14 @@ def made(name: str, look_into: str = "run") -> Callable[[Outcome, Originals], No
         assert (outcome.folder / look_into / name).is_file() and not list(outcome.folder.rglob("*.part"))
 
     return look
+
+
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "a FIFO": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to itself": lambda p: p.symlink_to(p.name),
+}
 
 
 # Data of `kind: finetune`
@@ -144,6 +152,63 @@ def training_data(random: Random) -> Iterator[Case]:
     yield Case("folders in a circle", finetune(loop), Gives(made("lora.safetensors"), ("pictures", "3 images")))
 
 
+def no_weights(change: Callable[[Path], str], *named: str) -> tuple[Callable[[Path, Originals], list[object]], Fails]:
+    """A builder of a LoRA of weights that are not there, with more keys that `change` returns, and its error, which comes first."""
+
+    def build(folder: Path, originals: Originals) -> list[object]:
+        whole(folder / "pictures")
+        text = "kind: finetune\nmodel: none.safetensors\ndata: {path: pictures}\nlora: {rank: 2}\n"
+        (folder / "c.yaml").write_text(text + LOOP % (4, "") + change(folder))
+        return ["train", "c.yaml"]
+
+    return build, fails(*named)
+
+
+def run_with(make: Callable[[Path], object], name: str) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        (folder / "run").mkdir()
+        make(folder / "run" / name)
+        return "output: run\n"
+
+    return change
+
+
+def is_the_model(place: str, link: Callable[[str, Path], object]) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        (folder / "run").mkdir()
+        (folder / "none.safetensors").write_text("weights")
+        link("none.safetensors", folder / place)
+        return f"output: run\ncheckpoint: {place}\n"
+
+    return change
+
+
+@generator
+def outputs_of_training(random: Random) -> Iterator[Case]:
+    """Are checked before the weights, which are not there, are read."""
+    for name, make in IN_THE_WAY.items():
+        for file in random.sample(["metrics.csv", "lora.safetensors", "step-00000002.pt", "sample-00000004.png"], 2):
+            yield Case(f"{name} in the way of a new {file}", *no_weights(run_with(make, file), file))
+    outputs = {
+        "the images": ("pictures", "data.path"),
+        "a folder in the images": ("pictures/run", "data.path"),
+        "a long name": ("a" * 300, "too long"),
+        "many folders": ("d/" * 2100, "too long"),
+        "a FIFO": ("c.yaml", "file"),
+    }
+    for name, (output, named) in outputs.items():
+        yield Case(f"the output of a training: {name}", *no_weights(lambda folder, output=output: f"output: {output}\n", named))
+    for name, link in {"a symbolic link": lambda a, b: b.symlink_to(f"../{a}"), "a hard link": os.link}.items():
+        change = is_the_model("run/made.safetensors", link)
+        yield Case(f"a training writes to its model: {name}", *no_weights(change, "made.safetensors", "input", "none.safetensors"))
+
+    def cache(folder: Path) -> str:
+        (folder / "pictures.cache").write_text("")
+        return "output: run\n"
+
+    yield Case("a file in the way of the cache", *no_weights(cache, "data.cache", "pictures.cache"))
+
+
 # Runs
 
 
@@ -224,12 +289,6 @@ ODD_METRICS = {
     "rows of other lengths": b"step,loss\n1\n2,3,4\nx,1\n-1,2\n",
     "an open text": b'step,loss\n"1,2\n',
 }
-IN_THE_WAY: dict[str, Callable[[Path], object]] = {
-    "a FIFO": os.mkfifo,
-    "a folder": Path.mkdir,
-    "a device": lambda path: path.symlink_to("/dev/zero"),
-    "a link to itself": lambda p: p.symlink_to(p.name),
-}
 
 
 def put(make: Callable[[Path], object], name: str) -> Callable[[Path], None]:
@@ -279,6 +338,8 @@ def runs_to_resume(random: Random) -> Iterator[Case]:
     yield Case("only damaged checkpoints", resumed(all_damaged), fails("step-00000004.pt", "damaged"))
     for name, make in IN_THE_WAY.items():
         yield Case(f"{name} in the way of the model", resumed(put(make, "autoencoder.safetensors")), fails("autoencoder.safetensors"))
+        file = random.choice(["metrics.csv", "sample-00000006.png", "step-00000006.pt"])
+        yield Case(f"{name} in the way of {file}", resumed(put(make, file)), fails(file))
         later = Gives(made("autoencoder.safetensors"), ("step-00000009.pt", "damaged", "resuming from step-00000004.pt"))
         yield Case(f"{name} as a later checkpoint", resumed(put(make, "step-00000009.pt")), later)
     for key, value in {"lr": "0.5", "seed": "9", "ema": "0.5", "weight_decay": "0.3", "clip": "9.0"}.items():
@@ -386,6 +447,9 @@ def reports_and_prompts(random: Random) -> Iterator[Case]:
     for number, item in enumerate(random.sample(NO_NAMES, 4)):
         data = f'{{"prompt": "a", "item_id": "{item}"}}'.encode()
         yield Case(f"a name of a prompt {number}: {item[:9]}", prompts(data, "dpg"), fails("prompts.jsonl", "line", 1))
+    for value in random.sample(["null", "true", "1.5", "[1]", "{}"], 2):
+        data = b'{"prompt": "a", "item_id": %s}' % value.encode()
+        yield Case(f"a name of a prompt: {value}", prompts(data, "dpg"), fails("prompts.jsonl", "line", 1))
     twice = b'{"prompt": "a", "item_id": "a"}\n' * 2
     yield Case("a name of a prompt: twice", prompts(twice, "dpg"), fails("prompts.jsonl", "twice"))
     for name, make in IN_THE_WAY.items():
@@ -403,6 +467,46 @@ def reports_and_prompts(random: Random) -> Iterator[Case]:
             return [*EVALUATE, "--model", originals.model]
 
         yield Case(f"{name} in the way of {chart}", in_the_way, fails(chart))
+
+    def report_is(name: str, *words: str):
+        def build(folder: Path, originals: Originals) -> list[object]:
+            clean_report(originals)
+            shutil.copytree(originals.folder / "scores", folder / "scores")
+            originals.copy(originals.model, folder / "model.safetensors")
+            (folder / "scores" / name).unlink()
+            os.link(folder / words[-1], folder / "scores" / name)
+            return [*EVALUATE, *words]
+
+        return build
+
+    def baseline_is_replaced(folder: Path, originals: Originals) -> list[object]:
+        clean_report(originals)
+        shutil.copytree(originals.folder / "scores", folder / "scores")
+        return [*EVALUATE, "--model", originals.model, "--baseline", "scores/report.json"]
+
+    yield Case("a baseline is this run's report", baseline_is_replaced, fails("report.json", "input"))
+    chart = random.choice(["report.json", "curve.png"])
+    yield Case(f"{chart} is the model", report_is(chart, "--model", "model.safetensors"), fails(chart, "input", "model.safetensors"))
+
+    def prompts_are_replaced(folder: Path, originals: Originals) -> list[object]:
+        place = folder / "made" / "steps-1" / "00000" / "metadata.jsonl"
+        place.parent.mkdir(parents=True)
+        place.write_text('{"prompt": "a red circle"}')
+        return [place if word == "prompts.jsonl" else word for word in (*EXPORT, "geneval", "--model", originals.model)]
+
+    yield Case("prompts are a file of this run", prompts_are_replaced, fails("metadata.jsonl", "input"))
+    for name in ("settings.json", "00000", "00000/samples/00001.png", "00000/metadata.jsonl"):
+        made, make = random.choice(list(IN_THE_WAY.items()))
+
+        def in_the_way_of_images(folder: Path, originals: Originals, name=name, make=make) -> list[object]:
+            place = folder / "made" / "steps-1" / name
+            place.parent.mkdir(parents=True)
+            make(place)
+            (folder / "prompts.jsonl").write_text('{"prompt": "a red circle"}')
+            return [*EXPORT, "geneval", "--model", originals.model]
+
+        if (made, name) != ("a folder", "00000"):
+            yield Case(f"{made} in the way of {name}", in_the_way_of_images, fails(name.partition("/")[0]))
 
     def scores_are_a_file(folder: Path, originals: Originals) -> list[object]:
         (folder / "scores").write_text("")
@@ -433,5 +537,12 @@ def previews(random: Random) -> Iterator[Case]:
     }
     for name, fill in bad.items():
         yield Case(f"previews of {name}", build(fill), fails("a.png"))
+    for name, images in {"one colour": [(64, 64)] * 9, "a few pixels": [(1, 1), (2, 1), (1, 3)]}.items():
+
+        def fill(place: Path, images=images) -> None:
+            for number, size in enumerate(images):
+                Image.new("RGB", size, (number, 9, 200)).save(place / f"{number}.png")
+
+        yield Case(f"previews of {name}", build(fill), fails("previews", "colours", "more"))
     yield Case("previews of an empty folder", build(lambda place: None), fails("pictures", "no images"))
     yield Case("previews into an image", build(lambda place: draw(place / "a.png"), "pictures/a.png"), fails("a.png"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -63,7 +63,7 @@ def targets_that_cannot_be_written(random: Random) -> Iterator[Case]:
 
 @generator
 def targets_that_are_there(random: Random) -> Iterator[Case]:
-    """Are replaced, with one line that says so; a file converted onto itself is whole."""
+    """Are replaced, with one line that says so."""
 
     def replaced(name: str):
         def look(outcome: Outcome, originals: Originals) -> None:
@@ -73,14 +73,53 @@ def targets_that_are_there(random: Random) -> Iterator[Case]:
 
         return look
 
-    yield Case("convert onto itself", with_target(("convert", "model.safetensors", "model.safetensors"), ""),
-               Gives(replaced("model.safetensors"), said=("model.safetensors", "replacing")))  # fmt: skip
     yield Case("convert onto another model", with_target(("convert", "model.safetensors", "lora.safetensors"), ""),
                Gives(replaced("lora.safetensors"), said=("lora.safetensors", "replacing")))  # fmt: skip
-    words = ("pack", "--model", "model.safetensors", "--vae", "model.safetensors", "model.safetensors")
-    yield Case(
-        "pack onto its source", with_target(words, ""), Gives(replaced("model.safetensors"), said=("model.safetensors", "replacing"))
-    )
+
+
+LINKS: dict[str, Callable[[str, str], object]] = {
+    "a symbolic link to": lambda source, target: os.symlink(source, target),
+    "a hard link to": os.link,
+    "another path to": lambda source, target: None,
+    "itself,": lambda source, target: None,
+}
+
+
+def onto_input(kind: str, source: str, words: tuple[str, ...], ending: str):
+    """A builder: the target is an input, under the same or another name."""
+
+    def build(folder: Path, originals: Originals) -> list[object]:
+        arguments = with_target(words, "TARGET")(folder, originals)
+        originals.copy(originals.parts, Path("parts"))
+        target = {"itself,": source, "another path to": f"folder.png/../{source}"}.get(kind, f"target{ending}")
+        LINKS[kind](source, target)
+        return [target if word == "TARGET" else word for word in arguments]
+
+    return build
+
+
+@generator
+def targets_that_are_inputs(random: Random) -> Iterator[Case]:
+    model, lora, image = "model.safetensors", "lora.safetensors", "image.png"
+    part = "parts/vae/model.safetensors"
+    for title, source, words in (
+        ("convert", model, WRITERS["convert"]),
+        ("convert of a folder", part, ("convert", "parts", "TARGET")),
+        ("convert of a LoRA", lora, WRITERS["convert of a LoRA"]),
+        ("pack", model, ("pack", "--model", model, "--vae", "parts", "TARGET")),
+        ("pack, of its VAE", part, ("pack", "--model", model, "--vae", "parts/vae", "TARGET")),
+        ("upscale", image, IMAGES["upscale"]),
+    ):
+        for kind in random.sample([*LINKS], 2):
+            ending = Path(source).suffix
+            yield Case(
+                f"{kind} an input as the target of {title}", onto_input(kind, source, words, ending), fails("input", Path(source).name)
+            )
+    for title, source in (("sample", model), ("sweep", lora), ("upscale", model)):  # no weights have the name of an image, but a link may
+        kind, words = random.choice([*LINKS][:2]), (*IMAGES[title], "--lora", lora)
+        yield Case(
+            f"{kind} the weights as the target of {title}", onto_input(kind, source, words, ".png"), fails("target.png", "input", source)
+        )
 
 
 @generator

@@ -96,7 +96,8 @@ CASES = [
         "RepeatLatentBatch", samples=image(g), amount=2), mask=g.half_mask())), Runs((2, 16, 8, 8))),
     Case("VAEEncodeForInpaint", lambda g: g.stock(g.node(
         "VAEEncodeForInpaint", pixels=g.flat(), vae=g.vae, mask=g.half_mask(), grow_mask_by=0)), Runs((1, 16, 8, 8))),
-    *(Case(f"an odd size, {width}x{height}", lambda g, size=(width, height): g.stock(g.empty(*size)), Runs((1, 16, *cells)))
+    *(Case(f"an odd size, {width}x{height}", lambda g, size=(width, height): g.stock(g.empty(*size)), Runs((1, 16, *cells)),
+           (("size", f"{width}x{height}", "64x64"),))
       for width, height, cells in ((72, 56, (7, 9)), (96, 40, (5, 12)))),
     Case("a size of one cell", lambda g: g.stock(g.empty(8, 8)), Runs((1, 16, 1, 1)), (("size", "8x8"),)),
     Case("a long strip", lambda g: g.stock(g.empty(512, 16), steps=1), Runs((1, 16, 2, 64)), (("size", "512x16"),)),

@@ -13,7 +13,7 @@ from itertools import groupby
 from .. import __version__
 from ..errors import TimError, printable
 from . import convert, download, evaluate, inspect, pack, previews, sample, sweep, train, upscale
-from .failures import LogLine, is_out_of_memory, print_error
+from .failures import LogHandler, LogLine, is_out_of_memory, print_error
 
 COMMANDS = {
     "sample": sample, "sweep": sweep, "upscale": upscale, "evaluate": evaluate, "inspect": inspect, "convert": convert, "pack": pack,
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a prompt
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(LogLine())
     logging.basicConfig(handlers=[handler])
     args = build_parser().parse_args(argv)

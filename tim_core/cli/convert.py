@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from . import options
+from .failures import print_result
 
 SUMMARY = "rewrite weights as safetensors"
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..weights.save import convert
 
-    options.warn_of_replacing(args.target)
+    options.check_target(args.target, [args.source])
     with options.report_bytes(args.target) as report:
         made = convert(args.source, args.target, **options.storage(args), report=report)
-    print(made)
+    print_result(made)

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .failures import print_result
+
 SUMMARY = "download released weights"
 
 DESCRIPTION = """\
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     downloads = download.plan(args.release, to=to, comfyui=args.comfyui, mirror=args.mirror)
     if args.dry_run:
         for one in downloads:
-            print(f"{one.target}  {one.size}  {'present' if one.present else one.name}")
+            print_result(f"{one.target}  {one.size}  {'present' if one.present else one.name}")
         return
-    for file, sha256 in download.fetch(downloads, report=lambda line: print(line, file=sys.stderr)):
-        print(f"{sha256}  {file}")
+    for file, sha256 in download.fetch(downloads, report=lambda line: print_result(line, sys.stderr)):
+        print_result(f"{sha256}  {file}")

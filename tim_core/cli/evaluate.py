@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import __version__
 from ..errors import TimError
 from . import options
+from .failures import print_result
 
 SUMMARY = "score a model and draw its curve"
 
@@ -41,8 +42,8 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
-    parser.add_argument("--steps", type=options.whole_numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST",
-                        help="step counts (default: 1,2,4,8,16,32,64)")
+    parser.add_argument("--steps", type=options.step_list, default=[1, 2, 4, 8, 16, 32, 64], metavar="LIST",
+                        help="step counts: a list, 1-8, or 1-32 x2 (default: 1,2,4,8,16,32,64)")
     parser.add_argument("--cfg", type=options.number, metavar="C", help="guidance scale, from 2 steps on (default: the model's, else 2.5)")
     parser.add_argument("--guidance-interval", type=options.interval, metavar="LOW,HIGH", help=options.INTERVAL_HELP)
     parser.add_argument("--shift", type=options.number, default=1.0, metavar="S", help=options.SHIFT_HELP)
@@ -71,17 +72,28 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     options.check_sampling(args, args.steps)
     from ..evaluation import benchmark_export, curve
+    from ..weights.parts import BUNDLED, TRANSFORMER, Parts
 
     batch = (120 if args.prompts is None else 4) if args.batch is None else args.batch
     prompts_per_task = 60 if args.prompts_per_task is None else args.prompts_per_task
     tasks = curve.TASKS if args.tasks is None else args.tasks
     if args.prompts is None:
         curve.check_protocol(args.steps, prompts_per_task, args.images, batch, tasks)
+        curve.check_folder(args.output, [args.baseline, *options.input_files(args)])
     else:
         benchmark_export.check_amounts(args.layout, args.steps, args.images, batch)
-        benchmark_export.read_prompts(args.prompts, args.layout)
+        records = benchmark_export.read_prompts(args.prompts, args.layout)
+        for steps in args.steps:
+            folder = args.output / f"steps-{steps}"
+            benchmark_export.check_folder(folder, args.layout, records, args.images, [args.prompts, *options.input_files(args)])
     processes = find_processes()
-    pipe = options.load_pipeline(args, options.check_size_of(args.size))
+
+    def check_model(parts: Parts) -> None:
+        options.check_size_of(args.size, batch)(parts)
+        if args.prompts is None and parts[TRANSFORMER].config.text_dim is None:
+            raise TimError(f"--model: {args.model} draws classes, not texts such as 'a red circle'; give a text-to-image model")
+
+    pipe = options.load_pipeline(args, check_model)
     width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
     settings = {"cfg": pipe.defaults.cfg if args.cfg is None else args.cfg, "images": args.images, "seed": args.seed, "width": width,
                 "height": height, "mode": args.mode, "guidance_interval": args.guidance_interval or pipe.defaults.guidance_interval,
@@ -93,18 +105,16 @@ def run(args: argparse.Namespace) -> None:
             made = benchmark_export.export_images(
                 pipe, args.prompts, args.layout, folder, model=weights, steps=steps, batch=batch, **settings)
             if processes.is_main:
-                print(made)
+                print_result(made)
         return
-    from ..weights.parts import BUNDLED
-
     name = args.model if args.model in BUNDLED else Path(args.model).name
     model = {"name": name, "weights": pipe.fingerprint(), "dtype": str(pipe.dtype).removeprefix("torch."), "version": __version__}
     report = curve.evaluate(pipe, args.steps, prompts_per_task=prompts_per_task, output=args.output, batch=batch, tasks=tasks,
                             baseline=args.baseline, model=model, **settings)
     if processes.is_main:
         print_report(report)
-        print(args.output / "report.json")
-        print(args.output / "curve.png")
+        print_result(args.output / "report.json")
+        print_result(args.output / "curve.png")
 
 
 def check_options(args: argparse.Namespace) -> None:

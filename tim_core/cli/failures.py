@@ -1,4 +1,4 @@
-"""How a command fails: one line on stderr."""
+"""What a command prints: results on stdout, an error as one line on stderr."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ import argparse
 import logging
 import sys
 import traceback
+from contextlib import nullcontext
+from typing import TextIO
 
-from ..errors import printable
+from ..errors import escaped, printable
+
+
+class LogHandler(logging.StreamHandler):
+    """Writes lines above the progress bars, not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")  # without it there are no bars
+        with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm else nullcontext():
+            super().emit(record)
 
 
 class LogLine(logging.Formatter):
@@ -15,6 +26,11 @@ class LogLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return f"tim: {printable(record.message)}"
+
+
+def print_result(line: object, file: TextIO | None = None) -> None:
+    """Print one line of a result, on stdout by default: names of files may hold control characters."""
+    print(escaped(str(line)), file=file or sys.stdout)
 
 
 def print_error(message: str, args: argparse.Namespace) -> int:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import TimError
-from ..files import user_path
+from ..errors import TimError, printable
+from ..files import check_separate, user_path
+from ..ranges import check_counts, parse_numbers
 
 INTERVAL_HELP = "guide only at times above LOW and below HIGH; 0,1.1 guides the first step too (default: the model's, else 0,1)"
 SHIFT_HELP = "above 1: denser steps at high noise (default: 1, equal steps)"
@@ -44,11 +45,12 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def whole_numbers(text: str) -> list[int]:
+def step_list(text: str) -> list[int | float]:
+    """Numbers in any notation of `ranges`; check_sampling says which are no step counts."""
     try:
-        return [whole(word) for word in text.replace(",", " ").split()]
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers, such as 1,2,4,8") from None
+        return parse_numbers(text, "steps") if text.strip(" ,;") else []
+    except TimError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("steps: ")) from None
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -126,22 +128,30 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 # Values
 
 
-def warn_of_replacing(path: Path) -> None:
-    """Say that a file which is there will be replaced."""
+def check_target(path: Path, sources: list[str | None]) -> None:
+    """TimError if a weight file to write is one of its sources. Say that a file which is there will be replaced."""
+    from ..weights.parts import BUNDLED
+
+    check_separate(user_path(path), [BUNDLED.get(source, source) for source in sources])
     if user_path(path).is_file():
         logging.warning(f"{path}: exists; replacing it")
 
 
-def check_sampling(args: argparse.Namespace, steps: list[int]) -> None:
-    """TimError for sampling options that no model takes. steps: the step counts of the runs."""
+def input_files(args: argparse.Namespace) -> list[str | Path]:
+    """The weight files that the options of `add_model` name."""
+    from ..weights.parts import BUNDLED
+
+    return [BUNDLED.get(args.model, args.model), *(file for file, _ in args.lora)]
+
+
+def check_sampling(args: argparse.Namespace, steps: list[int], distinct: bool = True) -> None:
+    """TimError for sampling options that no model takes. steps: the step counts of the runs, which may have to be distinct."""
     from ..sampler import check_guidance, check_seed
     from ..schedule import time_grid
 
     check_seed(args.seed)
     check_guidance(1.0 if args.cfg is None else args.cfg, args.guidance_interval or (0.0, 1.0), getattr(args, "stochasticity", 0.0))
-    if not steps or min(steps) < 1:
-        raise TimError(f"--steps: '{','.join(map(str, steps))}' is not a whole number of at least 1, or a list of them, such as 1,2,4")
-    for count in steps:
+    for count in check_counts(steps, "--steps", distinct):
         time_grid(count, getattr(args, "shift", 1.0), getattr(args, "times", None))
 
 
@@ -161,11 +171,22 @@ def load_pipeline(args: argparse.Namespace, check_with: Callable[[Any], None] = 
     return pipe
 
 
-def check_size_of(size: tuple[int, int] | None) -> Callable[[Any], None]:
-    """For `load_pipeline`: TimError for a size that the model cannot make."""
-    from ..limits import check_size
+def check_size_of(size: tuple[int, int] | None, count: int = 1, option: str = "--batch") -> Callable[[Any], None]:
+    """For `load_pipeline`: TimError for a size that the model cannot make, or for `count` images of it that are too many pixels.
 
-    return lambda parts: None if size is None else check_size(*size, parts.size_multiple)
+    option: what sets the count.
+    """
+    from ..images import check_pixels
+    from ..limits import check_size
+    from ..weights.defaults import read_defaults
+
+    def check(parts: Any) -> None:
+        defaults = read_defaults(parts)
+        width, height = size or (defaults.width, defaults.height)
+        check_size(width, height, parts.size_multiple)
+        check_pixels(option, count, width, height, f"fewer {option.lstrip('-')}, or a smaller --size")
+
+    return check
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -218,7 +239,7 @@ def report_bytes(path: Path) -> Iterator[Callable[[int, int], None]]:
 
     def show(done: int, total: int) -> None:
         if not bars:
-            bars.append(tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False))
+            bars.append(tqdm(total=total, unit="B", unit_scale=True, desc=printable(path.name), leave=False))
         bars[0].update(done - bars[0].n)
 
     try:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from . import options
+from .failures import print_result
 
 SUMMARY = "join three parts in one file"
 
@@ -35,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..weights.save import pack
 
-    options.warn_of_replacing(args.target)
+    options.check_target(args.target, [args.model, args.text_encoder, args.vae])
     sources = {"model": args.model, "text-encoder": args.text_encoder, "vae": args.vae}
     parts = {name: source for name, source in sources.items() if source is not None}
     with options.report_bytes(args.target) as report:
         made = pack(parts, args.target, **options.storage(args), report=report)
-    print(made)
+    print_result(made)

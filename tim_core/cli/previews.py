@@ -6,6 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
+from .failures import print_result
+
 SUMMARY = "add live-preview colours to a model file"
 
 DESCRIPTION = """\
@@ -45,8 +47,8 @@ def run(args: argparse.Namespace) -> None:
     preview = previews.fit(autoencoder, tqdm(images, unit="image", leave=False))
     before = (parts[TRANSFORMER].record.get("preview") or {}).get("r2", -math.inf)
     if before >= preview["r2"] and not args.force:
-        print(f"{args.file}: kept the old preview colours (they explain {100 * before:.1f} %, the new ones {100 * preview['r2']:.1f} %); "
-              "use --force to replace them")
+        print_result(f"{args.file}: kept the old preview colours (they explain {100 * before:.1f} %, the new ones "
+                     f"{100 * preview['r2']:.1f} %); use --force to replace them")
         return
-    print(convert(parts, args.file, metadata={"preview": preview}))
+    print_result(convert(parts, args.file, metadata={"preview": preview}))
     print(f"the preview colours explain {100 * preview['r2']:.1f} % of the variance")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..files import check_separate
 from . import options
+from .failures import print_result
 from .image_files import check_output_image, write_image
 
 SUMMARY = "make images from a prompt"
@@ -22,7 +24,7 @@ EXAMPLES = """\
 examples:
   tim sample "a red circle left of a blue square" --steps 4 -o circle.png
   tim sample "three squares" --batch 4 -o squares.png        numbered from 0
-  tim sample "a circle" --size 96x64 --seed 2 --cfg 1
+  tim sample "a circle" --size 80x80 --seed 2 --cfg 1
   tim sample "a circle" --times "1, 0.6, 0.2, 0"             custom times"""
 
 
@@ -48,11 +50,13 @@ def run(args: argparse.Namespace) -> None:
     names = [args.output] if args.batch == 1 else [args.output.with_stem(f"{args.output.stem}-{k}") for k in range(args.batch)]
     for name in names[1:]:
         check_output_image(name)
+    for name in names:
+        check_separate(name, options.input_files(args))
     options.check_sampling(args, [1 if args.steps is None else args.steps])
-    pipe = options.load_pipeline(args, options.check_size_of(args.size))
+    pipe = options.load_pipeline(args, options.check_size_of(args.size, args.batch))
 
     images, seconds = options.timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **options.settings(args))
     for name, image in zip(names, images):
         write_image(to_pil(image), name)
-        print(name)
+        print_result(name)
     print(f"{pipe.nfe} NFE, {seconds:.2f} s")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .failures import print_result
+
 SUMMARY = "train from configurations"
 
 DESCRIPTION = """\
@@ -33,4 +35,4 @@ def run(args: argparse.Namespace) -> None:
     from ..training import run
 
     for path in filter(None, run(args.configs)):
-        print(path)
+        print_result(path)

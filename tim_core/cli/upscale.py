@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 from ..errors import TimError
+from ..files import check_separate
 from . import options
+from .failures import print_result
 from .image_files import check_output_image, write_image
 
 SUMMARY = "re-render an image at a larger size"
@@ -47,16 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_output_image(args.output)
+    check_separate(args.output, [args.image, *options.input_files(args)])
     if args.size and min(args.size) < 1:
         raise TimError(f"--size: {args.size[0]}x{args.size[1]} has no pixels; use a size such as 128x128, or --factor")
     from ..images import image_size, open_image, to_pil, to_tensor
     from ..upscale import check_strength, stage_sizes, stage_steps, target_size
 
     width, height = args.size or (0, 0)
-    counts = stage_steps(args.steps, args.stages)
+    counts = stage_steps(args.steps, args.stages, "--steps")
     if args.strength is not None:
         check_strength(args.strength)
-    options.check_sampling(args, counts)
+    options.check_sampling(args, counts, distinct=False)
     size = image_size(args.image)
     wanted = target_size(*size, width, height, args.factor)
     pipe = options.load_pipeline(args, lambda parts: stage_sizes(size, wanted, args.stages, parts.size_multiple))
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             stages=args.stages, callback=lambda state: bar.update(), **settings)[0]
         seconds = time.perf_counter() - started
     write_image(to_pil(large), args.output)
-    print(args.output)
+    print_result(args.output)
     made = large.shape[1], large.shape[0]
     rounded = "" if made == wanted else f" (asked for {wanted[0]}x{wanted[1]}; sides are multiples of {pipe.size_multiple})"
     print(f"{made[0]}x{made[1]}{rounded}, {pipe.nfe} NFE, {seconds:.2f} s")

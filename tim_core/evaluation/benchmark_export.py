@@ -6,12 +6,12 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import TimError
-from ..files import atomic_write, make_folder, parse_json, read_text, user_path
+from ..files import atomic_write, check_new_output, make_folder, parse_json, read_text, user_path
 from ..images import to_pil
 from ..limits import MAX_BATCH, MAX_STEPS
 from ..processes import ALONE, Processes
@@ -43,7 +43,8 @@ def read_prompts(path: str | Path, layout: str = "geneval") -> list[PromptRecord
         try:
             metadata = json.loads(line)
             prompt = metadata["prompt"] if "prompt" in metadata else metadata["text"]
-            name = str(metadata.get("item_id", metadata.get("id", "")) if named else len(records))
+            name = metadata.get("item_id", metadata.get("id", "")) if named else len(records)
+            name = "" if isinstance(name, bool) or not isinstance(name, (int, str)) else str(name)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             prompt = name = None
         if isinstance(prompt, str) and len(prompt) > MOST_PROMPT:
@@ -93,6 +94,29 @@ def check_amounts(layout: str, steps: Sequence[int], images: int, batch: int) ->
             raise TimError(f"{name}: {value} is not a whole number from 1 to {most[name]}")
 
 
+def files_of(folder: Path, layout: str, record: PromptRecord, images: int) -> Iterator[Path]:
+    """The files of a prompt, beginning with the one that is written last."""
+    if layout == "dpg":
+        yield folder / "pictures" / f"{record.name}.png"
+        yield folder / "metadata" / f"{record.name}.json"
+    else:
+        yield folder / f"{record.number:05d}" / "metadata.jsonl"
+        yield from (folder / f"{record.number:05d}" / "samples" / f"{k:05d}.png" for k in range(images))
+
+
+def check_folder(
+    folder: str | Path, layout: str, records: Sequence[PromptRecord], images: int, inputs: Sequence[str | Path | None]
+) -> None:
+    """TimError if `export_images` cannot write its files to a folder, or would replace an input. Makes nothing."""
+    folder = user_path(folder)
+    check_new_output(folder / "settings.json", inputs)
+    for record in records if folder.exists() else ():
+        for path in files_of(folder, layout, record, images):
+            check_new_output(path, inputs)
+            if not path.parent.exists():  # nor is there any other file of this prompt
+                break
+
+
 def export_images(
     pipe, prompts: str | Path, layout: str, output: str | Path, *, model: str = "", steps: int = 4, cfg: float = 2.5, images: int = 4,
     seed: int = 0, width: int = 1024, height: int = 1024, batch: int = 4, progress: bool = True, processes: Processes = ALONE, **options
@@ -112,21 +136,17 @@ def export_images(
     bare = [record for record in records if not {"tag", "include"} <= record.metadata.keys()]
     if layout == "geneval" and bare and processes.is_main:
         first = repr(bare[0].prompt[:40])
-        logging.warning(f'{prompts}: {len(bare)} lines have no "tag" and "include", first {first}: GenEval cannot score them')
+        lines = "1 line has" if len(bare) == 1 else f"{len(bare)} lines have"
+        logging.warning(f'{prompts}: {lines} no "tag" and "include", first {first}: GenEval cannot score them')
+    check_folder(folder, layout, records, images, [prompts])
     make_folder(folder)
     settings = {"model": model, "prompts": hashlib.sha256(repr(records).encode()).hexdigest(), "layout": layout, "steps": steps, "cfg": cfg,
                 "images": images, "seed": seed, "width": width, "height": height}
     settings |= {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     _keep_settings(folder / "settings.json", settings, processes)
 
-    def files(record: PromptRecord) -> list[Path]:
-        if layout == "dpg":
-            return [folder / "pictures" / f"{record.name}.png"]
-        prompt_folder = folder / f"{record.number:05d}"
-        return [prompt_folder / "metadata.jsonl", *(prompt_folder / "samples" / f"{k:05d}.png" for k in range(images))]
-
     write = {"geneval": write_geneval, "dpg": write_dpg}[layout]
-    left = [record for record in processes.shard(records) if not all(file.is_file() for file in files(record))]
+    left = [record for record in processes.shard(records) if not all(file.is_file() for file in files_of(folder, layout, record, images))]
     with tqdm(total=len(left), unit="prompt", disable=not (progress and processes.is_main)) as bar:
         for record in left:
             made = []

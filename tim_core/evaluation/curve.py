@@ -13,17 +13,18 @@ import numpy as np
 import torch
 
 from ..errors import TimError
-from ..files import atomic_write, check_output, make_folder, parse_json, read_text, user_path
+from ..files import atomic_write, check_new_output, make_folder, parse_json, read_text, user_path
 from ..limits import MAX_BATCH, MAX_CFG, MAX_STEPS
 from ..processes import ALONE, Processes
+from ..ranges import MOST_NUMBERS, check_counts
 from ..sampler import check_guidance, check_seed
 from ..shapes.detector import is_correct
 from ..shapes.scenes import TASKS, Prompt, scoring_prompts
 
 MOST_SEEDS = 100_000  # of a task's images, after which the next task's begin
-MOST_POINTS = 100  # of a curve
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 LABELS = ("name", "version")  # entries of a report's model that images do not depend on
+FILES = ("report.json", "curve.png")
 SAMPLING = ("mode", "shift", "guidance_interval", "stochasticity", "negative")  # pipeline options that a report records
 
 
@@ -115,14 +116,19 @@ def check_protocol(steps: Sequence[int], prompts_per_task: int, images: int, bat
     if unknown or not tasks:
         problem = f"{', '.join(map(repr, unknown))} {'is' if len(unknown) == 1 else 'are'} unknown" if unknown else "none given"
         raise TimError(f"tasks: {problem}; choose from {', '.join(TASKS)}")
-    most = {"steps": MAX_STEPS, "prompts per task": MOST_SEEDS, "images": MAX_BATCH, "batch": MAX_BATCH}
-    for name, values in zip(most, (steps, [prompts_per_task], [images], [batch])):
-        if not values or any(not 1 <= value <= most[name] for value in values):
-            raise TimError(f"{name}: {', '.join(map(str, values)) or 'none given'}; use whole numbers from 1 to {most[name]}")
-    if len(set(steps)) > MOST_POINTS:
-        raise TimError(f"steps: {len(set(steps))} step counts; use at most {MOST_POINTS}")
+    check_counts(steps, "steps", distinct=False)
+    most = {"prompts per task": MOST_SEEDS, "images": MAX_BATCH, "batch": MAX_BATCH}
+    for (name, limit), value in zip(most.items(), (prompts_per_task, images, batch)):
+        if not 1 <= value <= limit:
+            raise TimError(f"{name}: {value} is not a whole number from 1 to {limit}")
     if prompts_per_task * images > MOST_SEEDS:
         raise TimError(f"prompts per task: {prompts_per_task} with {images} images each; use at most {MOST_SEEDS // images}")
+
+
+def check_folder(folder: str | Path, inputs: Sequence[str | Path | None]) -> None:
+    """TimError if `evaluate` cannot write its files to a folder, or would replace an input. Makes nothing."""
+    for name in FILES:
+        check_new_output(user_path(folder) / name, inputs)
 
 
 def evaluate(
@@ -166,9 +172,8 @@ def evaluate(
         _check_points(other["curve"], samples, baseline)
     folder = None if output is None else user_path(output)
     if folder is not None:
+        check_folder(folder, [baseline])
         make_folder(folder)
-        for name in ("report.json", "curve.png"):
-            check_output(folder / name)
     steps = sorted(set(steps))
     sampling = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if name in SAMPLING}
     sampling["cfg"] = float(cfg)
@@ -242,7 +247,7 @@ def _is_report(report: Any) -> bool:
     if not isinstance(report, dict) or not isinstance(report.get("protocol"), dict) or not isinstance(report.get("sampling", {}), dict):
         return False
     curve = report.get("curve")
-    if not isinstance(report.get("model"), (dict, type(None))) or not isinstance(curve, list) or len(curve) > MOST_POINTS:
+    if not isinstance(report.get("model"), (dict, type(None))) or not isinstance(curve, list) or len(curve) > MOST_NUMBERS:
         return False
     return all(map(_is_point, curve)) and len({point["steps"] for point in curve}) == len(curve)
 

@@ -16,7 +16,7 @@ class Release:
     """One set of weights.
 
     name: of `tim download`. channels: of the latent. factor: pixels per latent cell. side: of its images, in pixels.
-    cfg, guidance_interval: of the official scripts. reach: by how much a side may be longer or shorter.
+    cfg, guidance_interval: of the official scripts. reach, any_shape: as in `Defaults`.
     text_width: of the features that it reads; None for class-conditional weights. sd_vae: whether its VAE is that of Stable Diffusion.
     """
 
@@ -26,7 +26,8 @@ class Release:
     side: int
     cfg: float = 2.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    reach: int = 2
+    reach: float = 1.25
+    any_shape: bool = False
     text_width: int | None = None
     sd_vae: bool = False
 
@@ -36,7 +37,7 @@ class Release:
 
 
 RELEASES = (
-    Release("t2i", 32, 32, 1024, reach=4, text_width=GEMMA_1B_WIDTH),  # trained from 256 to 4096 pixels a side
+    Release("t2i", 32, 32, 1024, reach=4, any_shape=True, text_width=GEMMA_1B_WIDTH),  # trained from 256 to 4096 pixels a side
     Release("c2i-512", 32, 32, 512, cfg=3.0, guidance_interval=(0.0, 0.7)),
     Release("c2i-256", 4, 8, 256, guidance_interval=(0.0, 0.6), sd_vae=True),
 )

@@ -99,11 +99,14 @@ class TextEncoder(nn.Module):
         check_ids(ids, self.tokenizer, self.gemma_config["vocab_size"])
         return ids, mask
 
-    def unknown_words(self, prompts: Iterable[str], mentioned: Container[str] = ()) -> tuple[list[str], str]:
-        """The words of prompts that the model does not know, except those mentioned before; and a line that names them."""
+    def unknown_words(self, prompts: Iterable[str], mentioned: Container[str] = ()) -> tuple[list[str], str | None]:
+        """The words of prompts that the model does not know, except those mentioned before; and a line that names them, if any."""
         found = dict.fromkeys(word for prompt in prompts for word in self.tokenizer.unknown_words(prompt) if word not in mentioned)
+        if not found:
+            return [], None
         shown = ", ".join([*found][:MOST_SHOWN]) + (f" and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else "")
-        return [*found], printable(f"prompt: this model does not know {shown}; it knows only: {' '.join(self.tokenizer.words)}")
+        known = ", ".join(self.tokenizer.words)
+        return [*found], printable(f"prompt: this model does not know the word{'s' if len(found) > 1 else ''} {shown}; it knows: {known}")
 
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask (B, T), T <= 256, padded on the right -> last hidden states (B, T, D). Differentiable."""

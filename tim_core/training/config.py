@@ -1,7 +1,7 @@
 """Typed training configurations, read from YAML. Errors are one line that names the file and the key."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from ..errors import TimError
 from ..files import user_path
 from ..images import MOST_PIXELS
 from ..settings import CONFIG, Count, Fraction, FractionBelowOne, Rate, Size, Text, WholeNumber, require, shown, validate
+from ..weights.defaults import Defaults
 from .kinds import KINDS
 from .objectives.transition import ObjectiveConfig
 from .yaml_file import read_values
@@ -134,7 +135,8 @@ class FolderConfig:
     path: Text
     cache: Text | None = None                    # folder of cached latents and text features (default: <path>.cache)
     max_pixels: Pixels = 1024 * 1024               # larger images are scaled down
-    base_pixels: Pixels = 1024 * 1024              # loop.batch is for images of this size; other batches have as many tokens
+    base_pixels: Pixels | None = None              # loop.batch is for images of this size; other batches have as many tokens
+                                                 # (default: that of the model's native size)
     min_bucket_size: Count = 4                     # sizes with fewer images are cropped to a similar size, if there is one
 
     @property
@@ -161,6 +163,11 @@ class FineTuning(TransformerTraining):
     @property
     def export_name(self) -> str:
         return "lora.safetensors" if self.lora else super().export_name
+
+    def for_model(self, defaults: Defaults) -> "FineTuning":
+        """The configuration with the values that depend on what the model is made for."""
+        pixels = self.data.base_pixels or defaults.width * defaults.height
+        return replace(self, data=replace(self.data, base_pixels=pixels))
 
     @model_validator(mode="after")
     def _check(self) -> "FineTuning":

@@ -16,6 +16,7 @@ from ..models.text_encoder import TextEncoder
 from ..processes import Shard, find_processes
 from ..settings import shown
 from ..transport import OTFM
+from ..weights.defaults import read_defaults
 from ..weights.detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from ..weights.load import check_undamaged, load_autoencoder, load_text_encoder, load_transformer
 from ..weights.parts import Parts, read_parts
@@ -128,7 +129,8 @@ class FineTuningTask(Task[Conditional]):
     """Trains a transformer, or a LoRA on it, on a folder of images, `kind: finetune`."""
 
     def __init__(self, config: FineTuning, image_encoder: ImageEncoder | None):
-        self.config, self.processes, parts = config, find_processes(), read_sources(config)
+        self.processes, parts = find_processes(), read_sources(config)
+        self.config = config = config.for_model(read_defaults(parts))
         self.folder, self.settings = user_path(config.output), recorded(config)
         self.metadata = {**parts[TRANSFORMER].record, "latent_factor": parts.latent_factor, "escape_prompts": parts.escape}
         plain = parts[TRANSFORMER].config

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,8 +228,7 @@ class Encoder:
         """Warns of an image that cannot be used, of the first MOST_SKIPPED ones."""
         self.skipped += 1
         if processes.is_main and self.skipped <= MOST_SKIPPED:
-            with tqdm.external_write_mode(file=sys.stderr):  # above the progress bar
-                logging.warning(f"skipped {reason}" + (" (more are not listed)" if self.skipped == MOST_SKIPPED else ""))
+            logging.warning(f"skipped {reason}" + (" (more are not listed)" if self.skipped == MOST_SKIPPED else ""))
 
     def cache_path(self, item: Item) -> Path:
         """The cached file of an item. Its name changes with the encoders, the image file, the caption or label, and the size."""

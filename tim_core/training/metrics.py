@@ -38,6 +38,13 @@ def log(folder: Path, row: dict, board=None) -> None:
             raise TimError(f"{folder}: its TensorBoard log cannot be written ({error.strerror})") from error
 
 
+def check(folder: Path) -> None:
+    """TimError if the metrics.csv in a folder is none of a run."""
+    if (folder / NAME).exists():
+        with _opened(folder / NAME):
+            pass
+
+
 def forget_after(folder: Path, step: int) -> None:
     """Drops rows of later steps, which a resumed run writes again, and damaged rows."""
     path = folder / NAME

@@ -17,13 +17,15 @@ MOST_STEPS = 1000  # of a default
 # where neither record nor channels tell: as suits tim-shapes, of factor 8, which was trained mostly at 64x64
 OTHER_CELLS = 8  # latent cells per side
 OTHER_STRENGTH = 0.3
+IMAGE_START, IMAGE_REACH = 0.5, 2
 
 
 @dataclass(frozen=True)
 class Defaults:
     """Image size in pixels, number of steps, guidance scale, times between which guidance acts, and start time of upscaling.
 
-    reach: by how much a side may be longer or shorter before `far_size` remarks on it.
+    What is made from noise may have sides longer or shorter by the factor `reach`, and with any_shape another aspect ratio, before
+    `far_size` remarks on it. The positions of tokens change with the aspect ratio, so that a model draws those alone that it learned.
     """
 
     width: int
@@ -32,14 +34,24 @@ class Defaults:
     cfg: float = 2.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     strength: float = 0.5
-    reach: int = 2
+    reach: float = 1.25
+    any_shape: bool = False
 
-    def far_size(self, width: int, height: int) -> str | None:
-        """A line about a size in pixels that is far from what the checkpoint is made for; None for others."""
-        near = all(own <= side * self.reach and side <= own * self.reach for side, own in ((width, self.width), (height, self.height)))
-        low, high = (f"{self.width * a // b}x{self.height * a // b}" for a, b in ((1, self.reach), (self.reach, 1)))
-        made_for = f"this model is made for {self.width}x{self.height} and expects sides between those of {low} and {high}"
-        return None if near else f"size: {width}x{height} is likely to give a broken image; {made_for}"
+    def far_size(self, width: int, height: int, start: float = 1.0) -> str | None:
+        """A line about a size in pixels that is far from what the checkpoint is made for; None for others.
+
+        start: the time that sampling begins at; from IMAGE_START down an image gives the layout, and more sizes come out right.
+        """
+        from_image = start <= IMAGE_START
+        reach = max(self.reach, IMAGE_REACH) if from_image else self.reach
+        any_shape = self.any_shape or from_image
+        near = all(own <= side * reach and side <= own * reach for side, own in ((width, self.width), (height, self.height)))
+        if near and (any_shape or width * self.height == height * self.width):
+            return None
+        low = f"{math.ceil(self.width / reach)}x{math.ceil(self.height / reach)}"
+        high = f"{math.floor(self.width * reach)}x{math.floor(self.height * reach)}"
+        wanted = f"with sides between those of {low} and {high}" if any_shape else f"or the same aspect ratio from {low} to {high}"
+        return f"size: {width}x{height} is likely to give a wrong image; this model is made for {self.width}x{self.height}, {wanted}"
 
 
 def find_defaults(
@@ -58,8 +70,9 @@ def find_defaults(
         found["strength"] = OTHER_STRENGTH
     elif release.reads(class_conditional):
         found |= {"cfg": release.cfg, "guidance_interval": release.guidance_interval}
-        if "native_size" not in record:
-            found["reach"] = release.reach
+        found |= {"any_shape": release.any_shape, "reach": release.reach}
+        if "native_size" in record:  # other weights of its architecture
+            found["reach"] = min(release.reach, IMAGE_REACH)
     if (size := record.get("native_size")) is None:
         size = (math.ceil(side / multiple) * multiple,) * 2
     elif not (isinstance(size, (list, tuple)) and len(size) == 2

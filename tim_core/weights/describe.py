@@ -134,7 +134,6 @@ class Description:
 def describe(path: str | Path) -> Description:
     """Describes a file, folder or bundled name; a file of another model is named as such. TimError if it cannot be opened."""
     place = resolve(path)
-    size = _size(place)
     try:
         parts = read_parts(path, checksums=False)  # reads no weights
     except TimError:
@@ -143,7 +142,7 @@ def describe(path: str | Path) -> Description:
         tensors, metadata = open_state_dict(place, checksums=False)
         if any(find_part(tensors, part) for part in TITLES):
             raise
-        return _describe_other(str(path), place, size, tensors, metadata)
+        return _describe_other(str(path), place, _size(place), tensors, metadata)
     described = tuple(_describe_part(parts, kind) for kind in TITLES if kind in parts)
     kind = "TiM checkpoint" if TRANSFORMER in parts and len(described) > 1 else " + ".join(part.title for part in described)
     has_transformer = TRANSFORMER in parts
@@ -153,7 +152,7 @@ def describe(path: str | Path) -> Description:
     return Description(
         str(path),
         kind,
-        size,
+        _size(place),
         described,
         tuple(_places(parts, place, complete=not missing)),
         missing,
@@ -185,8 +184,8 @@ def format_bytes(size: int) -> str:
 
 
 def _size(place: Path) -> int:
-    """Bytes of a file, or of the regular files of a folder, hidden ones left out, and its subfolders."""
-    files = [place] if place.is_file() else [file for file in place.rglob("[!.]*") if file.is_file()]
+    """Bytes of a file, or of the regular files of a folder and its subfolders, hidden ones left out."""
+    files = [place] if place.is_file() else [file for inside in ("[!.]*", "[!.]*/[!.]*") for file in place.glob(inside) if file.is_file()]
     return sum(file.stat().st_size for file in files)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import TimError, one_line
-from ..files import make_folder, user_path
+from ..files import check_new_output, make_folder, user_path
 
 CHUNK = 1 << 22
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
@@ -132,8 +132,11 @@ def plan(release: str, to: str | Path | None = None, comfyui: str | Path | None 
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     assets, root = _assets(release), _root(to, comfyui)
+    targets = [root / (asset.place if comfyui is not None else asset.standalone) for asset in assets]
+    for target in targets:
+        check_new_output(target, ())
     found = []
-    for asset in assets:
+    for asset, target in zip(assets, targets):
         repository = _repository(asset.source, mirror)
         with _explained(repository, asset, "cannot reach the server"):
             url = hf_hub_url(repository, asset.name, endpoint=_endpoint())
@@ -142,7 +145,6 @@ def plan(release: str, to: str | Path | None = None, comfyui: str | Path | None 
         size, sha256 = asset.size or answer.size, asset.sha256 or announced
         if not size:
             raise TimError(f"{repository}/{asset.name}: the server does not say its size; try again later, or set HF_ENDPOINT to another")
-        target = root / (asset.place if comfyui is not None else asset.standalone)
         found.append(Download(asset, repository, target, size, sha256, answer.etag or "", _is_present(target, size, sha256)))
     return found
 

@@ -194,7 +194,7 @@ def resolve(name: str | Path) -> Path:
         return path
     path = user_path(name)
     if not str(name).strip() or not os.path.exists(path):  # Path.exists raises for a name that is too long
-        raise TimError(f"{name}: no such file; give a path or a bundled model ({', '.join(BUNDLED)})")
+        raise TimError(f"{name or repr('')}: no such file; give a path or a bundled model ({', '.join(BUNDLED)})")
     return path
 
 

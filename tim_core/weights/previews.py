@@ -13,13 +13,15 @@ from torch import Tensor
 from ..errors import TimError
 from ..files import user_path
 
+CELLS_PER_CHANNEL = 2  # cells of different colours that a fit needs for each of its factors; fewer are explained by chance
+
 
 @torch.no_grad()
 def fit(autoencoder, images: Iterable[Tensor]) -> dict:
     """Fits mean colours of latent cells by least squares -> {"factors": C rows of 3, "bias": 3, "r2": share of variance explained}.
 
     images: (3, H, W) in [-1, 1], sides multiples of the autoencoder's factor. RGB in [-1, 1] is about latent @ factors + bias, as in
-    ComfyUI's latent formats. TimError if there are no images.
+    ComfyUI's latent formats. TimError if there are no images, or too few colours to fit.
     """
     weight, latents, colours = next(autoencoder.parameters()), [], []
     for image in images:
@@ -29,6 +31,11 @@ def fit(autoencoder, images: Iterable[Tensor]) -> dict:
     if not latents:
         raise TimError("previews: no images to fit on")
     x, y = torch.cat(latents).double(), torch.cat(colours).double()
+    least = CELLS_PER_CHANNEL * (x.shape[1] + 1)
+    if (different := len(y.mul(255).round().unique(dim=0))) < least:
+        raise TimError(
+            f"previews: the images have {different} colours in {len(y)} latent cells; give more, or more varied ones, with at least {least}"
+        )
     x = torch.cat((x, torch.ones(len(x), 1, dtype=x.dtype)), 1)
     solution = torch.linalg.lstsq(x, y, driver="gelsd").solution
     explained = 1 - ((y - x @ solution) ** 2).sum() / ((y - y.mean(0)) ** 2).sum().clamp_min(1e-12)

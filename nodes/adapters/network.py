@@ -154,4 +154,5 @@ def class_label(label: int) -> Tensor:
 def _number(context: Tensor) -> Tensor:
     """The inverse of class_label: (B, 1, 2) -> (B,) int64."""
     # The digits survive half precision, the number does not.
-    return (context[:, 0].float() @ context.new_tensor([LABEL_BASE, 1], dtype=torch.float32)).round().long() - 1
+    high, low = context[:, 0].float().unbind(1)
+    return (high * LABEL_BASE + low).round().long() - 1

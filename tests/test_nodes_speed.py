@@ -1,0 +1,68 @@
+"""What an evaluation in the graph must not do: wait for the device."""
+
+import json
+
+import pytest
+
+from tests.comfy_graph import Graph, inside
+from tests.comfy_support import probe
+
+pytestmark = pytest.mark.comfyui
+
+
+def reads_by_steps(model, clip=None, vae=None):
+    """Inside ComfyUI: what each sampler's guided run of 4 and of 8 steps reads back from "the device": tensors of a class that counts."""
+    import sys
+    from collections import Counter
+
+    import comfy.sample
+    import comfy.samplers
+    import torch
+
+    reads: Counter = Counter()
+    waits = {"item", "tolist", "cpu", "numpy", "new_tensor", "nonzero", "equal", "__bool__", "__float__", "__int__", "__index__"}
+
+    class OnDevice(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            name = getattr(function, "__name__", "")
+            if name in waits:
+                reads[name] += 1
+                args = tuple(arg.as_subclass(torch.Tensor) if isinstance(arg, OnDevice) else arg for arg in args)
+                return function(*args, **(kwargs or {}))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    pack = {name: module for name, module in sys.modules.items() if "ComfyUI-TiM.nodes.adapters" in name}
+    sampling, network = (next(module for name, module in pack.items() if name.endswith(end)) for end in ("adapters.sampling", ".network"))
+    config = model.model.diffusion_model.config
+    rows = [torch.randn(1, 5, config.text_dim) for _ in "ab"] if config.text_dim else [network.class_label(7), network.class_label(-1)]
+    conds = [[[row.as_subclass(OnDevice), {}]] for row in rows]
+    noise = torch.randn(2, config.in_channels, 4, 4).as_subclass(OnDevice)
+    samplers = {
+        "tim": sampling.transition_sampler(),
+        "diffusion": sampling.transition_sampler("diffusion"),
+        "euler": comfy.samplers.ksampler("euler"),
+        "heun": comfy.samplers.ksampler("heun"),
+    }
+    found = {}
+    for name, sampler in samplers.items():
+        for steps in (4, 8):
+            reads.clear()
+            times = torch.linspace(1, 0, steps + 1).as_subclass(OnDevice)
+            comfy.sample.sample_custom(model, noise, 2.5, sampler, times, *conds, torch.zeros_like(noise), disable_pbar=True, seed=0)
+            found[f"{name} {steps}"] = dict(reads)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["text", "classes"])
+def test_no_evaluation_waits_for_the_device(comfyui, class_files, kind):
+    """More steps read no more. Core's heun does, as it asks whether the next time is 0: the count sees it."""
+    if kind == "text":
+        reads = inside(comfyui, reads_by_steps)
+    else:
+        graph = Graph()
+        model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
+        node = graph.add("TiMTestProbe", **probe(reads_by_steps), model=model)[0]
+        reads = json.loads(comfyui.run(graph.prompt)[node]["text"][0])
+    assert reads["tim 4"] == reads["tim 8"] and reads["diffusion 4"] == reads["diffusion 8"] and reads["euler 4"] == reads["euler 8"]
+    assert reads["tim 4"] and sum(reads["heun 8"].values()) > sum(reads["heun 4"].values())

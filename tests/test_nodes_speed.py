@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.comfy_graph import Graph, inside
+from tests.comfy_graph import Graph, inside, lines_of
 from tests.comfy_support import probe
 
 pytestmark = pytest.mark.comfyui
@@ -69,7 +69,7 @@ def test_no_evaluation_waits_for_the_device(comfyui, class_files, kind):
 
 
 def compiled(model, clip=None, vae=None):
-    """Graphs and breaks of runs through core's compile wrapper: four steps unguided, four guided, and both once more."""
+    """Graphs so far and breaks after runs through core's compile wrapper, of other guidance, seeds and batch sizes."""
     import sys
 
     import comfy.samplers
@@ -89,7 +89,6 @@ def compiled(model, clip=None, vae=None):
     network = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.network"))
     rows = [torch.randn(1, 5, config.text_dim) for _ in "ab"] if config.text_dim else [network.class_label(7), network.class_label(-1)]
     conds = [[[row, {}]] for row in rows]
-    noise = torch.randn(1, config.in_channels, 4, 4)
     fast = model.clone()
     set_torch_compile_wrapper(
         model=fast,
@@ -97,24 +96,25 @@ def compiled(model, clip=None, vae=None):
         options={"guard_filter_fn": lambda entries: [("transformer_options" not in entry.name) for entry in entries]},
     )
 
-    def run(patcher, cfg):
+    def run(patcher, cfg, seed, batch):
+        noise = torch.randn(batch, config.in_channels, 4, 4, generator=torch.manual_seed(seed))
         sampler, sigmas = comfy.samplers.ksampler("euler"), torch.tensor([1.0, 0.7, 0.45, 0.2, 0.0])
         return comfy.samplers.sample(
-            patcher, noise, *conds, cfg, torch.device("cpu"), sampler, sigmas, latent_image=torch.zeros_like(noise), seed=0
+            patcher, noise, *conds, cfg, torch.device("cpu"), sampler, sigmas, latent_image=torch.zeros_like(noise), seed=seed
         )
 
     torch._dynamo.reset()
     counters.clear()
-    found = []
-    for cfg in (1.0, 2.5, 1.0, 2.5):
-        error = float((run(fast, cfg) - run(model, cfg)).abs().max())
-        found.append([len(graphs), error])
-    return {"graphs": [count for count, _ in found], "error": max(error for _, error in found), "breaks": dict(counters["graph_break"])}
+    found, errors = [], []
+    for settings in ((2.5, 0, 1), (2.5, 0, 1), (2.5, 1, 1), (1.0, 0, 1), (2.5, 0, 3), (1.0, 0, 2)):
+        errors.append(float((run(fast, *settings) - run(model, *settings)).abs().max()))
+        found.append(len(graphs))
+    return {"graphs": found, "error": max(errors), "breaks": dict(counters["graph_break"]), "torch": torch.__version__}
 
 
 @pytest.mark.parametrize("kind", ["text", "classes"])
-def test_torch_compile_makes_one_graph_for_each_batch_size(comfyui, class_files, kind):
-    """With guidance the first step, which is not guided, has half the batch of the others."""
+def test_torch_compile_makes_one_graph(comfyui, class_files, kind):
+    """For steps with guidance and without, whose batch is half as large, and for further runs, seeds and batch sizes."""
     if kind == "text":
         found = inside(comfyui, compiled)
     else:
@@ -122,4 +122,43 @@ def test_torch_compile_makes_one_graph_for_each_batch_size(comfyui, class_files,
         model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
         node = graph.add("TiMTestProbe", **probe(compiled), model=model)[0]
         found = json.loads(comfyui.run(graph.prompt)[node]["text"][0])
-    assert found["graphs"] == [1, 2, 2, 2] and not found["breaks"] and found["error"] < 1e-4
+    assert found["graphs"] == [1] * 6 and not found["breaks"] and found["error"] < 1e-4
+
+
+def compiled_after_failure(model, clip=None, vae=None):
+    """Calls of a backend that fails with an open batch size, and the error against the plain network."""
+    import comfy.samplers
+    import torch
+    import torch._dynamo
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    calls = []
+
+    def backend(graph, inputs, **options):
+        is_open = any(isinstance(value, torch.SymInt) and not value.node.has_hint() for value in inputs)
+        calls.append(is_open)
+        if is_open:
+            raise RuntimeError("no kernel")
+        return graph.forward
+
+    torch.manual_seed(0)
+    conds = [[[torch.randn(1, 5, model.model.diffusion_model.config.text_dim), {}]] for _ in "ab"]
+    noise = torch.randn(1, model.model.diffusion_model.config.in_channels, 4, 4)
+    fast = model.clone()
+    set_torch_compile_wrapper(model=fast, backend=backend)
+
+    def run(patcher):
+        sampler, sigmas = comfy.samplers.ksampler("euler"), torch.tensor([1.0, 0.5, 0.0])
+        return comfy.samplers.sample(
+            patcher, noise, *conds, 2.5, torch.device("cpu"), sampler, sigmas, latent_image=torch.zeros_like(noise), seed=0
+        )
+
+    torch._dynamo.reset()
+    return {"calls": calls, "error": float((run(fast) - run(model)).abs().max())}
+
+
+def test_where_torch_fails_with_an_open_batch_size_it_compiles_each(comfyui):
+    found = {}
+    lines = lines_of(comfyui, lambda: found.update(inside(comfyui, compiled_after_failure)))
+    assert found == {"calls": [True, False, False], "error": pytest.approx(0, abs=1e-4)}
+    assert len(lines) == 1 and "torch.compile" in lines[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...tim_core.errors import TimError
 from ...tim_core.models.config import TransformerConfig
 from ...tim_core.models.transformer import TransitionTransformer
+from .compiling import BATCH_LIMIT
 
 LABEL_BASE = 32
 
@@ -84,6 +85,9 @@ class TiMNetwork(TransitionTransformer):
         return executor.execute(x, timesteps, context, transformer_options, **kwargs)
 
     def _forward(self, x, timesteps, context, transformer_options={}, **kwargs):
+        if torch.compiler.is_compiling():
+            torch._check(len(x) >= 1)
+            torch._check(len(x) <= BATCH_LIMIT)
         context = self._condition(context)
         height, width = x.shape[-2:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.config.patch_size,) * 2)

@@ -3,11 +3,12 @@
 import json
 import math
 import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import decoder, gpu, measure, memory, network
+from benchmarks import decoder, finite, gpu, measure, memory, network
 
 
 def rows_of(monkeypatch, tmp_path, module, *arguments: str) -> list[dict]:
@@ -57,3 +58,15 @@ def test_ratios_are_of_medians():
     calls = []
     times = measure.pairs(lambda: calls.append("a"), lambda: calls.append("b"), 2)
     assert calls == list("abba") and len(times) == 2 and all(math.isfinite(t) for pair in times for t in pair)
+
+
+def test_the_checks_are_timed_alone(monkeypatch, tmp_path, tiny):
+    file = tmp_path / "report.json"
+    monkeypatch.setattr(sys, "argv", ["finite", "--model", str(tiny), "--pairs", "2", "--json", str(file)])
+    with monkeypatch.context() as patch:
+        slow = finite.pipeline.check_finite
+        patch.setattr(finite.pipeline, "check_finite", lambda *args, **options: (time.sleep(0.05), slow(*args, **options)))
+        finite.main()
+    report = json.loads(file.read_text())
+    assert report["checked"] > report["unchecked"] and report["checks"] >= 0.15  # features, latent and pixels
+    assert report["share"] == pytest.approx(report["checks"] / report["unchecked"])

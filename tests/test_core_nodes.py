@@ -1,6 +1,5 @@
 """Core's own nodes around our MODEL, CLIP and VAE: what acts is right, what cannot act says so in one line, what is wrong is refused."""
 
-import json
 import re
 
 import pytest
@@ -324,59 +323,6 @@ def test_conditionings_without_effect_say_so_once(comfyui):
     lines = lines_of(comfyui, lambda: found.extend(inside(comfyui, conditioned)))
     assert found == [True, True]
     assert len(lines) == 3 and all(sum(name in line for line in lines) == 1 for name in ("ControlNet", "FluxGuidance", "ReferenceLatent"))
-
-
-def compiled(model, clip=None, vae=None):
-    """Graphs and breaks of runs through core's compile wrapper: four steps unguided, four guided, and both once more."""
-    import sys
-
-    import comfy.samplers
-    import torch
-    import torch._dynamo
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from torch._dynamo.utils import counters
-
-    graphs = []
-
-    def backend(graph, inputs, **options):
-        graphs.append(1)
-        return graph.forward
-
-    config = model.model.diffusion_model.config
-    torch.manual_seed(0)
-    network = next(module for name, module in sys.modules.items() if name.endswith("ComfyUI-TiM.nodes.adapters.network"))
-    rows = [torch.randn(1, 5, config.text_dim) for _ in "ab"] if config.text_dim else [network.class_label(7), network.class_label(-1)]
-    conds = [[[row, {}]] for row in rows]
-    noise = torch.randn(1, config.in_channels, 4, 4)
-    fast = model.clone()
-    set_torch_compile_wrapper(model=fast, backend=backend, options={
-        "guard_filter_fn": lambda entries: [("transformer_options" not in entry.name) for entry in entries]})
-
-    def run(patcher, cfg):
-        sampler, sigmas = comfy.samplers.ksampler("euler"), torch.tensor([1.0, 0.7, 0.45, 0.2, 0.0])
-        return comfy.samplers.sample(
-            patcher, noise, *conds, cfg, torch.device("cpu"), sampler, sigmas, latent_image=torch.zeros_like(noise), seed=0)
-
-    torch._dynamo.reset()
-    counters.clear()
-    found = []
-    for cfg in (1.0, 2.5, 1.0, 2.5):
-        error = float((run(fast, cfg) - run(model, cfg)).abs().max())
-        found.append([len(graphs), error])
-    return {"graphs": [count for count, _ in found], "error": max(error for _, error in found), "breaks": dict(counters["graph_break"])}
-
-
-@pytest.mark.parametrize("kind", ["text", "classes"])
-def test_torch_compile_makes_one_graph_for_each_batch_size(comfyui, class_files, kind):
-    """With guidance the first step, which is not guided, has half the batch of the others."""
-    if kind == "text":
-        found = inside(comfyui, compiled)
-    else:
-        graph = Graph()
-        model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
-        node = graph.add("TiMTestProbe", **probe(compiled), model=model)[0]
-        found = json.loads(comfyui.run(graph.prompt)[node]["text"][0])
-    assert found["graphs"] == [1, 2, 2, 2] and not found["breaks"] and found["error"] < 1e-4
 
 
 # What is wired in wrongly

@@ -6,6 +6,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...tim_core.errors import TimError
 from ...tim_core.sampler import check_guidance
+from .trace import TRACE
 
 INTERVAL = "tim_interval"  # key of the guidance interval's wrapper
 ROUNDING = 1e-6  # of times that core computes in float32: its first time of a shifted schedule may be a little below 1
@@ -25,15 +26,18 @@ class IntervalWrapper:
         """Whether guidance acts at this time."""
         return self.low + ROUNDING < time < self.high - ROUNDING
 
-    def __call__(self, executor, x, timestep, *args, **kwargs):
-        guider = executor.class_obj
-        if self.holds(float(timestep.flatten()[0])):
-            return executor(x, timestep, *args, **kwargs)
+    def __call__(self, executor, x, timestep, model_options={}, *args, **kwargs):
+        guider, trace = executor.class_obj, model_options.get("transformer_options", {}).get(TRACE)
+        time = None if trace is None else trace.time
+        if time is None:  # reading it waits for the device
+            time = float(timestep.flatten()[0])
+        if self.holds(time):
+            return executor(x, timestep, model_options, *args, **kwargs)
         strengths = {name: getattr(guider, name) for name in UNGUIDED if hasattr(guider, name)}
         try:
             for name in strengths:
                 setattr(guider, name, UNGUIDED[name])
-            return executor(x, timestep, *args, **kwargs)
+            return executor(x, timestep, model_options, *args, **kwargs)
         finally:
             for name, strength in strengths.items():
                 setattr(guider, name, strength)

@@ -1,5 +1,7 @@
 """TiM as a MODEL: core's BaseModel around our network."""
 
+from functools import partial
+
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as mm
@@ -17,6 +19,7 @@ from ...tim_core.weights.defaults import Defaults, read_defaults
 from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
 from ...tim_core.weights.write import json_tensor
+from .compiling import call_for_any_batch
 from .log import SAID
 from .network import TiMNetwork
 from .patches import usable_patches
@@ -53,7 +56,8 @@ class TiMModel(comfy.model_base.BaseModel):
         options = {**options, "tim_r": resolve_r(t, options)}
         options.pop(SAID, None)
         trace = options.pop(TRACE, None)
-        denoised = super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        apply = partial(super()._apply_model, x, t, c_concat, c_crossattn, control, options, **kwargs)
+        denoised = call_for_any_batch(self.diffusion_model, apply)
         if trace is not None:
             trace.add(t, options["tim_r"], x, denoised)
         return denoised

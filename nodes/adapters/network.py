@@ -9,6 +9,7 @@ from torch import Tensor
 from ...tim_core.errors import TimError
 from ...tim_core.models.config import TransformerConfig
 from ...tim_core.models.transformer import TransitionTransformer
+from .compiling import BATCH_LIMIT
 
 LABEL_BASE = 32
 
@@ -84,6 +85,9 @@ class TiMNetwork(TransitionTransformer):
         return executor.execute(x, timesteps, context, transformer_options, **kwargs)
 
     def _forward(self, x, timesteps, context, transformer_options={}, **kwargs):
+        if torch.compiler.is_compiling():
+            torch._check(len(x) >= 1)
+            torch._check(len(x) <= BATCH_LIMIT)
         context = self._condition(context)
         height, width = x.shape[-2:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.config.patch_size,) * 2)
@@ -154,4 +158,5 @@ def class_label(label: int) -> Tensor:
 def _number(context: Tensor) -> Tensor:
     """The inverse of class_label: (B, 1, 2) -> (B,) int64."""
     # The digits survive half precision, the number does not.
-    return (context[:, 0].float() @ context.new_tensor([LABEL_BASE, 1], dtype=torch.float32)).round().long() - 1
+    high, low = context[:, 0].float().unbind(1)
+    return (high * LABEL_BASE + low).round().long() - 1

@@ -49,7 +49,7 @@ def resolve_r(t: Tensor, options: dict) -> Tensor:
     return torch.where(distance <= 1e-5, torch.minimum(sigmas[1:][index], t), t)
 
 
-def _start_sampler(executor, guider, sigmas, extra_args, *args, **kwargs):
+def _start_sampler(executor, guider, sigmas, extra_args, callback, *args, **kwargs):
     """SAMPLER_SAMPLE wrapper: tells the network the end times of stock samplers, and the user what a sampler cannot do.
 
     euler without churn, and ddim, which equals it, take exact transitions. lcm jumps to time 0 and adds noise again. All others take
@@ -58,12 +58,15 @@ def _start_sampler(executor, guider, sigmas, extra_args, *args, **kwargs):
     sampler = executor.class_obj
     function = getattr(sampler, "sampler_function", None)
     options = extra_args["model_options"].setdefault("transformer_options", {})
-    if function in OWN_SAMPLERS:
-        if TRACE in options:
-            options[TRACE].own = True
-    else:
-        _check_stock_run(sampler, function, sigmas, getattr(guider, "cfg", 1.0), options)
-    return executor(guider, sigmas, extra_args, *args, **kwargs)
+    on_host, trace = sigmas.cpu(), options.get(TRACE)
+    own = function in OWN_SAMPLERS
+    if not own:
+        _check_stock_run(sampler, function, on_host, getattr(guider, "cfg", 1.0), options)
+    if trace is not None:
+        trace.own = own
+        if own or TRANSITION in options or TARGET in options:
+            callback = trace.follow(on_host.tolist(), callback)
+    return executor(guider, sigmas, extra_args, callback, *args, **kwargs)
 
 
 def _check_stock_run(sampler, function, sigmas: Tensor, cfg: float, options: dict) -> None:
@@ -97,15 +100,15 @@ def _start_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None
     options = guider.model_options.setdefault("transformer_options", {})
     options.setdefault(SAID, Said())
     check_latent(noise, latent_format.latent_channels)
-    sampling = model.get_model_object("model_sampling")
+    sampling, on_host = model.get_model_object("model_sampling"), sigmas.cpu()
     if type(sampling).calculate_denoised is not comfy.model_sampling.CONST.calculate_denoised:
         kind = next(base.__name__ for base in type(sampling).__mro__ if base.__module__ == comfy.model_sampling.__name__)
         raise TimError(f"model sampling: {kind} is not for flow models such as TiM; remove the node that sets it, or use ModelSamplingSD3")
     if getattr(sampling, "noise_scale", 1.0) != 1:
         say(options, f"noise scale: {sampling.noise_scale:g}, but TiM is trained with 1; remove ModelNoiseScale")
-    _check_sigmas(sigmas)
-    check_size(model.model.model_config, latent_image, sigmas, options)
-    check_start(noise, latent_image, sigmas, options)
+    _check_sigmas(on_host)
+    check_size(model.model.model_config, latent_image, on_host, options)
+    check_start(noise, latent_image, on_host, options)
     windows = guider.model_options.pop("context_handler", None)  # the run's own copy
     if windows is not None and noise.shape[windows.dim] > windows.context_length:
         say(options, "context windows have no effect: they are for videos, and this model takes an image whole")
@@ -113,12 +116,12 @@ def _start_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None
     _check_keys(conds, denoise_mask is not None, options)
     _fit_conditionings(conds, latent_format.spacial_downscale_ratio)
     check_areas(conds, *noise.shape[2:], latent_format.spacial_downscale_ratio)
-    _check_coverage(guider, sigmas, sampling, tuple(noise.shape[2:]), options)
+    _check_coverage(guider, on_host, sampling, tuple(noise.shape[2:]), options)
     check_finite(latent_image, "latent before sampling", advice=["a lower cfg or float32 in the node that made it"])
     for cond in conds:
         if cond.get("cross_attn") is not None:
             check_finite(cond["cross_attn"], "conditioning", advice=["CLIP Text Encode with the CLIP of this checkpoint"])
-    options[TRACE] = trace = Trace(sigmas)
+    options[TRACE] = trace = Trace(on_host.tolist())
     try:
         latent = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     finally:

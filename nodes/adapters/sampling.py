@@ -40,11 +40,12 @@ def sample_transitions(model, x, sigmas, extra_args=None, callback=None, disable
     """tim_core's sampler with the signature of a k-diffusion sampler; `model` applies the guidance itself."""
     extra_args = extra_args or {}
     tim_model(model.inner_model.model_patcher)
-    check_sigmas(sigmas)
+    times = check_sigmas(sigmas).tolist()
+    ends = iter(times[1:] if mode == "transition" else times)
 
     def network(x, t, r, _):
         mm.throw_exception_if_processing_interrupted()
-        return (x - model(x, t, **with_target(extra_args, r[0].item()))) / t[0]
+        return (x - model(x, t, **with_target(extra_args, next(ends)))) / t[0]
 
     fresh = fresh_noise(x.shape, extra_args.get("seed") or 0)
     options = dict(mode=mode, stochasticity=stochasticity, noise_sampler=fresh)
@@ -143,7 +144,8 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
         raise TimError(f"sigmas: {outside:g} is outside 0 to 1, the times of a TiM model; use TiM Scheduler, or BasicScheduler with simple")
     if len(sigmas) < 2:
         raise TimError(f"sigmas: {len(sigmas)} given; at least two are needed, for one step")
-    for before, after in zip(sigmas.tolist(), sigmas[1:].tolist()):
+    times = sigmas.tolist()
+    for before, after in zip(times, times[1:]):
         if after >= before:
             raise TimError(f"sigmas: {after:g} follows {before:g}; each must be smaller than the one before")
     return sigmas

@@ -1,5 +1,6 @@
-"""At which step of a run its values stopped being finite: recorded on the device, read only for the error."""
+"""Where a run is, and at which step its values stopped being finite: nothing waits for the device, except for the error."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_patcher
@@ -23,13 +24,28 @@ class Evaluation:
 
 
 class Trace:
-    """The evaluations of one run. own: whether our sampler makes them."""
+    """The times and evaluations of one run. own: whether our sampler makes them.
 
-    def __init__(self, sigmas: Tensor):
-        self.sigmas, self.evaluations, self.own = sigmas, [], False
+    time: of the next evaluation, if the sampler evaluates at the run's times alone (`follow`), else None.
+    """
+
+    def __init__(self, times: list[float]):
+        self.times, self.evaluations, self.own = times, [], False
+        self.time: float | None = None
 
     def __deepcopy__(self, memo):
         return self  # version 0.3.64 copies a run's options
+
+    def follow(self, times: list[float], callback: Callable | None) -> Callable:
+        """A callback for a sampler that evaluates only at these times, and calls it after each step; the times are those of its run."""
+        self.times, self.time = times, times[0]
+
+        def follow(step: int, *args):
+            self.time = times[step + 1]
+            if callback is not None:
+                callback(step, *args)
+
+        return follow
 
     def add(self, t: Tensor, r: Tensor, x: Tensor, denoised: Tensor) -> None:
         """Records an evaluation without waiting for the device."""
@@ -48,8 +64,8 @@ class Trace:
 
     def _step(self, evaluation: Evaluation) -> str:
         t, r = float(evaluation.t.flatten()[0]), float(evaluation.r.flatten()[0])
-        count = len(self.sigmas) - 1
-        number = min(max(int((self.sigmas.float().cpu() >= t - 1e-5).sum()), 1), count)
+        count = len(self.times) - 1
+        number = min(max(sum(time >= t - 1e-5 for time in self.times), 1), count)
         return f"step {number} of {count} (t = {t:.4g}, r = {r:.4g})"
 
 

@@ -94,6 +94,8 @@ class Server:
         models = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras")
         for folder in (custom_nodes, base / "output", base / "user", *(base / "models" / name for name in models)):
             folder.mkdir(parents=True)
+        (base / "input").mkdir()
+        shutil.copyfile(path / "input" / "example.png", base / "input" / "example.png")  # comes with every ComfyUI
         (custom_nodes / FOLDER).symlink_to(ROOT, target_is_directory=True)
         (custom_nodes / "probe.py").write_text(PROBE)
         with socket.socket() as free:

@@ -4,6 +4,7 @@ TIM_SCREENSHOTS names a folder for the screenshots; without it they are in pytes
 """
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -136,6 +137,45 @@ def test_template(request, comfyui, page, file):
     assert page.evaluate("() => ended") == [["execution_success", ""]], page.evaluate(TROUBLE)
     page.wait_for_function(IMAGES)
     assert page.evaluate(TROUBLE) == []
+
+
+# what a node hides: another node, or a link that passes behind it; the node's own links may reach 16 pixels in. At half the size.
+HIDDEN_BEHIND = """() => { const graph = app.graph, found = [], paths = [], canvas = new OffscreenCanvas(1, 1), title = node => node.title ?? node.type
+    const box = node => [node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]
+    for (const a of graph._nodes) for (const b of graph._nodes) { const [l, t, r, d] = box(a), [L, T, R, D] = box(b)
+        if (a.id < b.id && l < R && L < r && t < D && T < d) found.push(`${title(a)}: overlaps ${title(b)}`) }
+    for (const link of graph.links.values()) { paths.push([link, link.path])
+        for (let id = link.parentId; id != null; id = graph.reroutes.get(id).parentId) paths.push([link, graph.reroutes.get(id).path]) }
+    for (const node of graph._nodes) { const [l, t, r, d] = box(node), w = canvas.width = (r - l) / 2, h = canvas.height = (d - t) / 2
+        const context = canvas.getContext('2d', {willReadFrequently: true}); context.scale(0.5, 0.5); context.translate(-l, -t)
+        const own = ([link]) => [link.origin_id, link.target_id].includes(node.id), other = pair => !own(pair)
+        const seen = (pairs, edge) => { context.clearRect(l, t, r - l, d - t); pairs.forEach(([, path]) => context.stroke(path))
+            return new Uint32Array(context.getImageData(edge, edge, w - 2 * edge, h - 2 * edge).data.buffer).some(pixel => pixel) }
+        for (const [kind, edge] of [[own, 8], [other, 2]]) if (seen(paths.filter(kind), edge))
+            for (const pair of paths.filter(kind)) if (seen([pair], edge))
+                found.push(`${title(node)}: hides the ${pair[0].type} of ${title(graph.getNodeById(pair[0].origin_id))}`) }
+    return [...new Set(found)] }"""
+FIT = """() => { const {canvas, graph} = app; canvas.ds.scale = 0.4; canvas.ds.offset[0] = 400; canvas.ds.offset[1] = 300
+    canvas.setDirty(true, true); canvas.draw(true, true) }"""
+DRAWN = "() => app.graph.links.size > 0 && [...app.graph.links.values()].every(link => link.path)"
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["litegraph", "nodes-2"])
+def test_templates_hide_nothing(comfyui, page, nodes_2):
+    from playwright.sync_api import TimeoutError
+
+    comfyui.read("settings", {"Comfy.VueNodes.Enabled": nodes_2})
+    open_editor(page, comfyui)
+    found = {}
+    for file in sorted((ROOT / "workflows").glob("*.json")):
+        page.evaluate("graph => app.loadGraphData(graph, true, true, 'shown')", json.loads(file.read_text(encoding="utf-8")))
+        page.evaluate(FIT)
+        page.wait_for_function(DRAWN)
+        with contextlib.suppress(TimeoutError):  # until Nodes 2.0 has measured its nodes
+            page.wait_for_function(f"() => ({HIDDEN_BEHIND})().length === 0", timeout=4000, polling=200)
+        found[file.stem] = page.evaluate(HIDDEN_BEHIND)
+    comfyui.read("settings", {"Comfy.VueNodes.Enabled": False})
+    assert {name: hidden for name, hidden in found.items() if hidden} == {}
 
 
 CONNECT = """([kind, name]) => { const source = LiteGraph.createNode(kind), target = LiteGraph.createNode(name)

@@ -61,6 +61,17 @@ def rezip(source: Path, target: Path, change, compress: int = zipfile.ZIP_STORED
     return target
 
 
+def flip_storage(path: Path, number: int, place: float = 0.5, bit: int = 0) -> str:
+    """Flips a bit of one storage of a torch file, which keeps its checksum -> the name of its record. place: 0 to 1."""
+    with zipfile.ZipFile(path) as archive:
+        record = next(record for record in archive.infolist() if record.filename.endswith(f"/data/{number}"))
+    data = bytearray(path.read_bytes())
+    names, extra = (int.from_bytes(data[record.header_offset + at :][:2], "little") for at in (26, 28))
+    data[record.header_offset + 30 + names + extra + int(place * record.file_size)] ^= 1 << bit
+    path.write_bytes(data)
+    return record.filename
+
+
 class Pickle:
     """Writes pickles as torch does, one opcode after the other."""
 

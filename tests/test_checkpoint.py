@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import hostile
-from tests.hostile import SPECIAL, deep_json, one_tensor, rezip, special_file
+from tests.hostile import SPECIAL, deep_json, flip_storage, one_tensor, rezip, special_file
 from tests.support import load_all, mentions
 from tim_core.errors import TimError
 from tim_core.evaluation.benchmark_export import read_prompts
@@ -278,6 +278,30 @@ def test_a_storage_of_another_length_names_its_tensor(change, key, weights, tmp_
         assert "cut.bin" in message and key in message
     assert not (tmp_path / "out.safetensors").exists()
     assert load_transformer(rezip(tmp_path / "whole.bin", tmp_path / "same.bin", lambda name, data: data))
+
+
+@pytest.mark.parametrize("key", ["blocks.1.mlp.fc2.weight", "final_layer.linear.bias"])
+@pytest.mark.parametrize("place", [0, 0.5, 0.999])
+def test_a_flipped_bit_in_a_storage_names_its_record_and_tensor(key, place, weights, tmp_path):
+    """The value stays finite, so nothing else would tell. torch itself compares no checksum."""
+    torch.save(weights, tmp_path / "flipped.bin")
+    record = flip_storage(tmp_path / "flipped.bin", list(weights).index(key), place)
+    assert torch.load(tmp_path / "flipped.bin")[key].isfinite().all()
+    for function in (load_transformer, read_parts, lambda path: convert(path, tmp_path / "out.safetensors")):
+        assert mentions(refused(function, tmp_path / "flipped.bin"), "flipped.bin", record, key, "checksum")
+    assert not (tmp_path / "out.safetensors").exists()
+    assert describe(tmp_path / "flipped.bin").parts  # reads no weights
+
+
+def test_torch_files_without_checksums_load(weights, tmp_path):
+    """As torch writes them after set_crc32_options(False): with checksums of 0."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, tmp_path / "unsummed.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    found = open_state_dict(tmp_path / "unsummed.bin")[0]
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def test_a_missing_storage_names_its_tensor(weights, tmp_path):

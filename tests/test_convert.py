@@ -20,7 +20,7 @@ from tim_core.weights.load import load_text_encoder, load_transformer
 from tim_core.weights.parts import BUNDLED, read_parts
 from tim_core.weights.quantized import is_large
 from tim_core.weights.save import convert, pack
-from tim_core.weights.write import DTYPES, entry, write_safetensors
+from tim_core.weights.write import DTYPES, Entry, entry, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 PREFIX = "model.diffusion_model."
@@ -96,6 +96,15 @@ def test_what_is_written_is_what_the_library_reads(tmp_path):
     assert seen[-1] == (size, size) and seen == sorted(seen)
     with pytest.raises(TimError, match="odd"):
         write_safetensors(tmp_path / "b", {"odd": entry(torch.zeros(1, dtype=torch.complex128))}, {})
+
+
+@pytest.mark.parametrize("made", [torch.zeros(3, 2), torch.zeros(2, 2), torch.zeros(2, 3, dtype=torch.float16)])
+def test_a_tensor_that_is_made_unlike_its_entry_is_an_error(made, tmp_path):
+    """Written as it is, it would shift every tensor behind it."""
+    entries = {"a.weight": Entry((2, 3), torch.float32, lambda: made), "b": entry(torch.ones(4))}
+    with pytest.raises(TimError) as error:
+        write_safetensors(tmp_path / "a", entries, {})
+    assert mentions(str(error.value), "a.weight", list(made.shape), "[2, 3]")
 
 
 # 8-bit weights

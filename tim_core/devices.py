@@ -6,8 +6,8 @@ import torch
 
 from .errors import TimError
 from .weights.detect import AUTOENCODER, TEXT_ENCODER, TITLES
-from .weights.load import main_dtype
 from .weights.parts import Parts
+from .weights.precision import main_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,6 +11,7 @@ import torch
 from ...tim_core.errors import TimError
 from ...tim_core.finite import damaged_weight
 from ...tim_core.models.config import TransformerConfig
+from ...tim_core.models.released import find_release
 from ...tim_core.models.transformer import PEAK_TENSORS, TransitionTransformer
 from ...tim_core.weights.defaults import Defaults, read_defaults
 from ...tim_core.weights.load import check_tensors
@@ -70,7 +71,8 @@ class TiMLatent(comfy.latent_formats.LatentFormat):
     ):
         self.latent_channels = config.in_channels
         self.spacial_downscale_ratio = factor
-        if config.in_channels == 4 and config.text_dim is None:  # released class model at 256x256: latents of the stock SD VAE
+        release = find_release(config.in_channels, config.text_dim is None)
+        if release is not None and release.sd_vae and release.reads(config.text_dim is None):  # latents of the stock SD VAE
             stock = comfy.latent_formats.SD15()
             self.scale_factor, self.latent_rgb_factors = stock.scale_factor, stock.latent_rgb_factors
             self.taesd_decoder_name = stock.taesd_decoder_name

@@ -13,8 +13,9 @@ from torch import Tensor
 from ...tim_core.finite import check_finite
 from ...tim_core.models.autoencoder import Autoencoder
 from ...tim_core.models.tiles import STRIDE, TILE
-from ...tim_core.weights.load import cast, check_tensors
+from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
+from ...tim_core.weights.precision import cast
 from ...tim_core.weights.write import json_tensor
 from .checks import check_latent
 from .model import WholePatcher, is_dynamic, patcher_class

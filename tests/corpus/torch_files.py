@@ -120,7 +120,7 @@ def other_records(random: Random) -> Iterator[Case]:
 
 @generator
 def archives_with_damage(random: Random) -> Iterator[Case]:
-    """Flipped bits of the pickle, of the directory, and cut files."""
+    """Flipped bits of the pickle, of the directory and of the storages, and cut files."""
     for number in range(8):
         place, bit = random.random(), random.randrange(8)
 
@@ -139,6 +139,14 @@ def archives_with_damage(random: Random) -> Iterator[Case]:
 
         where = "directory" if new else "old torch file's pickles"
         yield Case(f"bit {bit} at {place:.3f} of a {where} ({number})", with_bytes(flip_end, "sample", new), Either(fails(FILE), CLEAN))
+    for command in READERS:
+        number, place, bit = random.randrange(100), random.random(), random.randrange(8)
+
+        def build_flipped(folder: Path, originals: Originals, number=number, place=place, bit=bit, command=command) -> list[object]:
+            hostile.flip_storage(saved(originals, Path(FILE)), number, place, bit)
+            return list(READERS[command])
+
+        yield Case(f"bit {bit} at {place:.3f} of storage {number}, {command}", build_flipped, refused(command))
     for new in (True, False):
         for share in (random.uniform(0, 0.1), random.uniform(0.1, 0.9), random.uniform(0.99, 1)):
             command = random.choice(list(READERS))

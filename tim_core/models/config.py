@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Mapping
 from torch import Tensor
 
 from ..errors import TimError
+from .released import DC_AE_CHANNELS, DC_AE_SCALE
 
 # How the interval is embedded: as a sum of embeddings, the last through its own embedder.
 CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
@@ -269,7 +270,7 @@ class AutoencoderConfig:
         """Reads the architecture from key names and shapes.
 
         metadata: what `record` writes. Without it, both shortcuts are on, batch-norm stages use relu, as in every released DC-AE, and the
-        scaling factor is 0.41407 for 32 channels (dc-ae-f32c32-sana), else 1. TimError if this is not a DC-AE.
+        scaling factor is that of dc-ae-f32c32-sana for its number of channels, else 1. TimError if this is not a DC-AE.
         """
         metadata = metadata or {}
         shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
@@ -343,6 +344,6 @@ class AutoencoderConfig:
             out_shortcut=metadata.get("out_shortcut", True),
             in_shortcut=metadata.get("in_shortcut", True),
             out_activation=metadata.get("out_activation", "relu"),
-            scaling_factor=metadata.get("scaling_factor", 0.41407 if channels == 32 else 1.0),
+            scaling_factor=metadata.get("scaling_factor", DC_AE_SCALE if channels == DC_AE_CHANNELS else 1.0),
             force_upcast=metadata.get("force_upcast") or False,
         )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TimError
 
@@ -19,6 +19,7 @@ RANGES = {"rms_norm_eps": (1e-12, 1e-2), "query_pre_attn_scalar": (1e-3, 1e6), "
           "attention_dropout": (0, 1), "rope_theta": (1e-3, 1e9), "rope_local_base_freq": (1e-3, 1e9)}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 MOST_LAYERS = 1000
+GEMMA_1B_WIDTH = 1152
 
 
 def normalise_config(config: dict) -> dict:
@@ -80,6 +81,47 @@ def gemma_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     layer |= {f"{name}.weight": (hidden,) for name in norms}
     layers = {f"layers.{i}.{name}": shape for i in range(config["num_hidden_layers"]) for name, shape in layer.items()}
     return {"embed_tokens.weight": (config["vocab_size"], hidden), **layers, "norm.weight": (hidden,)}
+
+
+def gemma_1b_config(tensors: Mapping[str, Tensor]) -> dict:
+    """The config of a Gemma 3 1B, the one size that shapes identify for certain. TimError for another width."""
+    vocab, hidden = tensors["embed_tokens.weight"].shape
+    if hidden != GEMMA_1B_WIDTH:
+        raise TimError(f"the Gemma-3 text model of width {hidden} needs its config.json in the same folder")
+    head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": tensors["layers.0.mlp.gate_proj.weight"].shape[0],
+        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers.")),
+        "num_attention_heads": tensors["layers.0.self_attn.q_proj.weight"].shape[0] // head_dim,
+        "num_key_value_heads": tensors["layers.0.self_attn.k_proj.weight"].shape[0] // head_dim,
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": head_dim,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 32768,
+    }
+
+
+def check_gemma(config: dict, tensors: Mapping[str, Tensor]) -> None:
+    """TimError unless the counts and widths of a Gemma config are those of the tensors: no model is built that they could not fill."""
+    vocab, hidden = tensors["embed_tokens.weight"].shape
+    head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
+    layers = len({key.split(".")[1] for key in tensors if key.startswith("layers.")})
+    found = {"num_hidden_layers": layers, "vocab_size": vocab, "hidden_size": hidden, "head_dim": head_dim}
+    rows = {"num_attention_heads": ("self_attn.q_proj", head_dim), "num_key_value_heads": ("self_attn.k_proj", head_dim),
+            "intermediate_size": ("mlp.gate_proj", 1)}
+    for name, (module, width) in rows.items():
+        if (weight := tensors.get(f"layers.0.{module}.weight")) is not None:
+            found[name] = weight.shape[0] // max(width, 1)
+    for name, value in found.items():
+        if config.get(name) is not None and config[name] != value:
+            raise TimError(f"text encoder config: {name} is {config[name]}, the tensors have {value}; use the config.json of these weights")
 
 
 def text_mismatch(wrong: str) -> str:

@@ -9,13 +9,11 @@ from typing import Any
 
 from ..errors import TimError
 from ..limits import MAX_CFG, MAX_SIDE
+from ..models.released import find_release
 from .parts import TRANSFORMER, Parts
 
 RECORD = ("native_size", "steps", "cfg", "guidance_interval", "strength")  # keys of a transformer's record
-RELEASED_SIDES = {32: 1024, 4: 256}  # latent channels of the released weights, which have no record -> pixels per side
 MOST_STEPS = 1000  # of a default
-RELEASED_REACH = 4  # the released text-to-image model was trained from 256 to 4096 pixels a side
-RELEASED_CLASSES = {32: (512, 3.0, (0.0, 0.7)), 4: (256, 2.5, (0.0, 0.6))}  # class-conditional: pixels per side, cfg, guidance interval
 # where neither record nor channels tell: as suits tim-shapes, of factor 8, which was trained mostly at 64x64
 OTHER_CELLS = 8  # latent cells per side
 OTHER_STRENGTH = 0.3
@@ -54,11 +52,14 @@ def find_defaults(
     """
     multiple = factor * patch_size
     found: dict[str, Any] = {}
-    side = RELEASED_SIDES.get(channels, OTHER_CELLS * factor)
-    if channels not in RELEASED_SIDES:
+    release = find_release(channels, class_conditional)
+    side = OTHER_CELLS * factor if release is None else release.side
+    if release is None:
         found["strength"] = OTHER_STRENGTH
-    if class_conditional and channels in RELEASED_CLASSES:
-        side, found["cfg"], found["guidance_interval"] = RELEASED_CLASSES[channels]
+    elif release.reads(class_conditional):
+        found |= {"cfg": release.cfg, "guidance_interval": release.guidance_interval}
+        if "native_size" not in record:
+            found["reach"] = release.reach
     if (size := record.get("native_size")) is None:
         size = (math.ceil(side / multiple) * multiple,) * 2
     elif not (isinstance(size, (list, tuple)) and len(size) == 2
@@ -79,8 +80,6 @@ def find_defaults(
             raise TimError(f"guidance_interval: {interval!r} is not [low, high] with 0 <= low < high and low < 1; "
                            "correct the file's metadata")
         found["guidance_interval"] = (float(interval[0]), float(interval[1]))
-    if channels == 32 and not class_conditional and "native_size" not in record:
-        found["reach"] = RELEASED_REACH
     if (strength := record.get("strength")) is not None:
         if not _is_number(strength) or not 0 < strength <= 1:
             raise TimError(f"strength: {strength!r} is not a number above 0 and at most 1; correct the file's metadata")

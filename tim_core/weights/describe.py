@@ -8,12 +8,14 @@ from pathlib import Path
 
 from ..errors import TimError, printable
 from ..files import parse_json
+from ..models.gemma import GEMMA_1B_WIDTH
+from ..models.released import DC_AE_CHANNELS, find_release
 from .defaults import Defaults, read_defaults
 from .detect import AUTOENCODER, KL_AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .load import check_loads
 from .lora import Lora, read_lora
 from .open import open_state_dict
-from .parts import BUNDLED, GEMMA_1B_WIDTH, PART_FOLDERS, Part, Parts, read_parts, resolve
+from .parts import BUNDLED, PART_FOLDERS, Part, Parts, read_parts, resolve
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,6 @@ PLACES = {
 }
 LORA = Place("LoraLoaderModelOnly", "loras", "--lora")
 SD_VAE = Place("Load VAE", "vae", "")
-T2I_CHANNELS = 32  # latent channels of the released text-to-image model
-SD_VAE_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,11 @@ def describe(path: str | Path) -> Description:
     place = resolve(path)
     size = _size(place)
     try:
-        parts = read_parts(path)
+        parts = read_parts(path, checksums=False)  # reads no weights
     except TimError:
         if place.is_dir():
             raise
-        tensors, metadata = open_state_dict(place)
+        tensors, metadata = open_state_dict(place, checksums=False)
         if any(find_part(tensors, part) for part in TITLES):
             raise
         return _describe_other(str(path), place, size, tensors, metadata)
@@ -213,7 +213,8 @@ def _missing(parts: Parts) -> list[str]:
         if text.tokenizer is None:
             missing.append("tokenizer.json or tokenizer.model of the text model, in the same folder")
     if vae is None:
-        if transformer is not None and transformer.in_channels == SD_VAE_CHANNELS:
+        release = None if transformer is None else find_release(transformer.in_channels, transformer.text_dim is None)
+        if release is not None and release.sd_vae:
             missing.append(f"Stable Diffusion's VAE, for {SD_VAE.node} in ComfyUI (models/{SD_VAE.folder})")
         else:
             channels = "" if transformer is None else f" with {transformer.in_channels} latent channels"
@@ -241,17 +242,14 @@ def _advice(parts: Parts, missing: tuple[str, ...]) -> str:
             TEXT_ENCODER in parts
             and _width(parts[TEXT_ENCODER]) == GEMMA_1B_WIDTH
             or AUTOENCODER in parts
-            and parts[AUTOENCODER].config.latent_channels == T2I_CHANNELS
+            and parts[AUTOENCODER].config.latent_channels == DC_AE_CHANNELS
         )
         return "tim download t2i fetches the released text-to-image model with all its parts" if released else ""
     config = parts[TRANSFORMER].config
-    if config.text_dim == GEMMA_1B_WIDTH and config.in_channels == T2I_CHANNELS:
-        release = "t2i"
-    elif config.text_dim is None and config.in_channels in (T2I_CHANNELS, SD_VAE_CHANNELS):
-        release = "c2i-512" if config.in_channels == T2I_CHANNELS else "c2i-256"
-    else:
+    release = find_release(config.in_channels, config.text_dim is None)
+    if release is None or release.text_width != config.text_dim:
         return ""
-    return f"tim download {release} fetches what is missing of the released model"
+    return f"tim download {release.name} fetches what is missing of the released model"
 
 
 def _defaults(parts: Parts) -> Defaults | None:

@@ -17,11 +17,12 @@ MOST_HEADER = 2**24  # bytes of a safetensors header; that of 1000 tensors has 1
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, activation checkpointing
 
 
-def open_state_dict(path: str | Path) -> tuple[StateDict, dict[str, str]]:
+def open_state_dict(path: str | Path, checksums: bool = True) -> tuple[StateDict, dict[str, str]]:
     """Reads a weight file -> its tensors and its safetensors metadata.
 
     Nested dicts become dotted keys. Tensors are memory-mapped where the format allows. The format is detected by content; torch files
-    are read by the weights-only loader alone. TimError naming the file if it cannot be opened, or contains code.
+    are read by the weights-only loader alone. checksums: see `check_torch_file`. TimError naming the file if it cannot be opened, or
+    contains code.
     """
     path = Path(path)
     check_file(path)
@@ -37,7 +38,7 @@ def open_state_dict(path: str | Path) -> tuple[StateDict, dict[str, str]]:
             raise TimError(f"{path}: its header has {size} bytes; those of models have at most {MOST_HEADER}")
         return _open_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
-        check_torch_file(path)
+        check_torch_file(path, checksums)
         return flatten(_open_torch(path), str(path)), {}
     other_formats = {
         b"GGUF": "a GGUF file",

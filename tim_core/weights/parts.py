@@ -29,7 +29,8 @@ from torch import Tensor
 from ..errors import TimError, one_line
 from ..files import is_file, parse_json, read_bytes, user_path
 from ..models.config import AutoencoderConfig, TransformerConfig
-from ..models.gemma import normalise_config
+from ..models.gemma import check_gemma, gemma_1b_config, normalise_config
+from ..models.released import ESCAPE_PROMPTS, latent_factor
 from ..models.tokenizer import MOST_TOKENIZER, is_json, tokenizer_file
 from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
 from .open import StateDict, flatten, open_state_dict
@@ -53,9 +54,7 @@ DIMENSIONS = {
 }
 
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
-GEMMA_1B_WIDTH = 1152
 MOST_FACTOR = 256
-LATENT_FACTORS = {32: 32, 4: 8}  # latent channels -> pixels per latent cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +93,8 @@ class Part:
             if self.kind == AUTOENCODER:
                 return AutoencoderConfig.from_state_dict(self.tensors, self.record)
             gemma = {key: value for key, value in self.record.items() if key != "escape_prompts"}
-            config = normalise_config(gemma or _gemma_config(self.tensors))
-            _check_gemma(config, self.tensors)
+            config = normalise_config(gemma or gemma_1b_config(self.tensors))
+            check_gemma(config, self.tensors)
             return config
 
 
@@ -144,9 +143,9 @@ class Parts:
 
     @property
     def escape(self) -> bool:
-        """Whether prompts are unicode-escaped, as in training: from the transformer's record, else the text model's, else True."""
+        """Whether prompts are unicode-escaped, as in training: from the transformer's record, else the text model's, else as released."""
         records = (self.parts[kind].record for kind in (TRANSFORMER, TEXT_ENCODER) if kind in self)
-        escape = next((r["escape_prompts"] for r in records if r.get("escape_prompts") is not None), True)
+        escape = next((r["escape_prompts"] for r in records if r.get("escape_prompts") is not None), ESCAPE_PROMPTS)
         if not isinstance(escape, bool):
             raise TimError(f"{self.source}: escape_prompts is {escape!r}; it must be true or false")
         return escape
@@ -161,7 +160,7 @@ class Parts:
             return factor
         if AUTOENCODER in self:
             return self[AUTOENCODER].config.factor
-        return LATENT_FACTORS.get(self[TRANSFORMER].tensors["x_embedder.proj.weight"].shape[1], 8)
+        return latent_factor(self[TRANSFORMER].tensors["x_embedder.proj.weight"].shape[1])
 
     @property
     def size_multiple(self) -> int:
@@ -199,20 +198,21 @@ def resolve(name: str | Path) -> Path:
     return path
 
 
-def read_parts(source) -> Parts:
+def read_parts(source, checksums: bool = True) -> Parts:
     """Reads the parts of a weight file, a folder, a bundled name, or a dict {"model": ..., "vae": ...}.
 
     A folder holds one model in Hugging Face layout, or folders transformer, text_encoder and vae that each hold one. The values of a dict
-    are files, folders or modules. TimError naming the source if it holds no part of a TiM checkpoint.
+    are files, folders or modules. checksums: whether to compare the checksums of torch files; only what reads no weights may do without.
+    TimError naming the source if it holds no part of a TiM checkpoint.
     """
     if isinstance(source, Parts):
         return source
     if isinstance(source, Mapping):
-        return _gather(source)
+        return _gather(source, checksums)
     path = resolve(source)
     if folders := {name: path / folder for folder, name in PART_FOLDERS.items() if (path / folder).is_dir()}:
-        return replace(_gather(folders), source=str(source))
-    tensors, metadata, folder = _open_folder(path) if path.is_dir() else (*open_state_dict(path), path.parent)
+        return replace(_gather(folders, checksums), source=str(source))
+    tensors, metadata, folder = _open_folder(path, checksums) if path.is_dir() else (*open_state_dict(path, checksums), path.parent)
     tensors = with_layer_keys(tensors, metadata, str(source))
     parts = _take_apart(tensors, _tim_record(metadata, str(source)), str(source))
     if not parts.parts:
@@ -276,7 +276,7 @@ def _record_of(kind: str, metadata: dict) -> dict:
     return {key: metadata[key] for key in keys if key in metadata}
 
 
-def _gather(sources: Mapping) -> Parts:
+def _gather(sources: Mapping, checksums: bool) -> Parts:
     parts = Parts(" + ".join(str(s) if isinstance(s, (str, Path)) else type(s).__name__ for s in sources.values()))
     for name, source in sources.items():
         if name not in PART_NAMES:
@@ -285,7 +285,7 @@ def _gather(sources: Mapping) -> Parts:
         if isinstance(source, torch.nn.Module):
             parts.parts[kind] = _from_module(source, kind)
         elif source is not None:
-            one = read_parts(source)
+            one = read_parts(source, checksums)
             parts.parts[kind] = one[kind]
             if kind == TRANSFORMER:
                 parts.metadata = _record_of(kind, one.metadata)
@@ -304,28 +304,28 @@ def _from_module(module: torch.nn.Module, kind: str) -> Part:
     return _part(kind, source, found[1], inner.config.record())
 
 
-def _open_folder(folder: Path) -> tuple[StateDict, dict[str, str], Path]:
+def _open_folder(folder: Path, checksums: bool) -> tuple[StateDict, dict[str, str], Path]:
     """The weights of a folder in Hugging Face layout: one file, or the shards that an index names."""
     for index in sorted(folder.glob("*.index.json")):
         weight_map = _json(read_bytes(index), str(index)).get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TimError(f"{index}: weight_map must map names of tensors to file names; download the index again")
         if weight_map:
-            return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()})), {}, folder
+            return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()}), checksums), {}, folder
     files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
     files = [file for file in files if is_file(file)] or sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if len(files) > 1 and files[0].stem not in WEIGHT_FILES:
         raise TimError(f"{folder}: holds {len(files)} weight files; name one ({', '.join(f.name for f in files[:3])}, ...)")
     if not files:
         raise TimError(f"{folder}: no weights in this folder; it needs model.safetensors or another file of the Hugging Face layout")
-    return (*open_state_dict(files[0]), folder)
+    return (*open_state_dict(files[0], checksums), folder)
 
 
-def _open_shards(folder: Path, names: list[str]) -> StateDict:
+def _open_shards(folder: Path, names: list[str], checksums: bool) -> StateDict:
     """The tensors of several files. TimError naming a tensor that two of them hold."""
     tensors: StateDict = {}
     for name in names:
-        shard = open_state_dict(folder / name)[0]
+        shard = open_state_dict(folder / name, checksums)[0]
         if twice := next((key for key in shard if key in tensors), None):
             raise TimError(f"{folder / name}: tensor '{twice}' is in another shard, too; download the folder again")
         tensors |= shard
@@ -356,47 +356,6 @@ def _not_empty(data: bytes, name: str) -> bytes:
     if not data.strip():
         raise TimError(f"{name}: is empty; download it again")
     return data
-
-
-def _gemma_config(tensors: Mapping[str, Tensor]) -> dict:
-    """The config of a Gemma 3 1B, the one size that shapes identify for certain. TimError for another width."""
-    vocab, hidden = tensors["embed_tokens.weight"].shape
-    if hidden != GEMMA_1B_WIDTH:
-        raise TimError(f"the Gemma-3 text model of width {hidden} needs its config.json in the same folder")
-    head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": tensors["layers.0.mlp.gate_proj.weight"].shape[0],
-        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers.")),
-        "num_attention_heads": tensors["layers.0.self_attn.q_proj.weight"].shape[0] // head_dim,
-        "num_key_value_heads": tensors["layers.0.self_attn.k_proj.weight"].shape[0] // head_dim,
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": head_dim,
-        "sliding_window": 512,
-        "sliding_window_pattern": 6,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "rms_norm_eps": 1e-6,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 32768,
-    }
-
-
-def _check_gemma(config: dict, tensors: Mapping[str, Tensor]) -> None:
-    """TimError unless the counts and widths of a Gemma config are those of the tensors: no model is built that they could not fill."""
-    vocab, hidden = tensors["embed_tokens.weight"].shape
-    head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
-    layers = len({key.split(".")[1] for key in tensors if key.startswith("layers.")})
-    found = {"num_hidden_layers": layers, "vocab_size": vocab, "hidden_size": hidden, "head_dim": head_dim}
-    rows = {"num_attention_heads": ("self_attn.q_proj", head_dim), "num_key_value_heads": ("self_attn.k_proj", head_dim),
-            "intermediate_size": ("mlp.gate_proj", 1)}
-    for name, (module, width) in rows.items():
-        if (weight := tensors.get(f"layers.0.{module}.weight")) is not None:
-            found[name] = weight.shape[0] // max(width, 1)
-    for name, value in found.items():
-        if config.get(name) is not None and config[name] != value:
-            raise TimError(f"text encoder config: {name} is {config[name]}, the tensors have {value}; use the config.json of these weights")
 
 
 def _tim_record(metadata: Mapping[str, str], source: str) -> dict:

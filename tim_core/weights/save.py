@@ -15,10 +15,10 @@ from ..files import atomic_write, check_output, user_path
 from ..models.tokenizer import Tokenizer, is_json
 from .defaults import RECORD
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
-from .load import cast
 from .lora import Lora, read_lora
 from .open import open_state_dict
 from .parts import BUNDLED, CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
+from .precision import cast
 from .quantized import FP8, Quantization, is_large, quantize
 from .write import Entry, Report, entry, json_tensor, write_safetensors
 
@@ -120,7 +120,7 @@ def _open_lora(src) -> Lora | None:
     """The LoRA in a file; None if `src` is not the name of one."""
     if not isinstance(src, (str, Path)) or str(src) in BUNDLED or not os.path.isfile(user_path(src)):
         return None
-    return read_lora(src) if is_lora(open_state_dict(user_path(src))[0]) else None
+    return read_lora(src) if is_lora(open_state_dict(user_path(src), checksums=False)[0]) else None
 
 
 def _write_lora(lora: Lora, dst: str | Path, dtype, report: Report | None) -> Path:

@@ -12,13 +12,15 @@ import pickle
 import pickletools
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from ..errors import TimError
 
+CHUNK = 2**22  # bytes of a record read at a time
 MOST_PICKLE = 2**21  # bytes; 18,000 tensors have as many
 MOST_DIRECTORY = 2**23  # bytes of a zip archive's directory; 80,000 tensors have as many
 MOST_COPIED = 2**28  # bytes that the calls of a pickle may copy
@@ -62,12 +64,16 @@ class _Tensor:
     problem: str
 
 
-def check_torch_file(path: Path) -> None:
-    """TimError naming the file, and the tensor where it can, unless all is there that torch will read."""
+def check_torch_file(path: Path, checksums: bool = True) -> None:
+    """TimError naming the file, and the tensor where it can, unless all is there that torch will read.
+
+    checksums: whether to compare every record of a zip archive with its CRC-32, which takes about half a second a gigabyte; torch does
+    not. Archives saved without checksums, and files in torch's old format, have none to compare.
+    """
     try:
         with open(path, "rb") as file:
             if file.read(2) == b"PK":
-                _check_zip(file, path)
+                _check_zip(file, path, checksums)
             else:
                 file.seek(0)
                 _check_old(file, path)
@@ -104,7 +110,7 @@ def leaves(value: Mapping, kind: type | tuple[type, ...], name: str) -> Iterator
             stack.pop()
 
 
-def _check_zip(file: IO[bytes], path: Path) -> None:
+def _check_zip(file: BinaryIO, path: Path, checksums: bool) -> None:
     file.seek(max(0, path.stat().st_size - 2**16 - 100))
     tail = file.read()
     for signature, place, width in ((b"PK\5\6", 12, 4), (b"PK\6\6", 40, 8)):  # the end of a directory, and that of a large one
@@ -122,12 +128,13 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
         pickles = [name for name in records if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"has {len(pickles)} records named data.pkl")
+        summed = any(record.CRC for record in records.values())  # all are 0 after torch.serialization.set_crc32_options(False)
         if records[pickles[0]].file_size > MOST_PICKLE:
             raise ValueError(f"data.pkl has {records[pickles[0]].file_size} bytes")
         order = records.get(f"{pickles[0].removesuffix('data.pkl')}byteorder")
-        if order is not None and (order.file_size > 16 or archive.read(order).decode() != sys.byteorder):
+        if order is not None and (order.file_size > 16 or _read(file, order, summed).decode() != sys.byteorder):
             raise ValueError(f"its byte order is not {sys.byteorder}-endian")
-        reader = _Reader(io.BytesIO(archive.read(pickles[0])), old=False)
+        reader = _Reader(io.BytesIO(_read(file, records[pickles[0]], summed)), old=False)
         end = archive.start_dir
     names = _check_tensors(reader.load(), reader.tensors, path)
     places = []
@@ -136,11 +143,7 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
         found = -1 if record is None else record.file_size
         if record is None or not found == record.compress_size == storage.size:
             raise TimError(f"{path}: damaged torch file: {owner} has {max(found, 0)} of {storage.size} bytes; download or copy it again")
-        file.seek(record.header_offset)
-        header = file.read(30)
-        start = record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        if header[:4] != b"PK\3\4":
-            raise ValueError(f"record of {owner} not found")
+        start = _start(file, record)
         file.seek(start + found)
         after = (b"PK\7\x08",) if record.flag_bits & 8 else (b"PK\3\4", b"PK\1\2")  # its descriptor, or what comes next
         if file.read(4) not in after:
@@ -150,9 +153,41 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
     for (_, stop, owner), (start, *_) in zip(places, [*places[1:], (end,)]):
         if stop > start:
             raise TimError(f"{path}: damaged torch file: {owner} and another record share bytes; download or copy it again")
+    for record in records.values() if checksums and summed else ():
+        if _checksum(file, record) != record.CRC:
+            owner = names.get(record.filename.rpartition("/")[2], "no tensor") if "/data/" in record.filename else "no tensor"
+            problem = f"record {record.filename} ({owner}) does not match its checksum"
+            raise TimError(f"{path}: damaged torch file: {problem}; download or copy it again")
 
 
-def _check_old(file: IO[bytes], path: Path) -> None:
+def _start(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """Where the bytes of a stored record begin."""
+    file.seek(record.header_offset)
+    header = file.read(30)
+    if header[:4] != b"PK\3\4":
+        raise ValueError(f"record {record.filename} not found")
+    return record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+
+
+def _read(file: BinaryIO, record: zipfile.ZipInfo, summed: bool) -> bytes:
+    """The bytes of a stored record that is known to be small. summed: whether it has a checksum."""
+    file.seek(_start(file, record))
+    data = file.read(record.file_size)
+    if summed and zlib.crc32(data) != record.CRC:
+        raise ValueError(f"record {record.filename} does not match its checksum")
+    return data
+
+
+def _checksum(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """The CRC-32 of a stored record's bytes."""
+    file.seek(_start(file, record))
+    buffer, left, checksum = memoryview(bytearray(min(CHUNK, record.file_size))), record.file_size, 0
+    while left and (count := file.readinto(buffer[: min(left, CHUNK)])):
+        left, checksum = left - count, zlib.crc32(buffer[:count], checksum)
+    return checksum
+
+
+def _check_old(file: BinaryIO, path: Path) -> None:
     """Torch's format before version 1.6: five pickles, then each storage after its number of elements."""
     limited = _Limited(file, MOST_PICKLE)
     first = _Reader(limited, old=True).load()
@@ -191,7 +226,7 @@ def _check_tensors(value: Any, tensors: list[_Tensor], path: Path) -> dict[str, 
 class _Limited:
     """A file of which at most `left` bytes can be read."""
 
-    def __init__(self, file: IO[bytes], left: int):
+    def __init__(self, file: BinaryIO, left: int):
         self.file, self.left = file, left
 
     def _count(self, data: bytes) -> bytes:

@@ -41,7 +41,10 @@ def entry(tensor: Tensor) -> Entry:
 
 
 def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], report: Report | None = None) -> None:
-    """Writes named tensors, sorted by item size and name as the safetensors library does. TimError naming a dtype it does not know."""
+    """Writes named tensors, sorted by item size and name as the safetensors library does.
+
+    TimError naming a tensor of a dtype that it does not know, or that is made with another shape or dtype than its entry's.
+    """
     # The library writes its metadata in an order of its own, which differs from process to process.
     order = sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict = {"__metadata__": dict(sorted(metadata.items()))}
@@ -56,12 +59,19 @@ def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mappin
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         written = 0
-        for _, one in order:
-            data = memoryview(one.make().detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for name, one in order:
+            made = one.make()
+            if (tuple(made.shape), made.dtype) != (one.shape, one.dtype):
+                raise TimError(f"tensor {name}: is {_kind(made)}, where the header says {_kind(one)}; please report this")
+            data = memoryview(made.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
             for start in range(0, len(data), CHUNK):
                 written += file.write(data[start : start + CHUNK])
                 if report is not None:
                     report(written, done)
+
+
+def _kind(tensor: Tensor | Entry) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def json_tensor(value: dict) -> Tensor:

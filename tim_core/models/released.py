@@ -1,0 +1,54 @@
+"""The released weights, which have no record: what follows from the number of their latent channels and from what they read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .gemma import GEMMA_1B_WIDTH
+
+ESCAPE_PROMPTS = True  # their captions were unicode-escaped in training
+DC_AE_CHANNELS, DC_AE_SCALE = 32, 0.41407  # of dc-ae-f32c32-sana
+OTHER_FACTOR = 8  # pixels per latent cell of other numbers of channels
+
+
+@dataclass(frozen=True)
+class Release:
+    """One set of weights.
+
+    name: of `tim download`. channels: of the latent. factor: pixels per latent cell. side: of its images, in pixels.
+    cfg, guidance_interval: of the official scripts. reach: by how much a side may be longer or shorter.
+    text_width: of the features that it reads; None for class-conditional weights. sd_vae: whether its VAE is that of Stable Diffusion.
+    """
+
+    name: str
+    channels: int
+    factor: int
+    side: int
+    cfg: float = 2.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    reach: int = 2
+    text_width: int | None = None
+    sd_vae: bool = False
+
+    def reads(self, class_conditional: bool) -> bool:
+        """Whether it reads classes, or text."""
+        return (self.text_width is None) == class_conditional
+
+
+RELEASES = (
+    Release("t2i", 32, 32, 1024, reach=4, text_width=GEMMA_1B_WIDTH),  # trained from 256 to 4096 pixels a side
+    Release("c2i-512", 32, 32, 512, cfg=3.0, guidance_interval=(0.0, 0.7)),
+    Release("c2i-256", 4, 8, 256, guidance_interval=(0.0, 0.6), sd_vae=True),
+)
+
+
+def find_release(channels: int, class_conditional: bool = False) -> Release | None:
+    """The release with these latent channels, if there are several the one that reads the same; None for other channels."""
+    found = [release for release in RELEASES if release.channels == channels]
+    return next((release for release in found if release.reads(class_conditional)), found[0] if found else None)
+
+
+def latent_factor(channels: int) -> int:
+    """Pixels per latent cell of weights that say nothing but their latent channels."""
+    release = find_release(channels)
+    return OTHER_FACTOR if release is None else release.factor

@@ -107,6 +107,55 @@ def test_a_tensor_that_is_made_unlike_its_entry_is_an_error(made, tmp_path):
     assert mentions(str(error.value), "a.weight", list(made.shape), "[2, 3]")
 
 
+GATE = "blocks.0.mlp.fc1_x.weight"
+
+
+def with_small(tiny, path, share, count=1, value=1e-9):
+    """The tiny checkpoint with a share of the values of a weight, half of it in a second, so small that float16 and fp8 make them 0."""
+    tensors = load_file(tiny)
+    for number, name in enumerate((GATE, GATE.replace("fc1_x", "fc1_g"))[:count], 1):
+        flat = tensors[PREFIX + name].view(-1)
+        flat[: round(share / number * len(flat))] = value
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+def test_values_that_become_zero_are_one_line(dtype, tiny, tmp_path, caplog):
+    """The tensor with the largest share is named."""
+    source = with_small(tiny, tmp_path / "a.safetensors", 0.25, count=2)
+    convert(source, tmp_path / "b.safetensors", getattr(torch, dtype))
+    (line,) = caplog.messages
+    assert mentions(line, "a.safetensors", "25.0", GATE, "1 more", dtype, "bfloat16")
+    stored = load_file(tmp_path / "b.safetensors")[PREFIX + GATE]
+    assert 0.25 <= (stored.float() == 0).float().mean() < 0.27
+
+
+@pytest.mark.parametrize("share", [0.004, 0])
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "bfloat16"])
+def test_a_handful_of_small_values_is_no_line(dtype, share, tiny, tmp_path, caplog):
+    convert(with_small(tiny, tmp_path / "a.safetensors", share), tmp_path / "b.safetensors", getattr(torch, dtype))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("dtype, value", [("float16", 1e-9), ("float8_e4m3fn", 1e-42)])
+def test_a_tensor_that_would_become_zero_is_refused(dtype, value, tiny, tmp_path):
+    source = with_small(tiny, tmp_path / "a.safetensors", 1, value=value)
+    with pytest.raises(TimError) as error:
+        convert(source, tmp_path / "b.safetensors", getattr(torch, dtype))
+    assert mentions(str(error.value), GATE, dtype, "bfloat16") and not (tmp_path / "b.safetensors").exists()
+    if dtype == "float16":
+        with pytest.raises(TimError, match=GATE):
+            load_transformer(source, dtype=torch.float16)
+
+
+def test_zeros_may_stay_zeros(tiny, tmp_path, caplog):
+    source = with_small(tiny, tmp_path / "a.safetensors", 1, value=0.0)
+    for dtype in (torch.float16, torch.float8_e4m3fn):
+        convert(source, tmp_path / "b.safetensors", dtype)
+    assert not caplog.messages
+
+
 # 8-bit weights
 
 

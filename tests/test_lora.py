@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support import mentions
 from tim_core import Pipeline, TimError
 from tim_core.cli.options import lora as parse
 from tim_core.weights.describe import describe
@@ -166,9 +167,17 @@ def test_a_lora_of_another_size_changes_nothing(tiny, adapters, tmp_path, layer,
     pipe = Pipeline.load(tiny, "cpu")
     before = pipe.fingerprint()
     assert named in refused(pipe.load_lora, write(tmp_path / "a.safetensors", odd)) and pipe.fingerprint() == before
-    for strength in (float("nan"), float("inf"), "1", True):
-        assert "strength" in refused(pipe.load_lora, write(tmp_path / "b.safetensors", adapters), strength)
+    file = write(tmp_path / "b.safetensors", adapters)
+    for strength in (float("nan"), float("inf"), "1", True, 1e9, -100.001):
+        assert mentions(refused(pipe.load_lora, file, strength), "b.safetensors", "strength", repr(strength), "-100 to 100")
     assert pipe.fingerprint() == before
+
+
+@pytest.mark.parametrize("strength", [1e9, float("nan")])
+def test_a_strength_beyond_the_bound_is_refused_before_weights_are_loaded(strength, tiny, adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr("tim_core.pipeline.load_transformer", lambda *args, **options: pytest.fail("weights are loaded"))
+    file = write(tmp_path / "a.safetensors", adapters)
+    assert mentions(refused(Pipeline.load, tiny, "cpu", lora={file: strength}), "a.safetensors", "strength", f"{strength!r}", "100")
 
 
 def test_the_option(tmp_path):

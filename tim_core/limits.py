@@ -14,6 +14,7 @@ MAX_CFG = 100.0
 MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
 MIN_FACTOR, MAX_FACTOR = 0.5, 16.0  # of an enlargement
 MAX_STAGES = 8
+MAX_LORA_STRENGTH = 100.0  # up and down, as in ComfyUI's LoRA loaders
 MIN_TILE = 256  # pixels
 
 
@@ -21,6 +22,13 @@ def check_batch(batch: int, name: str = "batch") -> None:
     """TimError unless `batch` is a number of images from 1 to MAX_BATCH."""
     if isinstance(batch, bool) or not isinstance(batch, Integral) or not 1 <= batch <= MAX_BATCH:
         raise TimError(f"{name}: {batch} is not a whole number from 1 to {MAX_BATCH}")
+
+
+def check_lora_strength(strength: float, source: str) -> None:
+    """TimError naming the source unless `strength` is a number from -MAX_LORA_STRENGTH to MAX_LORA_STRENGTH."""
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not number or not -MAX_LORA_STRENGTH <= strength <= MAX_LORA_STRENGTH:
+        raise TimError(f"{source}: strength {strength!r} is not a number from {-MAX_LORA_STRENGTH:g} to {MAX_LORA_STRENGTH:g}")
 
 
 def check_size(width: Any, height: Any, multiple: int) -> None:

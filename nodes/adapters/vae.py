@@ -15,7 +15,7 @@ from ...tim_core.models.autoencoder import Autoencoder
 from ...tim_core.models.tiles import STRIDE, TILE
 from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
-from ...tim_core.weights.precision import cast
+from ...tim_core.weights.precision import Losses, cast
 from ...tim_core.weights.write import json_tensor
 from .checks import check_latent
 from .model import WholePatcher, is_dynamic, patcher_class
@@ -86,7 +86,9 @@ class TiMVAE(comfy.sd.VAE):
             mm.archive_model_dtypes(self.first_stage_model)
         chosen = WholePatcher if self.disable_offload else patcher_class(disable_dynamic)
         self.patcher = chosen(self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device())
-        weights = {name: cast(name, part.weight(name), self.vae_dtype, "cpu") for name in part.tensors}
+        losses = Losses()
+        weights = {name: cast(name, part.weight(name), self.vae_dtype, "cpu", losses) for name in part.tensors}
+        losses.report(part.source)
         self.first_stage_model.load_state_dict(weights, strict=False, assign=is_dynamic(self.patcher))
         self.patcher.cached_patcher_init = reload
         if hasattr(self, "model_size"):

@@ -181,7 +181,7 @@ def adapters_that_cannot_be_used(random: Random) -> Iterator[Case]:
 
 @generator
 def strengths(random: Random) -> Iterator[Case]:
-    for strength in ("nan", "inf", "-inf", "1e999", random.choice(["1e38", "-3e38", "1e300"])):
+    for strength in ("nan", "inf", "-inf", "1e999", random.choice(["1e38", "-3e38", "1e300"]), random.choice(["100.5", "-101", "1e9"])):
         yield Case(f"a LoRA at strength {strength}", with_lora(lambda tensors: tensors, strength), fails(FILE, "strength"))
     for strength in ("0", "-0.0", "0.0"):
         plain = gives("out.png", lambda originals: originals.result(*SAMPLE, "--model", originals.model))

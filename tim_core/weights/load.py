@@ -12,7 +12,7 @@ from ..models.tokenizer import Tokenizer, check_ids
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from .open import StateDict
 from .parts import Part, naming, read_parts
-from .precision import cast, main_dtype
+from .precision import Losses, cast, main_dtype
 
 
 def load_transformer(source, operations=torch.nn, attention=None, dtype=None, device="cpu", projector=False):
@@ -127,4 +127,7 @@ def _fill(model: torch.nn.Module, part: Part, dtype, device) -> torch.nn.Module:
 
 def _placed(part: Part, dtype, device) -> StateDict:
     """A part's tensors on a device, floating ones in dtype. TimError naming a tensor that dtype cannot hold."""
-    return {name: cast(name, part.weight(name), dtype, device) for name in part.tensors}
+    losses = Losses()
+    tensors = {name: cast(name, part.weight(name), dtype, device, losses) for name in part.tensors}
+    losses.report(part.source)
+    return tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import TimError
 from ..files import user_path
 from ..finite import damaged_weight
+from ..limits import check_lora_strength
 from .detect import LORA_DOWN, LORA_UP, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .open import open_state_dict
 
@@ -113,8 +113,7 @@ def merge_lora(lora: Lora, networks: dict[str, nn.Module | None], strength: floa
     TimError naming the file and the layer if a network is missing, lacks a layer or has it in another shape, or if a weight overflows; no
     weight is changed then.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise TimError(f"{lora.source}: strength {strength!r} is not a finite number")
+    check_lora_strength(strength, lora.source)
     targets: list[tuple[str, nn.Parameter, Adapter]] = []
     for part, layers in lora.layers.items():
         network = networks.get(part)

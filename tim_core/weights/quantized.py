@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import TimError
 from ..files import parse_json
 from .open import StateDict
+from .precision import Losses
 from .write import json_tensor
 
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -50,15 +51,20 @@ def dequantize(weight: Tensor, quantization: Quantization) -> Tensor:
     return weight.float() * quantization.scale.to(weight.device)
 
 
-def quantize(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """-> the weight in float8_e4m3fn and its scale, float32 (), that keeps the largest value. TimError for values that are not finite."""
+def quantize(name: str, weight: Tensor, losses: Losses) -> tuple[Tensor, Tensor]:
+    """-> the weight in float8_e4m3fn and its scale, float32 (), that keeps the largest value.
+
+    TimError for values that are not finite, or too small for a scale; `losses` takes note if many values become 0.
+    """
     weight = weight.float()
     largest = weight.abs().max() if weight.numel() else torch.tensor(0.0)
     if not bool(largest.isfinite()):
         raise TimError(f"tensor {name}: holds values that are not finite; fp8 cannot scale them, use another file")
     most = torch.finfo(FP8).max
-    scale = torch.where(largest > 0, largest / most, torch.ones(()))
-    return (weight / scale).clamp(-most, most).to(FP8), scale
+    scale = torch.where(largest > 0, largest / most, torch.ones(())).clamp(min=torch.finfo(torch.float32).tiny)
+    stored = (weight / scale).clamp(-most, most).to(FP8)
+    losses.add(name, weight, stored)
+    return stored, scale
 
 
 def is_large(name: str, weight: Tensor) -> bool:

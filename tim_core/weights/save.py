@@ -18,7 +18,7 @@ from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .lora import Lora, read_lora
 from .open import open_state_dict
 from .parts import BUNDLED, CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
-from .precision import cast
+from .precision import Losses, cast
 from .quantized import FP8, Quantization, is_large, quantize
 from .write import Entry, Report, entry, json_tensor, write_safetensors
 
@@ -42,12 +42,12 @@ def pack(
     if vae_dtype == FP8:
         raise TimError("dtype: fp8 is for the transformer; choose bf16 or fp32 for the VAE")
     tensors: dict[str, Entry] = {}
-    records = {}
+    records, losses = {}, Losses()
     for kind in TITLES:
         if kind in parts:
             part = parts[kind].with_projector() if keep_projector else parts[kind]
             records[kind] = _record_of(part, parts, metadata or {})
-            entries = _entries(part, vae_dtype if kind == AUTOENCODER else dtype)
+            entries = _entries(part, vae_dtype if kind == AUTOENCODER else dtype, losses)
             tensors |= {PREFIXES[kind] + name: one for name, one in entries.items()}
             tensors[CONFIG_KEYS[kind]] = entry(json_tensor(records[kind]))
     if TEXT_ENCODER in parts and (tokenizer := parts[TEXT_ENCODER].tokenizer) is not None:
@@ -55,7 +55,9 @@ def pack(
         if is_json(tokenizer):
             Tokenizer.from_json(tokenizer, f"{parts[TEXT_ENCODER].source}: tokenizer")  # TimError for a damaged one
         tensors[f"text_encoders.{name}"] = entry(torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8))
-    return _write(tensors, dst, _whole_record(parts, records, metadata or {}), report)
+    dst = _write(tensors, dst, _whole_record(parts, records, metadata or {}), report)
+    losses.report(parts.source)
+    return dst
 
 
 def convert(
@@ -81,33 +83,36 @@ def convert(
     if part.kind == AUTOENCODER and vae_dtype is not None:
         dtype = vae_dtype
     records = {part.kind: _record_of(part, parts, extra)}
-    return _write(_entries(part, dtype), dst, _whole_record(parts, records, extra), report)
+    losses = Losses()
+    dst = _write(_entries(part, dtype, losses), dst, _whole_record(parts, records, extra), report)
+    losses.report(parts.source)
+    return dst
 
 
-def _entries(part: Part, dtype) -> dict[str, Entry]:
-    """The tensors of a part to write, floating ones in dtype."""
+def _entries(part: Part, dtype, losses: Losses) -> dict[str, Entry]:
+    """The tensors of a part to write, floating ones in dtype; `losses` takes note when they are written."""
     found: dict[str, Entry] = {}
     for name, tensor in part.tensors.items():
         layer = name.removesuffix(".weight")
         if layer != name and layer in part.quantized and dtype in (None, FP8):
             found |= {name: entry(tensor), **{key: entry(value) for key, value in part.quantized[layer].tensors(layer).items()}}
         elif dtype == FP8 and part.kind == TRANSFORMER and is_large(name, tensor):
-            found |= _quantized(part, name)
+            found |= _quantized(part, name, losses)
         else:
             wanted = torch.bfloat16 if dtype == FP8 else dtype
             wanted = wanted if wanted is not None and tensor.is_floating_point() else tensor.dtype
-            found[name] = Entry(tuple(tensor.shape), wanted, partial(_cast_one, part, name, wanted))
+            found[name] = Entry(tuple(tensor.shape), wanted, partial(_cast_one, part, name, wanted, losses))
     return found
 
 
-def _cast_one(part: Part, name: str, dtype: torch.dtype) -> Tensor:
-    return cast(name, part.weight(name), dtype, "cpu")
+def _cast_one(part: Part, name: str, dtype: torch.dtype, losses: Losses) -> Tensor:
+    return cast(name, part.weight(name), dtype, "cpu", losses)
 
 
-def _quantized(part: Part, name: str) -> dict[str, Entry]:
+def _quantized(part: Part, name: str, losses: Losses) -> dict[str, Entry]:
     """The entries of a weight that is quantised when it is written."""
     def scaled(index: int) -> Tensor:
-        return quantize(name, part.weight(name))[index]
+        return quantize(name, part.weight(name), losses)[index]
 
     layer, shape = name.removesuffix(".weight"), tuple(part.tensors[name].shape)
     like = Quantization("float8_e4m3fn", torch.ones(())).tensors(layer)
@@ -127,8 +132,11 @@ def _write_lora(lora: Lora, dst: str | Path, dtype, report: Report | None) -> Pa
     """Writes a LoRA under the names that ComfyUI reads; its alphas keep their dtype."""
     if dtype == FP8:
         raise TimError(f"{lora.source}: dtype fp8 is for transformers, not for a LoRA; choose bf16")
-    tensors = {key: cast(key, value, None if key.endswith(".alpha") else dtype, "cpu") for key, value in lora.state_dict().items()}
-    return _save({key: entry(value) for key, value in tensors.items()}, dst, lora.metadata, report)
+    losses = Losses()
+    tensors = {key: cast(key, value, None if key.endswith(".alpha") else dtype, "cpu", losses) for key, value in lora.state_dict().items()}
+    dst = _save({key: entry(value) for key, value in tensors.items()}, dst, lora.metadata, report)
+    losses.report(lora.source)
+    return dst
 
 
 def _record_of(part: Part, parts: Parts, extra: dict) -> dict:

@@ -181,9 +181,9 @@ def _read(file: BinaryIO, record: zipfile.ZipInfo, summed: bool) -> bytes:
 def _checksum(file: BinaryIO, record: zipfile.ZipInfo) -> int:
     """The CRC-32 of a stored record's bytes."""
     file.seek(_start(file, record))
-    buffer, left, checksum = memoryview(bytearray(min(CHUNK, record.file_size))), record.file_size, 0
-    while left and (count := file.readinto(buffer[: min(left, CHUNK)])):
-        left, checksum = left - count, zlib.crc32(buffer[:count], checksum)
+    left, checksum = record.file_size, 0
+    while left and (data := file.read(min(left, CHUNK))):
+        left, checksum = left - len(data), zlib.crc32(data, checksum)
     return checksum
 
 

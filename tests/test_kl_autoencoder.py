@@ -1,13 +1,21 @@
 """Stable Diffusion's VAE against diffusers' AutoencoderKL: its names in every spelling, its values, its configuration."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support import mentions
 from tim_core.errors import TimError
 from tim_core.models import kl_autoencoder
 from tim_core.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig, diffusers_names
 from tim_core.models.released import SD_VAE
+from tim_core.pipeline import Pipeline
+from tim_core.weights.describe import describe
+from tim_core.weights.load import load_autoencoder
+from tim_core.weights.parts import read_parts
+from tim_core.weights.save import convert, pack
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -196,3 +204,120 @@ def test_a_record_of_another_scale_is_refused(pair):
 def test_shapes_that_are_not_its_own(pair, change, named):
     with pytest.raises(TimError, match=named):
         KLAutoencoderConfig.from_state_dict(change(pair[0].state_dict()))
+
+
+# Reading
+
+
+@pytest.fixture
+def vae(classes_256):
+    """The weights of the folder's VAE, under diffusers' present names."""
+    return load_file(classes_256 / "vae/sd-vae-ft-ema.safetensors")
+
+
+def refused(function, *arguments, **options) -> str:
+    with pytest.raises(TimError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", ["", "first_stage_model.", "state_dict."])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_file_gives_the_same_image(classes_256, vae, tmp_path, spelling, wrap):
+    given = {wrap + name: value.contiguous() for name, value in SPELLINGS[spelling](vae).items()}
+    if spelling == "original":
+        given |= {"model_ema.decay": torch.zeros(()), "loss.logvar": torch.zeros(())}  # as in files of the original code
+        torch.save({"state_dict": given, "global_step": 1}, tmp_path / "vae.ckpt")
+    else:
+        save_file(given, tmp_path / "vae.safetensors")
+    file = next(tmp_path.iterdir())
+    model = load_autoencoder(file)
+    assert all(torch.equal(value, vae[name]) for name, value in model.state_dict().items())
+    found = describe(file)
+    assert found.kind == "SD VAE" and mentions(found.missing[0], "TiM transformer", "4 latent channels") and not found.parts[0].problem
+    assert mentions(found.advice, "tim convert" if found.parts[0].prefix else "tim download c2i-256")
+    assert [place.node for place in found.places] == ([] if found.parts[0].prefix else ["Load VAE"])
+    back = convert(file, tmp_path / "back.safetensors")
+    assert load_file(back).keys() == vae.keys() and [place.node for place in describe(back).places] == ["Load VAE"]
+
+
+def test_a_folder_makes_images_and_enlarges_them(classes_256):
+    """The latent of the network is that of the VAE times 0.18215."""
+    pipe = Pipeline.load(classes_256, "cpu")
+    assert (pipe.defaults.width, pipe.defaults.height, pipe.size_multiple) == (256, 256, 16)
+    images = pipe(["golden retriever", 3], steps=1, cfg=1, width=128, height=144)
+    assert images.shape == (2, 144, 128, 3) and images.isfinite().all() and images.std() > 0.02
+    assert pipe.upscale(images, ["golden retriever", 3], factor=2, steps=1).shape == (2, 288, 256, 3)
+    oracle = diffusers.AutoencoderKL(**{**LEVELS, "block_out_channels": (32, 32, 64, 64), "layers_per_block": 1}).eval()
+    oracle.load_state_dict(pipe.autoencoder.state_dict())
+    with torch.no_grad():
+        latent = oracle.encode(images.movedim(-1, 1) * 2 - 1).latent_dist.mode()
+        near(pipe.encode(images), 0.18215 * latent)
+        near(pipe.decode(0.18215 * latent).movedim(-1, 1), oracle.decode(latent).sample.add(1).div(2).clamp(0, 1))
+
+
+def test_the_command_line_takes_the_folder(classes_256, tmp_path, capsys):
+    from tim_core.cli import main
+
+    words = ["golden retriever", "--model", str(classes_256), "--steps", "1", "--size", "128x128"]
+    assert main(["sample", *words, "-o", str(tmp_path / "a.png")]) == 0 and (tmp_path / "a.png").exists()
+    assert main(["inspect", str(classes_256)]) == 0
+    assert mentions(capsys.readouterr().out, "SD VAE", "4 latent channels", "256x256", "Load VAE")
+
+
+def test_a_packed_file_makes_the_same_image_and_says_what_comfyui_lacks(classes_256, vae, tmp_path):
+    file = pack(classes_256, tmp_path / "one.safetensors")
+    assert {name for name in load_file(file) if name.startswith("vae.")} == {f"vae.{name}" for name in (*vae, "config_json")}
+    images = [Pipeline.load(source, "cpu")(["golden retriever"], steps=1, width=128, height=128) for source in (classes_256, file)]
+    near(*images)
+    found = describe(file)
+    assert not found.missing and [place.node for place in found.places] == ["Load TiM Model"]
+    assert mentions(found.advice, "Load VAE", "a file of its own")
+
+
+def test_other_autoencoders_are_refused_by_name(classes_256, vae, tmp_path):
+    folder = tmp_path / "sdxl"
+    folder.mkdir()
+    save_file(vae, folder / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 32, 64, 64], "layers_per_block": 1, "scaling_factor": 0.13025}
+    (folder / "config.json").write_text(json.dumps(config))
+    parts = {"model": classes_256 / "transformer", "vae": folder}
+    assert mentions(refused(Pipeline.load, parts, "cpu"), folder / "config.json", "scaling_factor", 0.13025, "SDXL", 0.18215, SD_VAE)
+    (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.18215}))
+    assert Pipeline.load(parts, "cpu").autoencoder.config.widths == (32, 32, 64, 64)
+
+    flux = {name: value for name, value in vae.items() if "quant_conv" not in name} | {"decoder.conv_in.weight": torch.zeros(64, 16, 3, 3)}
+    save_file(flux, tmp_path / "flux.safetensors")
+    assert mentions(
+        refused(read_parts, tmp_path / "flux.safetensors"), "flux.safetensors", "SD VAE", "KL autoencoder", "16 latent channels"
+    )
+    wide = vae | {"post_quant_conv.weight": torch.zeros(16, 16, 1, 1)}
+    save_file(wide, tmp_path / "kl-f8-d16.safetensors")
+    message = refused(load_autoencoder, tmp_path / "kl-f8-d16.safetensors")
+    assert mentions(message, "kl-f8-d16.safetensors", "KL autoencoder", "latent_channels", 16, SD_VAE)
+
+
+@pytest.mark.parametrize("key, title", [("label_emb.0.0.weight", "SDXL"), ("middle_block.0.in_layers.0.weight", "Stable Diffusion")])
+def test_a_checkpoint_of_another_model_is_named_though_its_vae_is_alike(classes_256, vae, tmp_path, key, title):
+    """SDXL's VAE has the names and shapes of Stable Diffusion's, and another scale."""
+    others = {f"model.diffusion_model.{name}": torch.zeros(2, 2) for name in ("input_blocks.0.0.weight", key)}
+    save_file({**{f"first_stage_model.{name}": value for name, value in vae.items()}, **others}, tmp_path / "whole.safetensors")
+    parts = {"model": classes_256 / "transformer", "vae": tmp_path / "whole.safetensors"}
+    assert mentions(refused(Pipeline.load, parts, "cpu"), "whole.safetensors", "SD VAE", title)
+    assert describe(tmp_path / "whole.safetensors").kind.startswith(f"an {title}" if title == "SDXL" else f"a {title}")
+
+
+def test_a_transformer_and_an_autoencoder_of_other_latents_do_not_fit(classes_256, tiny):
+    assert mentions(refused(Pipeline.load, {"model": tiny, "text-encoder": tiny, "vae": classes_256 / "vae"}, "cpu"), 4, "channels", 16)
+    assert mentions(refused(Pipeline.load, {"model": classes_256 / "transformer", "vae": tiny}, "cpu"), 16, "channels", 4)
+    assert mentions(refused(Pipeline.load, classes_256 / "transformer", "cpu"), "SD VAE", "TiM transformer")
+
+
+def test_float16_is_refused_or_computed_in_float32(classes_256, vae, tmp_path):
+    save_file({name: value.half() for name, value in vae.items()}, tmp_path / "half.safetensors")
+    assert load_autoencoder(tmp_path / "half.safetensors").encoder.conv_in.weight.dtype == torch.float32
+    with pytest.raises(TimError, match="float16"):
+        load_autoencoder(classes_256 / "vae", dtype=torch.float16)
+    pipe = Pipeline.load(classes_256, "cpu", "float16")
+    assert next(pipe.autoencoder.parameters()).dtype == torch.float32

@@ -20,6 +20,7 @@ from .released import SD_VAE, SD_VAE_CHANNELS, SD_VAE_SCALE
 from .tiles import TiledAutoencoder
 
 LEVELS = 4  # resolutions
+OTHER_SCALES = {0.13025: "SDXL", 0.3611: "Flux", 1.5305: "SD3", 0.08333: "the x4 upscaler"}
 GROUPS = 32  # of the norms
 FINEST_TENSORS = 4.75  # as wide as the finest level, that are alive at the peak: 5 of a decode, 4 of an encode
 # what diffusers' config.json may not set otherwise, with the defaults of its class
@@ -34,6 +35,8 @@ REQUIRED = {
 class KLAutoencoderConfig:
     """Architecture of Stable Diffusion's VAE; width 0 is that of the finest resolution. TimError for other KL autoencoders."""
 
+    TITLE: ClassVar = "SD VAE"
+    DIFFUSERS: ClassVar = ("AutoencoderKL", "block_out_channels")  # its class there, and a key of every config.json
     RECORD: ClassVar = ("scaling_factor", "force_upcast")
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
@@ -93,7 +96,8 @@ class KLAutoencoderConfig:
 
 def _other(name: str, value: object, wanted: object) -> TimError:
     """The error about a KL autoencoder that is not Stable Diffusion's: SDXL's, Flux's, ..."""
-    return TimError(f"a KL autoencoder, but not Stable Diffusion's: {name} is {value!r} in place of {wanted}; use {SD_VAE}")
+    owner = next((f", as of {owner}," for scale, owner in OTHER_SCALES.items() if name == "scaling_factor" and value == scale), "")
+    return TimError(f"a KL autoencoder, but not Stable Diffusion's: {name} is {value!r}{owner} in place of {wanted}; use {SD_VAE}")
 
 
 class ResnetBlock(nn.Module):

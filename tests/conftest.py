@@ -91,6 +91,28 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(scope="session")
+def classes_256(tmp_path_factory):
+    """What `tim download c2i-256 --to` makes, small and random: a folder of a class-conditional transformer and an SD VAE."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tim_core.models.config import TransformerConfig
+    from tim_core.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
+    from tim_core.models.transformer import TransitionTransformer
+    from tim_core.weights.download import RELEASES
+
+    torch.manual_seed(0)
+    config = TransformerConfig(in_channels=4, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=1000, lora_hidden_size=8)
+    parts = {"transformer": TransitionTransformer(config), "vae": KLAutoencoder(KLAutoencoderConfig((32, 32, 64, 64), 1))}
+    folder = tmp_path_factory.mktemp("classes-256")
+    for asset in RELEASES["c2i-256"]:
+        path = folder / asset.standalone
+        path.parent.mkdir()
+        save_file(parts[path.parent.name].state_dict(), path)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A one-file text-to-image checkpoint with random weights: 16 latent channels, factor 8."""
     import torch

@@ -13,6 +13,7 @@ from tim_core import memory
 from tim_core.codec import Codec
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig
+from tim_core.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 from tim_core.models.transformer import TransitionTransformer, peak_bytes
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -54,10 +55,11 @@ def test_the_network_announces_what_it_takes(dtype, tokens, batch, text):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kind", ["DC-AE", "SD VAE"])
 @pytest.mark.parametrize("side", [1024, 4096])
-def test_the_autoencoder_announces_what_it_takes(dtype, side):
-    config = AutoencoderConfig.from_diffusers(DC_AE)
-    model = Autoencoder(config, dtype=dtype, device="meta").eval()
+def test_the_autoencoder_announces_what_it_takes(dtype, side, kind):
+    network, config = (Autoencoder, AutoencoderConfig.from_diffusers(DC_AE)) if kind == "DC-AE" else (KLAutoencoder, KLAutoencoderConfig())
+    model = network(config, dtype=dtype, device="meta").eval()
     z = torch.empty(1, config.latent_channels, side // config.factor, side // config.factor, dtype=dtype, device="meta")
     x = torch.empty(1, 3, side, side, dtype=dtype, device="meta")
     announced = model.peak_bytes(side, side, dtype)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .finite import check_finite
-from .models.autoencoder import Autoencoder
-from .models.tiles import TILE
+from .models.tiles import TILE, TiledAutoencoder
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Codec:
     the device, where a run of it takes that many bytes.
     """
 
-    autoencoder: Autoencoder
+    autoencoder: TiledAutoencoder
     factor: int
     tile: str | int
     device: torch.device

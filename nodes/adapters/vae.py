@@ -10,8 +10,10 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ...tim_core.errors import TimError
 from ...tim_core.finite import check_finite
 from ...tim_core.models.autoencoder import Autoencoder
+from ...tim_core.models.config import AutoencoderConfig
 from ...tim_core.models.tiles import STRIDE, TILE
 from ...tim_core.weights.load import check_tensors, note_damage
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
@@ -60,14 +62,16 @@ class TiMVAE(comfy.sd.VAE):
     def __init__(
         self, parts: Parts, device: torch.device | None = None, dtype: torch.dtype | None = None, disable_dynamic: bool = False
     ):
+        part = parts[AUTOENCODER]
+        config = part.config
+        if not isinstance(config, AutoencoderConfig):
+            raise TimError(f"{part.source}: this is Stable Diffusion's VAE; load it with Load VAE, from a file of its own")
         with _without_warning("No VAE weights detected"):
             super().__init__(sd={})  # sets the defaults of this version
         reload = (_reload_vae, (parts.source, device, dtype))
         self.device = device or mm.vae_device()
         self.working_dtypes = [torch.bfloat16, torch.float32]
         dtype = dtype or mm.vae_dtype(self.device, self.working_dtypes)
-        part = parts[AUTOENCODER]
-        config = part.config
         self.needs_float32 = config.force_upcast
         self.vae_dtype = torch.float32 if dtype == torch.float16 or self.needs_float32 else dtype
         self.output_device = mm.intermediate_device()

@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import TimError
-from ..memory import fits
 from .bands import band_bytes, bands, infers
 from .config import AutoencoderConfig, StageConfig
 from .dcae_blocks import ChannelRMSNorm, Downsample, EfficientViTBlock, ResBlock, Upsample, activate, normalize
-from .tiles import STRIDE, TILE, Pair, tiled
+from .tiles import TiledAutoencoder
 
 
 def _as_computed(x: Tensor) -> Tensor:
@@ -97,15 +95,14 @@ class Decoder(nn.Module):
         return self.conv_out(x)
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(TiledAutoencoder):
     """DC-AE with its latent scale: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / factor, W / factor) of unit variance.
 
     Computes in float32 or bfloat16; float16 overflows in the deep stages.
     """
 
     def __init__(self, config: AutoencoderConfig, operations=nn, device=None, dtype=None):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder = Encoder(config, operations, device, dtype)
         self.decoder = Decoder(config, operations, device, dtype)
 
@@ -128,29 +125,3 @@ class Autoencoder(nn.Module):
         band = min(whole, band_bytes(device))
         in_bands = whole + (2.5 if dtype == torch.float32 else 5) * band  # below float32, the norms compute in it
         return int(max(1.5 * whole + 2.6 * band, in_bands)) + 3 * 3 * 4 * height * width
-
-    def needs_tiles(self, height: int, width: int, dtype: torch.dtype, device: torch.device, available: int | None = None) -> bool:
-        """Whether one image (height, width in pixels) does not fit a device whole. available: bytes there, see `memory.fits`."""
-        return max(height, width) > TILE and not fits(self.peak_bytes(height, width, dtype, device), device, available)
-
-    def tiled_encode(self, x: Tensor, tile: int | Pair = TILE, stride: int | Pair = STRIDE) -> Tensor:
-        """Encodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""
-        self._check(x)
-        return tiled(self.encode, x, *self._tiles(tile, stride), lambda pixels: pixels, lambda pixels: pixels // self.config.factor)
-
-    def tiled_decode(self, z: Tensor, tile: int | Pair = TILE, stride: int | Pair = STRIDE) -> Tensor:
-        """Decodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""
-        return tiled(self.decode, z, *self._tiles(tile, stride), lambda pixels: pixels // self.config.factor, lambda pixels: pixels)
-
-    def _check(self, x: Tensor) -> None:
-        factor = self.config.factor
-        if x.shape[-2] % factor or x.shape[-1] % factor:
-            raise TimError(f"image to encode: {x.shape[-1]}x{x.shape[-2]} is not a multiple of {factor} on both sides")
-
-    def _tiles(self, tile: int | Pair, stride: int | Pair) -> tuple[Pair, Pair]:
-        """Both as (height, width) in pixels."""
-        tile, stride = ((side, side) if isinstance(side, int) else tuple(side) for side in (tile, stride))
-        factor = self.config.factor
-        if any(t % factor or s % factor or not 0 < s <= t for t, s in zip(tile, stride)):
-            raise TimError(f"tiles: tile {tile} and stride {stride} must be multiples of {factor}, with 0 < stride <= tile")
-        return tile, stride

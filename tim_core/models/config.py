@@ -179,6 +179,8 @@ class StageConfig:
 class AutoencoderConfig:
     """Architecture of a DC-AE (arXiv 2410.10733); stage 0 is the finest."""
 
+    TITLE: ClassVar = "DC-AE"
+    DIFFUSERS: ClassVar = ("AutoencoderDC", "encoder_block_out_channels")  # its class there, and a key of every config.json
     RECORD: ClassVar = ("scaling_factor", "force_upcast", "head_dim", "in_shortcut", "out_shortcut", "out_activation",
                         "encoder_activations", "decoder_activations")
 

@@ -8,6 +8,7 @@ from .gemma import GEMMA_1B_WIDTH
 
 ESCAPE_PROMPTS = True  # their captions were unicode-escaped in training
 DC_AE_CHANNELS, DC_AE_SCALE = 32, 0.41407  # of dc-ae-f32c32-sana
+SD_VAE, SD_VAE_CHANNELS, SD_VAE_SCALE = "stabilityai/sd-vae-ft-ema", 4, 0.18215
 OTHER_FACTOR = 8  # pixels per latent cell of other numbers of channels
 
 
@@ -39,7 +40,7 @@ class Release:
 RELEASES = (
     Release("t2i", 32, 32, 1024, reach=4, any_shape=True, text_width=GEMMA_1B_WIDTH),  # trained from 256 to 4096 pixels a side
     Release("c2i-512", 32, 32, 512, cfg=3.0, guidance_interval=(0.0, 0.7)),
-    Release("c2i-256", 4, 8, 256, guidance_interval=(0.0, 0.6), sd_vae=True),
+    Release("c2i-256", SD_VAE_CHANNELS, 8, 256, guidance_interval=(0.0, 0.6), sd_vae=True),
 )
 
 

@@ -1,9 +1,12 @@
-"""Images in overlapping tiles, blended where they overlap."""
+"""Images in overlapping tiles, blended where they overlap, and what the autoencoders that run in them share."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..errors import TimError
+from ..memory import fits
 
 TILE, STRIDE = 1024, 896  # pixels; smaller tiles show, because attention in the deep stages spans the tile
 Pair = tuple[int, int]
@@ -48,3 +51,44 @@ def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
     tail = before.narrow(dim, before.shape[dim] - extent, extent)
     head = after.narrow(dim, 0, extent)
     return torch.cat([torch.lerp(tail, head, fade.expand_as(head)), after.narrow(dim, extent, after.shape[dim] - extent)], dim)
+
+
+class TiledAutoencoder(nn.Module):
+    """Base of the autoencoders: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / factor, W / factor), whole or in blended tiles.
+
+    A subclass has `encode`, `decode` and `peak_bytes`, and a config with `factor`, `latent_channels` and `scaling_factor`.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    peak_bytes: Callable[..., int]
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def needs_tiles(self, height: int, width: int, dtype: torch.dtype, device: torch.device, available: int | None = None) -> bool:
+        """Whether one image (height, width in pixels) does not fit a device whole. available: bytes there, see `memory.fits`."""
+        return max(height, width) > TILE and not fits(self.peak_bytes(height, width, dtype, device), device, available)
+
+    def tiled_encode(self, x: Tensor, tile: int | Pair = TILE, stride: int | Pair = STRIDE) -> Tensor:
+        """Encodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""
+        self._check(x)
+        return tiled(self.encode, x, *self._tiles(tile, stride), lambda pixels: pixels, lambda pixels: pixels // self.config.factor)
+
+    def tiled_decode(self, z: Tensor, tile: int | Pair = TILE, stride: int | Pair = STRIDE) -> Tensor:
+        """Decodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""
+        return tiled(self.decode, z, *self._tiles(tile, stride), lambda pixels: pixels // self.config.factor, lambda pixels: pixels)
+
+    def _check(self, x: Tensor) -> None:
+        factor = self.config.factor
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise TimError(f"image to encode: {x.shape[-1]}x{x.shape[-2]} is not a multiple of {factor} on both sides")
+
+    def _tiles(self, tile: int | Pair, stride: int | Pair) -> tuple[Pair, Pair]:
+        """Both as (height, width) in pixels."""
+        tile, stride = ((side, side) if isinstance(side, int) else tuple(side) for side in (tile, stride))
+        factor = self.config.factor
+        if any(t % factor or s % factor or not 0 < s <= t for t, s in zip(tile, stride)):
+            raise TimError(f"tiles: tile {tile} and stride {stride} must be multiples of {factor}, with 0 < stride <= tile")
+        return tile, stride

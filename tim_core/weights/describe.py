@@ -3,19 +3,21 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..errors import TimError, printable
 from ..files import parse_json
+from ..models.config import AutoencoderConfig
 from ..models.gemma import GEMMA_1B_WIDTH
-from ..models.released import DC_AE_CHANNELS, find_release
+from ..models.kl_autoencoder import KLAutoencoderConfig
+from ..models.released import DC_AE_CHANNELS, SD_VAE, find_release
 from .defaults import Defaults, read_defaults
-from .detect import AUTOENCODER, KL_AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
+from .detect import AUTOENCODER, KL_AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown
 from .load import check_loads
 from .lora import Lora, read_lora
 from .open import open_state_dict
-from .parts import BUNDLED, PART_FOLDERS, Part, Parts, read_parts, resolve
+from .parts import BUNDLED, PART_FOLDERS, NoPart, Part, Parts, read_parts, resolve
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ PLACES = {
     AUTOENCODER: Place("Load TiM VAE", "vae", "tim pack --vae"),
 }
 LORA = Place("LoraLoaderModelOnly", "loras", "--lora")
-SD_VAE = Place("Load VAE", "vae", "")
+CORE_VAE = Place("Load VAE", "vae", "")  # of VAEs that core has
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,10 @@ def describe(path: str | Path) -> Description:
     place = resolve(path)
     try:
         parts = read_parts(path, checksums=False)  # reads no weights
-    except TimError:
+    except NoPart:
         if place.is_dir():
             raise
         tensors, metadata = open_state_dict(place, checksums=False)
-        if any(find_part(tensors, part) for part in TITLES):
-            raise
         return _describe_other(str(path), place, _size(place), tensors, metadata)
     described = tuple(_describe_part(parts, kind) for kind in TITLES if kind in parts)
     kind = "TiM checkpoint" if TRANSFORMER in parts and len(described) > 1 else " + ".join(part.title for part in described)
@@ -214,10 +214,10 @@ def _missing(parts: Parts) -> list[str]:
     if vae is None:
         release = None if transformer is None else find_release(transformer.in_channels, transformer.text_dim is None)
         if release is not None and release.sd_vae:
-            missing.append(f"Stable Diffusion's VAE, for {SD_VAE.node} in ComfyUI (models/{SD_VAE.folder})")
+            missing.append(f"Stable Diffusion's VAE ({SD_VAE}); in ComfyUI, for {CORE_VAE.node} (models/{CORE_VAE.folder})")
         else:
             channels = "" if transformer is None else f" with {transformer.in_channels} latent channels"
-            missing.append(f"a {TITLES[AUTOENCODER]}{channels}")
+            missing.append(f"a {AutoencoderConfig.TITLE}{channels}")
     return missing
 
 
@@ -228,14 +228,26 @@ def _places(parts: Parts, place: Path, complete: bool) -> list[Place]:
     folder_of_parts = place.is_dir() and any((place / name).is_dir() for name in PART_FOLDERS)
     if complete and not folder_of_parts and not _reads_classes(parts):
         return [ONE_FILE]
-    places = [PLACES[kind] for kind in TITLES if kind in parts]
+    places = [one for kind in TITLES if kind in parts and (one := _place(parts[kind])) is not None]
     return [Place(one.node, one.folder, ONE_FILE.option) for one in places] if complete else places
 
 
+def _place(part: Part) -> Place | None:
+    """Where a file with this part belongs; None for Stable Diffusion's VAE under a prefix, with which core does not read it."""
+    if part.kind == AUTOENCODER and isinstance(part.config, KLAutoencoderConfig):
+        return None if part.prefix else replace(CORE_VAE, option=PLACES[AUTOENCODER].option)
+    return PLACES[part.kind]
+
+
 def _advice(parts: Parts, missing: tuple[str, ...]) -> str:
-    """The command that downloads what is missing, for parts of the released models."""
+    """The command that downloads what is missing, for parts of the released models; or what ComfyUI does not read."""
+    if AUTOENCODER in parts and _place(parts[AUTOENCODER]) is None:
+        own = "tim convert writes one" if len(parts.parts) == 1 else f"tim download has {SD_VAE}"
+        return f"{CORE_VAE.node} in ComfyUI takes Stable Diffusion's VAE from a file of its own; {own}"
     if not missing:
         return ""
+    if TRANSFORMER not in parts and AUTOENCODER in parts and isinstance(parts[AUTOENCODER].config, KLAutoencoderConfig):
+        return "tim download c2i-256 fetches the released class-conditional model with this VAE"
     if TRANSFORMER not in parts:
         released = (
             TEXT_ENCODER in parts
@@ -267,7 +279,7 @@ def _describe_other(path: str, place: Path, size: int, tensors: Mapping, metadat
         lora = read_lora(place)
     except TimError:
         kind = describe_unknown(tensors)
-        places = (SD_VAE,) if kind.startswith(KL_AUTOENCODER) else ()
+        places = (CORE_VAE,) if kind.startswith(KL_AUTOENCODER) else ()
         return Description(path, kind, size, places=places, metadata=record)
     return _describe_lora(path, size, lora, record)
 
@@ -296,7 +308,7 @@ def _describe_part(parts: Parts, kind: str) -> PartDescription:
     everything = part.with_projector().tensors.values()
     return PartDescription(
         kind,
-        TITLES[kind],
+        part.title,
         part.prefix,
         None if no_config else part.config,
         len(everything),

@@ -1,27 +1,54 @@
 """Recognises the parts of a TiM checkpoint, and other models, by their key names."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from .open import StateDict
 
 TRANSFORMER, TEXT_ENCODER, AUTOENCODER = "transformer", "text_encoder", "autoencoder"
-TITLES = {TRANSFORMER: "TiM transformer", TEXT_ENCODER: "Gemma-3 text model", AUTOENCODER: "DC-AE"}
+TITLES = {TRANSFORMER: "TiM transformer", TEXT_ENCODER: "Gemma-3 text model", AUTOENCODER: "DC-AE or SD VAE"}
 
-# A part is present if all of these keys are, under one prefix.
+
+@dataclass(frozen=True)
+class Signature:
+    """What tells a part: all `keys` are there, under one prefix. roots: beginnings of its names."""
+
+    keys: tuple[str, ...]
+    roots: tuple[str, ...] = ("",)
+
+
+_KL_KEYS = ("decoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.weight")  # Flux and SD3 lack the last two
+_KL_ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# A part is present if one of its signatures is.
 SIGNATURES = {
     TRANSFORMER: (
-        "x_embedder.proj.weight",
-        "t_embedder.mlp.0.weight",
-        "blocks.0.attn.qkv.weight",
-        "blocks.0.adaLN_modulation.fc1_g.weight",
-        "final_layer.linear.weight",
+        Signature(
+            (
+                "x_embedder.proj.weight",
+                "t_embedder.mlp.0.weight",
+                "blocks.0.attn.qkv.weight",
+                "blocks.0.adaLN_modulation.fc1_g.weight",
+                "final_layer.linear.weight",
+            )
+        ),
     ),
-    TEXT_ENCODER: ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.pre_feedforward_layernorm.weight", "norm.weight"),
-    AUTOENCODER: ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight", "decoder.up_blocks.1.0.conv.weight"),
+    TEXT_ENCODER: (
+        Signature(
+            ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.pre_feedforward_layernorm.weight", "norm.weight"),
+            ("embed_tokens.", "layers.", "norm."),
+        ),
+    ),
+    AUTOENCODER: (
+        Signature(
+            ("encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.norm_out.weight", "decoder.up_blocks.1.0.conv.weight"),
+            ("encoder.", "decoder."),
+        ),
+        Signature(("encoder.down_blocks.0.resnets.0.conv1.weight", *_KL_KEYS), _KL_ROOTS),
+        Signature(("encoder.down.0.block.0.conv1.weight", *_KL_KEYS), _KL_ROOTS),
+    ),
 }
-ROOTS = {TEXT_ENCODER: ("embed_tokens.", "layers.", "norm."), AUTOENCODER: ("encoder.", "decoder.")}
 BYTE_KEYS = ("config_json", "tokenizer_json", "spiece_model")
 
 # Endings of the keys of a LoRA's two matrices, as PEFT, ComfyUI, kohya's scripts and diffusers write them.
@@ -47,25 +74,28 @@ FOREIGN_SIGNATURES = (
 
 
 def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict] | None:
-    """Finds a part under any prefix (`model.`, `state_dict.`, `module.`, ...) -> its prefix and its tensors under their official names.
+    """Finds a part under any prefix (`model.`, `state_dict.`, `module.`, ...) -> its prefix and its tensors under their names without it.
 
     None if it is not there. Of a training checkpoint that holds the trained weights and their EMA, the EMA is taken, as in the official
     sampler.
     """
-    first, *others = SIGNATURES[part]
+    return next((found for signature in SIGNATURES[part] if (found := _find(tensors, signature)) is not None), None)
+
+
+def _find(tensors: Mapping[str, Tensor], signature: Signature) -> tuple[str, StateDict] | None:
+    first, *others = signature.keys
     prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
     prefixes = {prefix for prefix in prefixes if all(prefix + name in tensors for name in others)}
     if not prefixes:
         return None
     best = min(prefixes, key=lambda p: (_is_optimizers(p), not any("ema" in word.split("_") for word in p.split(".")), len(p), p))
     foreign = tuple(p for p in prefixes if p != best and p.startswith(best))
-    roots = ROOTS.get(part, ("",))
     return best, {
         key[len(best) :]: tensor
         for key, tensor in tensors.items()
         if key.startswith(best)
         and "." in key[len(best) :]  # others belong to no module: a step, a decay
-        and key[len(best) :].startswith(roots)
+        and key[len(best) :].startswith(signature.roots)
         and key.rpartition(".")[2] not in BYTE_KEYS
         and not (foreign and key.startswith(foreign))
     }
@@ -82,16 +112,24 @@ def is_lora(keys: Iterable[str]) -> bool:
     return any(key.endswith(endings) for key in keys)
 
 
+def other_model(names: Iterable[str]) -> str | None:
+    """Names another model by its key names; None if they are of none that is known."""
+    names = set(names)
+    suffixes = {key.partition(".")[2] for key in names} | {key.split(".", 2)[-1] for key in names} | names
+    return next((title for keys, title in FOREIGN_SIGNATURES if all(key in suffixes for key in keys)), None)
+
+
 def describe_unknown(tensors: Mapping[str, Tensor]) -> str:
     """Names the kind of a state dict that holds no part of a TiM checkpoint."""
     names = set(tensors)
-    suffixes = {key.partition(".")[2] for key in names} | {key.split(".", 2)[-1] for key in names} | names
     if any(key.startswith("optimizers.state") for key in names):
         title = "the state of a training run, for resuming only"
     elif is_lora(names):
         title = "a LoRA"
     else:
-        titles = (title for keys, title in FOREIGN_SIGNATURES if all(key in suffixes for key in keys))
-        title = next(titles, "an unknown state dict")
+        title = other_model(names) or "an unknown state dict"
+        if title.startswith(KL_AUTOENCODER):
+            widths = [t.shape[1] for key, t in tensors.items() if f".{key}".endswith(".decoder.conv_in.weight") and t.ndim == 4]
+            title += f" with {widths[0]} latent channels" if widths else ""
     shown = ", ".join(list(tensors)[:3])
     return f"{title} ({len(tensors)} tensors" + (f", first keys {shown})" if shown else ")")

@@ -7,9 +7,11 @@ import torch
 from ..errors import TimError, one_line, state_dict_mismatch
 from ..finite import DAMAGE, damaged_weight
 from ..models.gemma import gemma_shapes, text_mismatch
+from ..models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 from ..models.text_encoder import TextEncoder
+from ..models.tiles import TiledAutoencoder
 from ..models.tokenizer import Tokenizer, check_ids
-from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
+from .detect import AUTOENCODER, TEXT_ENCODER, TRANSFORMER
 from .open import StateDict
 from .parts import Part, naming, read_parts
 from .precision import Losses, cast, main_dtype
@@ -30,16 +32,14 @@ def load_transformer(source, operations=torch.nn, attention=None, dtype=None, de
 
 
 def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
-    """Autoencoder from whatever read_parts takes. dtype None keeps the stored one. TimError for float16, in which deep stages overflow."""
-    from ..models.autoencoder import Autoencoder
-
+    """Autoencoder or KLAutoencoder from whatever read_parts takes. dtype None keeps the stored one. TimError for float16."""
     part = read_parts(source)[AUTOENCODER]
     if dtype == torch.float16:
-        raise TimError("autoencoder: float16 overflows in its deep stages; use float32 or bfloat16")
+        raise TimError("autoencoder: float16 overflows; use float32 or bfloat16")
     dtype = dtype or main_dtype(part.tensors)
     dtype = torch.float32 if dtype == torch.float16 else dtype
     with naming(part.source, part.kind):
-        model = Autoencoder(part.config, operations, device="meta", dtype=dtype)
+        model = _autoencoder_class(part)(part.config, operations, device="meta", dtype=dtype)
     note_damage(model, part)
     return _fill(model, part, dtype, device)
 
@@ -86,9 +86,14 @@ def _open_tokenizer(part: Part) -> Tokenizer:
     return tokenizer
 
 
+def _autoencoder_class(part: Part) -> type[TiledAutoencoder]:
+    from ..models.autoencoder import Autoencoder
+
+    return KLAutoencoder if isinstance(part.config, KLAutoencoderConfig) else Autoencoder
+
+
 def check_loads(part: Part) -> None:
     """TimError for what loading a part would find: a bad record, wrong names or shapes, no tokenizer. Reads no weights, no transformers."""
-    from ..models.autoencoder import Autoencoder
     from ..models.transformer import TransitionTransformer
 
     if part.kind == TEXT_ENCODER:
@@ -98,7 +103,7 @@ def check_loads(part: Part) -> None:
             raise TimError(f"{part.source}: {text_mismatch(wrong)}")
         return
     with naming(part.source, part.kind):
-        model = (TransitionTransformer if part.kind == TRANSFORMER else Autoencoder)(part.config, device="meta")
+        model = (TransitionTransformer if part.kind == TRANSFORMER else _autoencoder_class(part))(part.config, device="meta")
     check_tensors(part, model)
 
 
@@ -113,7 +118,7 @@ def check_tensors(part: Part, model: torch.nn.Module) -> None:
     """TimError unless the part has the model's names and shapes. `model` may be on the meta device."""
     expected = model.state_dict()
     if wrong := state_dict_mismatch(expected, part.tensors, _counters(expected)):
-        raise TimError(f"{part.source}: not a complete {TITLES[part.kind]}: {wrong}; download the file again")
+        raise TimError(f"{part.source}: not a complete {part.title}: {wrong}; download the file again")
 
 
 def _counters(names: Iterable[str]) -> set[str]:

@@ -5,7 +5,7 @@ The one-file layout (safetensors):
     model.diffusion_model.<official name>        the transformer
     text_encoders.transformer.<Gemma3TextModel name>
     text_encoders.tokenizer_json                 uint8, the tokenizer.json (or spiece_model, a SentencePiece tokenizer.model)
-    vae.<diffusers AutoencoderDC name>
+    vae.<diffusers AutoencoderDC or AutoencoderKL name>
 
 Each part also has a `config_json` (uint8), a record of the settings that tensor shapes do not determine; that of the text encoder is its
 Gemma config. The safetensors metadata "tim" repeats these records and adds how the model was trained. A file without metadata, as
@@ -30,9 +30,10 @@ from ..errors import TimError, one_line
 from ..files import is_file, parse_json, read_bytes, user_path
 from ..models.config import AutoencoderConfig, TransformerConfig
 from ..models.gemma import check_gemma, gemma_1b_config, normalise_config
+from ..models.kl_autoencoder import KLAutoencoderConfig, diffusers_names
 from ..models.released import ESCAPE_PROMPTS, latent_factor
 from ..models.tokenizer import MOST_TOKENIZER, is_json, tokenizer_file
-from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part
+from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part, other_model
 from .open import StateDict, flatten, open_state_dict
 from .quantized import MARKER, Quantization, dequantize, separate, with_layer_keys
 
@@ -84,14 +85,18 @@ class Part:
         """This part with the REPA projector among its tensors."""
         return replace(self, tensors=self.tensors | self.projector, projector={})
 
+    @property
+    def title(self) -> str:
+        return autoencoder_config(self.tensors).TITLE if self.kind == AUTOENCODER else TITLES[self.kind]
+
     @cached_property
     def config(self):
-        """TransformerConfig, AutoencoderConfig, or the Gemma config as a dict; TimError naming the source if it cannot be read."""
+        """TransformerConfig, AutoencoderConfig, KLAutoencoderConfig, or the Gemma config as a dict. TimError naming the source."""
         with naming(self.source, self.kind):
             if self.kind == TRANSFORMER:
                 return TransformerConfig.from_state_dict(self.tensors, self.record)
             if self.kind == AUTOENCODER:
-                return AutoencoderConfig.from_state_dict(self.tensors, self.record)
+                return autoencoder_config(self.tensors).from_state_dict(self.tensors, self.record)
             gemma = {key: value for key, value in self.record.items() if key != "escape_prompts"}
             config = normalise_config(gemma or gemma_1b_config(self.tensors))
             check_gemma(config, self.tensors)
@@ -169,7 +174,16 @@ class Parts:
 
 
 def _list(parts: Parts) -> str:
-    return ", ".join(f"a {TITLES[kind]}" for kind in TITLES if kind in parts) or "no part of a TiM checkpoint"
+    return ", ".join(f"a {parts[kind].title}" for kind in TITLES if kind in parts) or "no part of a TiM checkpoint"
+
+
+def autoencoder_config(tensors: Mapping[str, Tensor]) -> type[AutoencoderConfig] | type[KLAutoencoderConfig]:
+    """The class of the configuration of an autoencoder with these tensors."""
+    return KLAutoencoderConfig if "quant_conv.weight" in tensors else AutoencoderConfig
+
+
+class NoPart(TimError):
+    """A file that holds no part of a TiM checkpoint."""
 
 
 @contextmanager
@@ -203,7 +217,7 @@ def read_parts(source, checksums: bool = True) -> Parts:
 
     A folder holds one model in Hugging Face layout, or folders transformer, text_encoder and vae that each hold one. The values of a dict
     are files, folders or modules. checksums: whether to compare the checksums of torch files; only what reads no weights may do without.
-    TimError naming the source if it holds no part of a TiM checkpoint.
+    NoPart or TimError naming the source if it holds no part of a TiM checkpoint.
     """
     if isinstance(source, Parts):
         return source
@@ -215,11 +229,17 @@ def read_parts(source, checksums: bool = True) -> Parts:
     tensors, metadata, folder = _open_folder(path, checksums) if path.is_dir() else (*open_state_dict(path, checksums), path.parent)
     tensors = with_layer_keys(tensors, metadata, str(source))
     parts = _take_apart(tensors, _tim_record(metadata, str(source)), str(source))
-    if not parts.parts:
+    if not parts.parts or _is_of_another_model(parts):
         wanted = " or ".join(TITLES.values())
-        raise TimError(f"{source}: no {wanted} in it; this is {describe_unknown(tensors)}")
+        raise NoPart(f"{source}: no {wanted} in it; this is {describe_unknown(tensors)}")
     parts.parts = {kind: _complete(part, folder) for kind, part in parts.parts.items()}
     return parts
+
+
+def _is_of_another_model(parts: Parts) -> bool:
+    """Whether all there is of TiM is a KL autoencoder in a checkpoint of another model, whose latents may have another scale."""
+    kinds = {kind: part.title for kind, part in parts.parts.items()}
+    return kinds == {AUTOENCODER: KLAutoencoderConfig.TITLE} and other_model(parts.rest) is not None
 
 
 def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> Parts:
@@ -231,6 +251,9 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
         prefix, own = found
         for name in own:
             del rest[prefix + name]
+        if kind == AUTOENCODER and autoencoder_config(own) is KLAutoencoderConfig:
+            with naming(source, kind):
+                own = diffusers_names(own)
         own, quantized = separate(own, rest.pop(prefix + MARKER, None), source)
         places = (prefix, prefix.removesuffix("transformer.")) if kind == TEXT_ENCODER else (prefix,)
         config = next((rest.pop(place + "config_json") for place in places if place + "config_json" in rest), None)
@@ -341,10 +364,11 @@ def _complete(part: Part, folder: Path) -> Part:
         if isinstance(inner, dict) and inner.get("model_type") == "gemma3_text":
             record = {**inner, **record}
     if part.kind == AUTOENCODER and not record and is_file(file):
-        config = _json(read_bytes(file), str(file))
-        if config.get("_class_name", "AutoencoderDC") == "AutoencoderDC" and "encoder_block_out_channels" in config:
+        config, own = _json(read_bytes(file), str(file)), autoencoder_config(part.tensors)
+        name, key = own.DIFFUSERS
+        if config.get("_class_name", name) == name and key in config:
             with naming(str(file), part.kind):
-                record = AutoencoderConfig.from_diffusers(config).record()
+                record = own.from_diffusers(config).record()
     if part.kind == TEXT_ENCODER and tokenizer is None and (found := tokenizer_file(folder)):
         tokenizer = _not_empty(read_bytes(found, MOST_TOKENIZER), str(found))
         if found.suffix == ".json" and not is_json(tokenizer):

@@ -29,7 +29,7 @@ def run(configs: list[str | Path], image_encoder: Callable[[Tensor], Tensor] | N
     read_configs = [read(path) for path in configs]
     for path, config in zip(configs, read_configs):
         check_outputs(config, path)
-    made = []
+    made: list[Path | None] = []
     for path, config in zip(configs, read_configs):
         check_outputs(config, path)  # a run before it may have made an input
         made.append(train(config.loop, kind_of(config).make_task(config, image_encoder)))

@@ -52,13 +52,10 @@ def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict]
     None if it is not there. Of a training checkpoint that holds the trained weights and their EMA, the EMA is taken, as in the official
     sampler.
     """
-    first, *others = SIGNATURES[part]
-    prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
-    prefixes = {prefix for prefix in prefixes if all(prefix + name in tensors for name in others)}
-    if not prefixes:
+    if not (prefixes := _prefixes(tensors, part)):
         return None
-    best = min(prefixes, key=lambda p: (_is_optimizers(p), not any("ema" in word.split("_") for word in p.split(".")), len(p), p))
-    foreign = tuple(p for p in prefixes if p != best and p.startswith(best))
+    best, *others = prefixes
+    foreign = tuple(p for p in others if p.startswith(best))
     roots = ROOTS.get(part, ("",))
     return best, {
         key[len(best) :]: tensor
@@ -71,9 +68,27 @@ def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict]
     }
 
 
-def _is_optimizers(prefix: str) -> bool:
-    """Whether a prefix belongs to an optimiser's moments, which have the names and shapes of the weights."""
-    return any(word.startswith(("exp_avg", "optim", "momentum")) for word in prefix.split("."))
+def find_copies(tensors: Mapping[str, Tensor], part: str) -> list[str]:
+    """The prefixes under which a part is there more than once, that which `find_part` takes first; empty if a rule decides between them."""
+    prefixes = _prefixes(tensors, part)
+    equal = [prefix for prefix in prefixes if _kind_of_copy(prefix) == _kind_of_copy(prefixes[0])]
+    return equal if len(equal) > 1 else []
+
+
+def _prefixes(tensors: Mapping[str, Tensor], part: str) -> list[str]:
+    """The prefixes under which all keys of a part's signature are, the best first."""
+    first, *others = SIGNATURES[part]
+    prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
+    complete = (prefix for prefix in prefixes if all(prefix + name in tensors for name in others))
+    return sorted(complete, key=lambda prefix: (_kind_of_copy(prefix), len(prefix), prefix))
+
+
+def _kind_of_copy(prefix: str) -> int:
+    """0 for an EMA, 1 for other weights, 2 for an optimiser's moments, which have the names and shapes of the weights."""
+    words = prefix.split(".")
+    if any(word.startswith(("exp_avg", "optim", "momentum")) for word in words):
+        return 2
+    return 0 if any("ema" in word.split("_") for word in words) else 1
 
 
 def is_lora(keys: Iterable[str]) -> bool:

@@ -79,17 +79,10 @@ def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict]
     None if it is not there. Of a training checkpoint that holds the trained weights and their EMA, the EMA is taken, as in the official
     sampler.
     """
-    return next((found for signature in SIGNATURES[part] if (found := _find(tensors, signature)) is not None), None)
-
-
-def _find(tensors: Mapping[str, Tensor], signature: Signature) -> tuple[str, StateDict] | None:
-    first, *others = signature.keys
-    prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
-    prefixes = {prefix for prefix in prefixes if all(prefix + name in tensors for name in others)}
-    if not prefixes:
+    if (found := _find(tensors, part)) is None:
         return None
-    best = min(prefixes, key=lambda p: (_is_optimizers(p), not any("ema" in word.split("_") for word in p.split(".")), len(p), p))
-    foreign = tuple(p for p in prefixes if p != best and p.startswith(best))
+    signature, (best, *others) = found
+    foreign = tuple(p for p in others if p.startswith(best))
     return best, {
         key[len(best) :]: tensor
         for key, tensor in tensors.items()
@@ -101,9 +94,30 @@ def _find(tensors: Mapping[str, Tensor], signature: Signature) -> tuple[str, Sta
     }
 
 
-def _is_optimizers(prefix: str) -> bool:
-    """Whether a prefix belongs to an optimiser's moments, which have the names and shapes of the weights."""
-    return any(word.startswith(("exp_avg", "optim", "momentum")) for word in prefix.split("."))
+def find_copies(tensors: Mapping[str, Tensor], part: str) -> list[str]:
+    """The prefixes under which a part is there more than once, that which `find_part` takes first; empty if a rule decides between them."""
+    _, prefixes = _find(tensors, part) or (None, [])
+    equal = [prefix for prefix in prefixes if _kind_of_copy(prefix) == _kind_of_copy(prefixes[0])]
+    return equal if len(equal) > 1 else []
+
+
+def _find(tensors: Mapping[str, Tensor], part: str) -> tuple[Signature, list[str]] | None:
+    """The part's first signature of which all keys are there, and the prefixes under which they are, the best first."""
+    for signature in SIGNATURES[part]:
+        first, *others = signature.keys
+        prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
+        complete = [prefix for prefix in prefixes if all(prefix + name in tensors for name in others)]
+        if complete:
+            return signature, sorted(complete, key=lambda prefix: (_kind_of_copy(prefix), len(prefix), prefix))
+    return None
+
+
+def _kind_of_copy(prefix: str) -> int:
+    """0 for an EMA, 1 for other weights, 2 for an optimiser's moments, which have the names and shapes of the weights."""
+    words = prefix.split(".")
+    if any(word.startswith(("exp_avg", "optim", "momentum")) for word in words):
+        return 2
+    return 0 if any("ema" in word.split("_") for word in words) else 1
 
 
 def is_lora(keys: Iterable[str]) -> bool:

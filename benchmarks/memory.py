@@ -3,14 +3,15 @@
     python benchmarks/memory.py [--json FILE]                   counted on the meta device: no weights, no waiting
     python benchmarks/memory.py --run [--size 4096] [--json FILE]   an image end to end on the CPU in bfloat16, in a process of its own
 
---run uses random weights of the released sizes, one step and tiles, and prints the most memory that the process held (VmHWM). At 4096 it
-takes 260 TFLOP, half an hour to some hours. The goal: 8 GiB in all.
+--run makes an image of one step with `Pipeline`, random weights of the released sizes, text encoder included, and prints the most memory
+that the process held (VmHWM) and the number of decoded tiles. At 4096 it takes 186 TFLOP, half an hour to some hours. The goal: 8 GiB.
 """
 
 import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,12 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.decoder import released_config  # noqa: E402
 from benchmarks.measure import child, counted_peak, memory_line, report  # noqa: E402
 from benchmarks.network import RELEASED, SMALL  # noqa: E402
+from tests.full_size import GEMMA  # noqa: E402
 from tim_core.models.autoencoder import Autoencoder  # noqa: E402
 from tim_core.models.config import AutoencoderConfig  # noqa: E402
+from tim_core.models.text_encoder import TextEncoder  # noqa: E402
 from tim_core.models.tiles import TILE  # noqa: E402
+from tim_core.models.tokenizer import Tokenizer  # noqa: E402
 from tim_core.models.transformer import PEAK_TENSORS, TransitionTransformer  # noqa: E402
-from tim_core.sampler import sample  # noqa: E402
+from tim_core.pipeline import Pipeline  # noqa: E402
+from tim_core.shapes.tokenizer import shapes_tokenizer  # noqa: E402
 
+SMALL_GEMMA = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 4, "intermediate_size": 8}
 TEXT_ENCODER = 1_999_811_208  # bytes of Gemma 3 1B in bfloat16
 
 
@@ -68,27 +74,34 @@ def cards(rows: list[dict]) -> list[dict]:
     return table
 
 
-@torch.inference_mode()
 def run(size: int, small: bool) -> dict:
-    """One step and a decode in tiles; the weights are random, the text rows too."""
-    dtype, config = torch.bfloat16, AutoencoderConfig.from_diffusers(released_config(small))
-    shape = SMALL if small else RELEASED
-    networks = [TransitionTransformer(shape, dtype=dtype, device="meta"), Autoencoder(config, dtype=dtype, device="meta")]
-    for network in networks:
-        network.to_empty(device="cpu").eval()
+    """An image of one step from `Pipeline`, with its own choice of tiles."""
+    gemma = GEMMA | (SMALL_GEMMA if small else {})
+    shape, config = SMALL if small else RELEASED, AutoencoderConfig.from_diffusers(released_config(small))
+    made = {
+        "text": TextEncoder(gemma, Tokenizer.from_json(shapes_tokenizer()), dtype=torch.bfloat16, device="meta"),
+        "network": TransitionTransformer(replace(shape, in_channels=config.latent_channels), dtype=torch.bfloat16, device="meta"),
+        "vae": Autoencoder(config, dtype=torch.bfloat16, device="meta"),
+    }
+    for network in made.values():
+        network.to_empty(device="cpu").eval().requires_grad_(False)
         for value in network.parameters():
             value.normal_(std=value[0].numel() ** -0.5 if value.ndim > 1 else 0.1)
-    started, side = time.perf_counter(), size // config.factor
-    x = torch.randn(1, shape.in_channels, side, side)
-    y = torch.randn(1, 32, shape.text_dim, dtype=dtype)
-    latent, _ = sample(lambda x, t, r, y: networks[0](x.to(dtype), t, r, y), x, [1.0, 0.0], y)
-    sampled = time.perf_counter()
-    z = torch.randn(1, config.latent_channels, side, side, dtype=dtype) if small else latent.to(dtype)
-    image = networks[1].tiled_decode(z, *((256, 224) if small else (TILE, TILE - TILE // 8))).float()
-    image = image.add_(1).div_(2).clamp_(0, 1).movedim(1, -1).contiguous()
+    pipe = Pipeline(made["network"], made["text"], made["vae"])
+    moments = []
+    decode = pipe.autoencoder.decode
+
+    def timed(z):
+        moments.append(time.perf_counter())
+        return decode(z)
+
+    pipe.autoencoder.decode = timed
+    started = time.perf_counter()
+    image = pipe(["a red circle"], steps=1, cfg=1, width=size, height=size)
     ended, (height, width) = time.perf_counter(), image.shape[1:3]
-    return {"size": f"{width}x{height}", "weights_GiB": sum(p.nbytes for n in networks for p in n.parameters()) / 2**30,
-            "held_GiB": memory_line("VmHWM") / 2**30, "network_s": sampled - started, "decode_s": ended - sampled}
+    return {"size": f"{width}x{height}", "decodes": len(moments),
+            "weights_GiB": sum(p.nbytes for n in made.values() for p in n.parameters()) / 2**30,
+            "held_GiB": memory_line("VmHWM") / 2**30, "text_and_network_s": moments[0] - started, "decode_s": ended - moments[0]}
 
 
 def main() -> None:
@@ -103,7 +116,7 @@ def main() -> None:
         print(json.dumps(run(args.size, args.small)))
     elif args.run:
         row = child(__file__, "--child", "--size", str(args.size), *["--small"] * args.small)
-        report("end to end, CPU, bfloat16, tiles", [row], args.json)
+        report("end to end, CPU, bfloat16", [row], args.json)
     else:
         with torch.inference_mode():
             rows = counted()

@@ -497,6 +497,34 @@ def test_interrupt(comfyui):
     assert run_latents(comfyui, graph := Graph(), graph.tim(seed=11))[0].isfinite().all()
 
 
+def decode_and_encode_in_tiles(model, clip, vae):
+    """How far images and latents are from tim_core's tiles of 1024 pixels where little memory is left, and from whole ones."""
+    import sys
+
+    import torch
+
+    memory = next(module for name, module in sys.modules.items() if name.endswith("tim_core.memory"))
+    network, latent = vae.first_stage_model, torch.randn(1, 16, 136, 8)
+    image = torch.rand(1, 1088, 64, 3)
+    whole = vae.decode(latent), vae.encode(image)
+    available, memory.available_bytes = memory.available_bytes, lambda device: 0
+    try:
+        tiles = vae.decode(latent), vae.encode(image)
+    finally:
+        memory.available_bytes = available
+    with torch.no_grad():
+        expected = (
+            network.tiled_decode(latent).add(1).div(2).clamp(0, 1).movedim(1, -1),
+            network.tiled_encode(image.movedim(-1, 1) * 2 - 1),
+        )
+    return {name: [float((a - b).abs().max()) for a, b in zip(tiles, others)] for name, others in (("tim", expected), ("whole", whole))}
+
+
+def test_tiles_are_chosen_before_the_memory_runs_out(comfyui):
+    found = inside(comfyui, decode_and_encode_in_tiles)
+    assert max(found["tim"]) < 1e-6 and min(found["whole"]) > 1e-4
+
+
 def decode_short_of_memory(model, clip, vae):
     """The sizes in latent cells that are decoded, the first without memory enough, and how far the image is from an untiled one."""
     import comfy.model_management as mm

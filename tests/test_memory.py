@@ -8,11 +8,13 @@ import torch
 
 from benchmarks.measure import LiveTensors, counted_peak
 from benchmarks.network import RELEASED
+from tim_core import memory
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig
 from tim_core.models.transformer import PEAK_TENSORS, TransitionTransformer
 
 DTYPES = [torch.float32, torch.bfloat16]
+DC_AE = json.loads((Path(__file__).parent / "reference/dcae/keys_dcae.json").read_text())["config"]
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=["float32", "bfloat16"])
@@ -53,7 +55,7 @@ def test_the_network_announces_what_it_takes(dtype, tokens, batch, text):
 @torch.inference_mode()
 @pytest.mark.parametrize("side", [1024, 4096])
 def test_the_autoencoder_announces_what_it_takes(dtype, side):
-    config = AutoencoderConfig.from_diffusers(json.loads((Path(__file__).parent / "reference/dcae/keys_dcae.json").read_text())["config"])
+    config = AutoencoderConfig.from_diffusers(DC_AE)
     model = Autoencoder(config, dtype=dtype, device="meta").eval()
     z = torch.empty(1, config.latent_channels, side // config.factor, side // config.factor, dtype=dtype, device="meta")
     x = torch.empty(1, 3, side, side, dtype=dtype, device="meta")
@@ -62,14 +64,21 @@ def test_the_autoencoder_announces_what_it_takes(dtype, side):
         assert 0.75 * counted < announced < 1.25 * counted
 
 
+def test_a_cpu_keeps_memory_for_other_programs(monkeypatch):
+    """A whole decode of 4096x4096 would take over 6 GiB of bfloat16."""
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**40)
+    released = Autoencoder(AutoencoderConfig.from_diffusers(DC_AE), device="meta")
+    cases = [(device, size) for device in ("cpu", "cuda") for size in (2048, 4096)]
+    assert [released.needs_tiles(size, size, torch.bfloat16, torch.device(device)) for device, size in cases] == [False, True, False, False]
+
+
 @torch.inference_mode()
 def test_decoding_takes_at_most_six_tenths_of_diffusers_memory(dtype):
     """Live tensors of a decode in the released sizes, 1024 x 1024."""
     diffusers = pytest.importorskip("diffusers")
-    entry = json.loads((Path(__file__).parent / "reference/dcae/keys_dcae.json").read_text())["config"]
     with torch.device("meta"):
-        oracle = diffusers.AutoencoderDC(**{name: value for name, value in entry.items() if not name.startswith("_")}).to(dtype).eval()
-    ours = Autoencoder(AutoencoderConfig.from_diffusers(entry), dtype=dtype, device="meta").eval()
+        oracle = diffusers.AutoencoderDC(**{name: value for name, value in DC_AE.items() if not name.startswith("_")}).to(dtype).eval()
+    ours = Autoencoder(AutoencoderConfig.from_diffusers(DC_AE), dtype=dtype, device="meta").eval()
     z = torch.empty(1, 32, 32, 32, dtype=dtype, device="meta")
     theirs, own = counted_peak(lambda: oracle.decoder(z)), counted_peak(lambda: ours.decoder(z))
     assert own < 0.6 * theirs

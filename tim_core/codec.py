@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .finite import check_finite
-from .memory import fits
 from .models.autoencoder import Autoencoder
 from .models.tiles import TILE
 
@@ -63,5 +62,4 @@ class Codec:
             return None
         if self.tile != "auto":
             return int(self.tile)
-        needed = self.autoencoder.peak_bytes(*size, dtype, self.device)
-        return None if max(size) <= TILE or fits(needed, self.device) else TILE
+        return TILE if self.autoencoder.needs_tiles(*size, dtype, self.device) else None

@@ -10,12 +10,14 @@ from torch import nn
 
 UNKNOWN = 4 * 2**30  # bytes, where the system does not say
 SHARE_OF_MEMORY = 0.8  # of what is available that a run of a network may take
+MOST_ON_CPU = 4 * 2**30  # bytes that a run may take there, where other programs need memory too
 OFFLOAD_DEVICE = torch.device("cpu")
 
 
-def fits(needed: int, device: torch.device) -> bool:
-    """Whether a run that takes `needed` bytes fits in what a device can still give."""
-    return needed < SHARE_OF_MEMORY * available_bytes(device)
+def fits(needed: int, device: torch.device, available: int | None = None) -> bool:
+    """Whether a run that takes `needed` bytes fits in what a device can still give, by default `available_bytes`."""
+    available = available_bytes(device) if available is None else available
+    return needed < SHARE_OF_MEMORY * available and (device.type != "cpu" or needed < MOST_ON_CPU)
 
 
 def make_room(network: nn.Module, needed: int, others: Iterable[nn.Module], device: torch.device) -> None:

@@ -23,15 +23,26 @@ OVERLAP = TILE - STRIDE  # pixels
 
 
 class CheckedAutoencoder(Autoencoder):
-    """Checks at every tile for cancellation, which core's tile loops do not, and for finite values, before core clamps them."""
+    """Runs in tiles what does not fit in the memory that core could free, before it runs out.
+
+    Checks at every tile for cancellation, which core's tile loops do not, and for finite values, before core clamps them.
+    """
 
     def encode(self, x: Tensor) -> Tensor:
+        if self._needs_tiles(x, 1):
+            return self.tiled_encode(x)
         mm.throw_exception_if_processing_interrupted()
         return self._finite(super().encode(x), "VAE encoder", x, "image before encoding", "another image")
 
     def decode(self, z: Tensor) -> Tensor:
+        if self._needs_tiles(z, self.config.factor):
+            return self.tiled_decode(z)
         mm.throw_exception_if_processing_interrupted()
         return self._finite(super().decode(z), "VAE decoder", z, "latent before decoding", "a lower cfg or float32 in the sampler before")
+
+    def _needs_tiles(self, x: Tensor, factor: int) -> bool:
+        available = None if x.device.type == "cpu" else mm.get_free_memory(x.device)
+        return self.needs_tiles(x.shape[-2] * factor, x.shape[-1] * factor, x.dtype, x.device, available)
 
     def _finite(self, made: Tensor, stage: str, given: Tensor, name: str, advice: str) -> Tensor:
         """`made` if it is finite, else TimError that names its stage, or `given` if that is not finite either."""

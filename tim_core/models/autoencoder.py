@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TimError
+from ..memory import fits
 from .bands import band_bytes, bands, infers
 from .config import AutoencoderConfig, StageConfig
 from .dcae_blocks import ChannelRMSNorm, Downsample, EfficientViTBlock, ResBlock, Upsample, activate, normalize
@@ -123,6 +124,10 @@ class Autoencoder(nn.Module):
         band = min(whole, band_bytes(device))
         in_bands = whole + (2.5 if dtype == torch.float32 else 5) * band  # below float32, the norms compute in it
         return int(max(1.5 * whole + 2.6 * band, in_bands)) + 3 * 3 * 4 * height * width
+
+    def needs_tiles(self, height: int, width: int, dtype: torch.dtype, device: torch.device, available: int | None = None) -> bool:
+        """Whether one image (height, width in pixels) does not fit a device whole. available: bytes there, see `memory.fits`."""
+        return max(height, width) > TILE and not fits(self.peak_bytes(height, width, dtype, device), device, available)
 
     def tiled_encode(self, x: Tensor, tile: int | Pair = TILE, stride: int | Pair = STRIDE) -> Tensor:
         """Encodes in tiles of `tile` pixels (or (height, width)), one every `stride` pixels, blended linearly where they overlap."""

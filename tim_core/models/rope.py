@@ -52,7 +52,10 @@ def rotary_table(head_dim: int, height: int, width: int, device: torch.device, d
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates each pair of neighbouring channels of x (..., N, head_dim) by its angle, in the dtype of the table -> in that of x."""
+    """Rotates each pair of neighbouring channels of x (..., head_dim) by its angle, in the dtype of the table -> in that of x.
+
+    table: (..., head_dim / 2, 2), broadcast over the leading dimensions of x.
+    """
     pairs = x.to(table.dtype).unflatten(-1, (-1, 2))
     if pairs.device.type in COMPLEX_DEVICES and not torch.compiler.is_compiling():
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))

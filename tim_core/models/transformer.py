@@ -91,7 +91,7 @@ class PatchEmbedder(nn.Module):
         self.proj = operations.Conv2d(channels, hidden, kernel_size=patch, stride=patch, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class HeadNorm(nn.Module):
@@ -120,12 +120,11 @@ class SelfAttention(HeadNorm):
         if self.qkv_d is not None:
             shift = self.qkv_d(interval)
             qkv = qkv + shift if torch.is_grad_enabled() else qkv.add_(shift)
-        # (B, N, 3 * hidden) -> three of (B, heads, N, head_dim)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv.chunk(3, dim=-1))
         # Under autocast the norms return float32.
         q = rotate(self.q_norm(q), table).to(v.dtype)
         k = rotate(self.k_norm(k), table).to(v.dtype)
-        return self.proj(self.attention(q, k, v))
+        return self.proj(self.attention(*(part.transpose(1, 2) for part in (q, k, v))))
 
 
 class CrossAttention(HeadNorm):
@@ -142,11 +141,9 @@ class CrossAttention(HeadNorm):
         self.proj = operations.Linear(hidden, hidden, **factory)
 
     def forward(self, x: Tensor, y: Tensor, table: Tensor) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        # (B, M, 2 * hidden) -> two of (B, heads, M, head_dim)
-        k, v = self.kv(y).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (self.q(x), *self.kv(y).chunk(2, dim=-1)))
         q = rotate(self.q_norm(q), table).to(v.dtype)
-        return self.proj(self.attention(q, self.k_norm(k).to(v.dtype), v))
+        return self.proj(self.attention(*(part.transpose(1, 2) for part in (q, self.k_norm(k).to(v.dtype), v))))
 
 
 class Block(nn.Module):
@@ -250,7 +247,7 @@ class TransitionTransformer(nn.Module):
         """
         config = self.config
         height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
-        table = rotary_table(config.head_dim, height, width, x.device, at_least_float32(x.dtype))
+        table = rotary_table(config.head_dim, height, width, x.device, at_least_float32(x.dtype)).unsqueeze(1)  # one for all heads
 
         time, interval = self.embed_times(t.to(at_least_float32(t.dtype)), r.to(at_least_float32(r.dtype)), x.dtype)
         condition = time + interval

@@ -139,7 +139,7 @@ def test_native_sizes():
 def test_folders_and_lists(tmp_path, data, caplog):
     found = scan(FolderConfig(str(data)), labels=False)
     assert [item.file.name for item in found] == [*(f"{k}.png" for k in range(5)), "broken.png", "cut.jpg", "tiny.png", "words.png"]
-    assert found[0].caption_or_label == "a circle 0" and "1 images without a .txt caption" in caplog.text and "silent.png" in caplog.text
+    assert found[0].caption_or_label == "a circle 0" and "1 image without a .txt caption" in caplog.text and "silent.png" in caplog.text
     listed = tmp_path / "list.jsonl"
     listed.write_text("\n".join(json.dumps({"image": f"images/{k}.png", "caption": f"number {k}"}) for k in (3, 1)) + "\n\n")
     found = scan(FolderConfig(str(listed)), False)
@@ -267,7 +267,7 @@ def test_training_on_a_folder_names_each_unreadable_image_once(tmp_path, tiny, d
         (made,) = run([config])
     for name in ("broken.png", "cut.jpg", "tiny.png", "words.txt"):
         assert sum(name in record.getMessage() for record in caplog.records) == 1
-    assert "4 of 9 images were skipped" in caplog.text
+    assert "skipped 4 of 9 images" in caplog.text
     before, after = load_transformer(tiny, dtype=torch.float32), load_transformer(made, dtype=torch.float32)
     assert before.config == after.config
     moved = [name for name, value in before.state_dict().items() if (value - after.state_dict()[name]).abs().max() > 1e-4]

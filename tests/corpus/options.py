@@ -165,7 +165,12 @@ def values_outside_their_range(random: Random) -> Iterator[Case]:
 def options_that_do_not_go_together(random: Random) -> Iterator[Case]:
     for name, (words, named) in PAIRS.items():
         yield Case(name, with_options("evaluate", *words), fails(*named))
-    yield Case("a shift with times", with_options("sample", "--times", "1,0.4,0", "--shift", "2"), fails("shift", "2.0", "times"))
+    yield Case("steps with times", with_options("sample", "--times", "1,0"), fails("--steps", 2, "--times", 1))
+    yield Case(
+        "a shift with times",
+        lambda f, o: ["sample", PROMPT, "--model", o.model, "--times", "1,0.4,0", "--shift", "2"],
+        fails("shift", "2.0", "times"),
+    )
 
 
 @generator

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.corpus.case import Case, Fails, Gives, Outcome, fails, generator
 from tests.corpus.originals import Originals
@@ -207,6 +209,71 @@ def outputs_of_training(random: Random) -> Iterator[Case]:
         return "output: run\n"
 
     yield Case("a file in the way of the cache", *no_weights(cache, "data.cache", "pictures.cache"))
+
+
+def rewritten(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """Other tensors in a safetensors file, under the same metadata."""
+
+    def write(file: Path) -> None:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        change(tensors)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata)
+
+    return write
+
+
+def flip_last(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 64
+    file.write_bytes(data)
+
+
+BAD_CACHE: dict[str, Callable[[Path], object]] = {
+    "a bit": flip_last,
+    "NaN": rewritten(lambda tensors: tensors["latent"].fill_(float("nan"))),
+    "no condition": rewritten(lambda tensors: tensors.pop("condition")),
+    "another shape": rewritten(lambda tensors: tensors.update(latent=tensors["latent"][:, :1])),
+    "another dtype": rewritten(lambda tensors: tensors.update(latent=tensors["latent"].long())),
+}
+LOST_CACHE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-10]),
+    "no metadata": lambda file: save_file(load_file(file), file),
+    "gone": Path.unlink,
+    "text": lambda file: file.write_text("hello"),
+}
+
+
+def with_cache(damage: Callable[[Path], object], workers: int):
+    """A builder: a run that is resumed after a file of its cache was damaged."""
+
+    def build(folder: Path, originals: Originals) -> list[object]:
+        words = finetune(whole)(folder, originals)
+        assert main([str(word) for word in words]) == 0
+        text = (folder / "c.yaml").read_text()
+        (folder / "c.yaml").write_text(text.replace("steps: 1", "steps: 6").replace("workers: 0", f"workers: {workers}"))
+        damage(sorted((folder / "cache").glob("*.safetensors"))[0])
+        return words
+
+    return build
+
+
+@generator
+def damaged_caches(random: Random) -> Iterator[Case]:
+    for name, damage in random.sample(sorted(BAD_CACHE.items()), 3):
+        error = fails("cache", "damaged", "remove")
+        yield Case(f"a cached file: {name}", with_cache(damage, random.choice([0, 1])), error)
+    for name, damage in random.sample(sorted(LOST_CACHE.items()), 2):
+        yield Case(f"a cached file: {name}", with_cache(damage, 0), Gives(made("step-00000006.pt"), ("resumed",)))
+    for name in random.sample(["a FIFO", "a folder", "a device"], 2):
+
+        def replace(file: Path, make=IN_THE_WAY[name]) -> None:
+            file.unlink()
+            make(file)
+
+        yield Case(f"a cached file: {name}", with_cache(replace, 0), fails("cache", "give"))
 
 
 # Runs

@@ -172,6 +172,18 @@ def dtypes_that_are_none(random: Random) -> Iterator[Case]:
 
 
 @generator
+def dtypes_of_no_vae(random: Random) -> Iterator[Case]:
+    dtype = random.choice(["bf16", "fp32"])
+    for title, words in (("convert of a LoRA", WRITERS["convert of a LoRA"]), ("pack", ("pack", "--model", "parts/transformer", "TARGET"))):
+
+        def build(folder: Path, originals: Originals, words=words) -> list[object]:
+            originals.copy(originals.parts, Path("parts"))
+            return [*with_target(words, "out.safetensors")(folder, originals), "--vae-dtype", dtype]
+
+        yield Case(f"--vae-dtype {dtype} of {title}", build, fails("no VAE", "vae-dtype"))
+
+
+@generator
 def releases_that_are_none(random: Random) -> Iterator[Case]:
     for name in random.sample(["t2v", "", "T2I", "c2i", "../t2i", "t2i\0", "c2i-1024"], 3):
         yield Case(f"the release {name!r}", lambda folder, originals, name=name: ["download", name, "--dry-run"], fails("choice", code=2))

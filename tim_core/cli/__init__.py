@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -95,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(handlers=[handler])
     args = build_parser().parse_args(argv)
     try:
-        code = args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: logging.warning(message)  # as one line, without a path of the library
+            code = args.run(args) or 0
         try:
             sys.stdout.flush()
         except BrokenPipeError:

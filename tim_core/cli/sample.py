@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import TimError
 from ..files import check_separate
 from . import options
 from .failures import print_result
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_output_image(args.output)
+    from .. import schedule
     from ..images import to_pil
     from ..limits import check_batch
 
@@ -53,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
     for name in names:
         check_separate(name, options.input_files(args))
     options.check_sampling(args, [1 if args.steps is None else args.steps])
+    if None not in (args.steps, args.times) and args.steps != (count := len(schedule.parse(args.times)) - 1):
+        raise TimError(f"--steps: {args.steps} is not the number of steps of --times, {count}; leave out one of the two")
     pipe = options.load_pipeline(args, options.check_size_of(args.size, args.batch))
 
     images, seconds = options.timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **options.settings(args))

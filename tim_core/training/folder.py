@@ -23,11 +23,11 @@ from ..processes import ALONE, Processes, Shard
 from .config import MOST_ITEMS, FolderConfig
 from .writing import write_tensors
 
-VERSION = "4"  # of cached files; files of another version are encoded again
+VERSION = "5"  # of cached files; files of another version are encoded again
 ENCODE_PIXELS = 2 * 1024 * 1024  # pixels of the images that are encoded together
 MOST_CAPTION, MOST_LIST = 2**16, 2**27  # bytes of a caption and of a .jsonl
 MOST_SKIPPED = 20  # images that are named; the rest are counted
-IMAGE_DIGEST = "image"  # key in the metadata of cached files
+IMAGE_DIGEST, CONTENT_DIGEST = "image", "content"  # keys in the metadata of cached files
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Item:
     width: int = 0
     height: int = 0
     problem: str = ""
+
+
+def count_images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def class_folders(config: FolderConfig) -> list[Path]:
@@ -73,7 +77,7 @@ def scan(config: FolderConfig, labels: bool) -> list[Item]:
     captions = {file: file.with_suffix(".txt") for file in files}
     without = [file for file, caption in captions.items() if not caption.exists()]
     if without:
-        logging.warning(f"{place}: {len(without)} images without a .txt caption are skipped; the first is {without[0].name}")
+        logging.warning(f"{place}: skipped {count_images(len(without))} without a .txt caption; the first is {without[0].name}")
     items = []
     for file, caption in captions.items():
         try:
@@ -176,7 +180,7 @@ class FolderBatches(torch.utils.data.Dataset):
         """The number of images, and the most frequent sizes with their batch sizes."""
         order = sorted(range(len(self.sizes)), key=lambda k: -len(self.files[self.sizes[k]]))
         found = [f"{len(self.files[self.sizes[k]])} of {'x'.join(map(str, self.sizes[k]))} in batches of {self.counts[k]}" for k in order]
-        return f"{sum(map(len, self.files.values()))} images: " + ", ".join(found[:6] + ["..."] * (len(found) > 6))
+        return f"{count_images(sum(map(len, self.files.values())))}: " + ", ".join(found[:6] + ["..."] * (len(found) > 6))
 
     def __getitem__(self, step: int) -> list[FolderPart]:
         rng = np.random.default_rng([self.seed, step])
@@ -189,7 +193,7 @@ class FolderBatches(torch.utils.data.Dataset):
 
     def load(self, files: list[Path], lengths: list[int]) -> FolderPart:
         """The shard with these cached files."""
-        kept = [load_file(file) for file in files]
+        kept = [read_cached(file) for file in files]
         features = torch.stack([one["features"] for one in kept]) if "features" in kept[0] else None
         return FolderPart(torch.stack([one["latent"].float() for one in kept]), [one["condition"] for one in kept], features, lengths)
 
@@ -197,13 +201,35 @@ class FolderBatches(torch.utils.data.Dataset):
 @functools.cache
 def condition_rows(file: Path) -> int:
     """The rows of the text features in a cached file. Reads its header alone."""
-    with safe_open(file, "pt") as opened:
-        return opened.get_slice("condition").get_shape()[0]
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_slice("condition").get_shape()[0]
+    except (OSError, SafetensorError, IndexError):
+        raise _damaged(file) from None
+
+
+def read_cached(file: Path) -> dict[str, Tensor]:
+    """The tensors of a cached file. TimError unless they are those that were written."""
+    try:
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            whole = (opened.metadata() or {}).get(CONTENT_DIGEST) == digest(sorted(tensors.items()))
+    except (OSError, SafetensorError):
+        whole = False
+    if not whole:
+        raise _damaged(file)
+    return tensors
+
+
+def _damaged(file: Path) -> TimError:
+    return TimError(f"{file}: damaged or missing file of the cache; remove it and repeat the command, and it is made again")
 
 
 def image_digest(file: Path) -> str | None:
     """The hash of the image in a cached file; None if the file is not complete. Reads its header alone."""
     try:
+        if not file.is_file():  # a FIFO would wait
+            return None
         with safe_open(file, "pt") as opened:
             return (opened.metadata() or {}).get(IMAGE_DIGEST)
     except (OSError, SafetensorError):
@@ -258,7 +284,8 @@ class Encoder:
                 if not value.isfinite().all():
                     source = {"latent": "the autoencoder's latent", "condition": "the text model's features"}.get(name, name)
                     raise TimError(f"{item.file}: {source} has values that are not finite; the weights may be damaged, download them again")
-            write_tensors(self.cache_path(item), tensors, {IMAGE_DIGEST: digest([("image", images[item])])})
+            content = {IMAGE_DIGEST: digest([("image", images[item])]), CONTENT_DIGEST: digest(sorted(tensors.items()))}
+            write_tensors(self.cache_path(item), tensors, content)
 
 
 def digest_data(items: list[Item], encode: Encoder) -> str:
@@ -320,5 +347,5 @@ def prepare(config: FolderConfig, encode: Encoder, unit: int, labels: bool, proc
     if not usable:
         raise TimError(none)
     if processes.is_main and len(usable) < len(items):
-        logging.warning(f"{config.path}: {len(items) - len(usable)} of {len(items)} images were skipped")
+        logging.warning(f"{config.path}: skipped {len(items) - len(usable)} of {count_images(len(items))}")
     return usable

@@ -148,6 +148,19 @@ class Sums:
         return means
 
 
+class Batches(torch.utils.data.Dataset):
+    """The batches of a task, or the error of one: a worker of a DataLoader would raise it with its traceback."""
+
+    def __init__(self, batches: torch.utils.data.Dataset):
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.batches[step]
+        except Exception as error:
+            return error
+
+
 class Step(nn.Module):
     """A step's loss as a forward pass, which DDP and FSDP2 need."""
 
@@ -190,7 +203,7 @@ def train(config: LoopConfig, task: Task) -> Path:
     if start >= config.steps:  # killed between the last checkpoint and its export
         return _export(task, full_state_dict(average, processes), record(start), processes)
     loader = torch.utils.data.DataLoader(
-        task.batches, batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
+        Batches(task.batches), batch_size=None, sampler=range(start, config.steps), num_workers=config.workers,
         prefetch_factor=4 if config.workers else None, pin_memory=processes.device.type == "cuda")
     shards = processes.shards(config.accumulate)
     parameters = trained(model)
@@ -200,6 +213,8 @@ def train(config: LoopConfig, task: Task) -> Path:
     model.train()
     with tqdm(total=config.steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not processes.is_main) as bar:
         for step, batch in enumerate(loader, start):
+            if isinstance(batch, Exception):
+                raise batch
             losses: dict[str, Tensor] = {}
             for shard, part in zip(shards, batch, strict=True):
                 torch.manual_seed(config.seed * 1_000_003 + step)  # every shard draws the numbers of the whole batch and takes its own

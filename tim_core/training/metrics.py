@@ -51,8 +51,10 @@ def forget_after(folder: Path, step: int) -> None:
     if path.exists():
         with _opened(path) as rows:
             columns = list(rows.fieldnames or [])
-            kept = [row for row in rows if None not in (*row, *row.values()) and row["step"].isdecimal() and int(row["step"]) <= step]
-        atomic_write(path, lambda tmp: _write_rows(tmp, columns, kept))
+            found = list(rows)
+        kept = [row for row in found if None not in (*row, *row.values()) and row["step"].isdecimal() and int(row["step"]) <= step]
+        if kept != found or not path.read_bytes().endswith(b"\r\n"):  # or the last row was cut
+            atomic_write(path, lambda tmp: _write_rows(tmp, columns, kept))
 
 
 def tensorboard(folder: Path, start: int):

@@ -39,6 +39,7 @@ def pack(
     """
     parts = read_parts(parts)
     parts.check_fit((metadata or {}).get("latent_factor"))
+    _check_vae_dtype(vae_dtype, parts.source, AUTOENCODER in parts)
     if vae_dtype == FP8:
         raise TimError("dtype: fp8 is for the transformer; choose bf16 or fp32 for the VAE")
     tensors: dict[str, Entry] = {}
@@ -69,8 +70,10 @@ def convert(
     rest, and the errors, as in `pack`.
     """
     if (lora := _open_lora(src)) is not None:
+        _check_vae_dtype(vae_dtype, lora.source, False)
         return _write_lora(lora, dst, dtype, report)
     parts, extra = read_parts(src), metadata or {}
+    _check_vae_dtype(vae_dtype, parts.source, AUTOENCODER in parts)
     check_output_path(dst)
     if dtype == FP8 and TRANSFORMER not in parts:
         raise TimError(f"{parts.source}: fp8 is for the transformer, which is not in it; choose bf16")
@@ -87,6 +90,12 @@ def convert(
     dst = _write(_entries(part, dtype, losses), dst, _whole_record(parts, records, extra), report)
     losses.report(parts.source)
     return dst
+
+
+def _check_vae_dtype(dtype, source: str, has_vae: bool) -> None:
+    """TimError for a dtype of a VAE that is not there."""
+    if dtype is not None and not has_vae:
+        raise TimError(f"{source}: has no VAE, whose dtype was to be {str(dtype).removeprefix('torch.')}; leave out --vae-dtype")
 
 
 def _entries(part: Part, dtype, losses: Losses) -> dict[str, Entry]:

@@ -15,7 +15,8 @@ import pytest
 from tests.comfy_support import FOLDER, ROOT, RUN_SECONDS
 
 pytestmark = [pytest.mark.browser, pytest.mark.comfyui]
-RELEASED = [ROOT / "workflows" / f"{stem}.json" for stem in ("text-to-image-1024", "staged-upscale-4096", "lora-1024")]
+RELEASED = [ROOT / "workflows" / f"{stem}.json" for stem in (
+    "text-to-image-1024", "staged-upscale-4096", "lora-1024", "inpainting-1024", "outpainting-1024")]
 WORKFLOWS = sorted({*(ROOT / "workflows").glob("*.json")} - {*RELEASED})
 PREPARE = {"class-conditional": "class_files", "lora": "lora_file"}  # workflow -> the fixture that makes the files it names
 
@@ -140,7 +141,8 @@ def test_template(request, comfyui, page, file):
 
 
 # what a node hides: another node, or a link that passes behind it; the node's own links may reach 16 pixels in. At half the size.
-HIDDEN_BEHIND = """() => { const graph = app.graph, found = [], paths = [], canvas = new OffscreenCanvas(1, 1), title = node => node.title ?? node.type
+HIDDEN_BEHIND = """() => { const graph = app.graph, found = [], paths = [], canvas = new OffscreenCanvas(1, 1)
+    const title = node => node.title ?? node.type
     const box = node => [node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]
     for (const a of graph._nodes) for (const b of graph._nodes) { const [l, t, r, d] = box(a), [L, T, R, D] = box(b)
         if (a.id < b.id && l < R && L < r && t < D && T < d) found.push(`${title(a)}: overlaps ${title(b)}`) }

@@ -15,7 +15,8 @@ import pytest
 from tests.comfy_support import FOLDER, ROOT, RUN_SECONDS
 
 pytestmark = [pytest.mark.browser, pytest.mark.comfyui]
-RELEASED = [ROOT / "workflows" / f"{stem}.json" for stem in ("text-to-image-1024", "staged-upscale-4096", "lora-1024")]
+RELEASED = [ROOT / "workflows" / f"{stem}.json" for stem in (
+    "text-to-image-1024", "staged-upscale-4096", "lora-1024", "inpainting-1024", "outpainting-1024")]
 WORKFLOWS = sorted({*(ROOT / "workflows").glob("*.json")} - {*RELEASED})
 PREPARE = {"class-conditional": "class_files", "lora": "lora_file"}  # workflow -> the fixture that makes the files it names
 

@@ -1,18 +1,24 @@
 """Every shipped workflow in the real ComfyUI, its images against tim_core's."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.nn.functional import interpolate
 
 from tests.comfy_graph import Template, same_image
 from tests.comfy_support import ROOT
 from tim_core import Pipeline, sampler, schedule
 from tim_core.imagenet import class_number
 from tim_core.images import MARGIN, contact_sheet, to_tensor
+from tim_core.shapes.detector import is_correct
+from tim_core.shapes.scenes import Prompt, Thing
 from tim_core.weights.load import load_autoencoder, load_transformer
 
 pytestmark = pytest.mark.comfyui
 RELEASED = ("text-to-image-1024", "staged-upscale-4096", "lora-1024")  # templates of the released text-to-image model
-STEMS = sorted({file.stem for file in (ROOT / "workflows").glob("*.json")} - set(RELEASED))
+OWN_IMAGE = ("inpainting-1024", "outpainting-1024")  # the same, for an image in ComfyUI's input folder
+STEMS = sorted({file.stem for file in (ROOT / "workflows").glob("*.json")} - {*RELEASED, *OWN_IMAGE})
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +64,11 @@ def native_upscale(run: Template, pipe: Pipeline) -> dict:
     return {"TiM-small": small, "TiM-large": large}
 
 
-def again(run: Template, pipe: Pipeline, mask: torch.Tensor | None = None) -> dict:
-    """A first image, then a second sampler on its latent by a new prompt; core keeps the latent where the mask is 0."""
-    first, second = run.inputs["First image"], run.inputs["TiMSampler"]
-    before = pipe(run.inputs["Positive"]["text"], steps=first["steps"], **run.settings("First image"))
-    latent, noise, start = pipe.encode(before), pipe.noise(1, 64, 64, second["seed"]), second["start"]
-    mask = torch.ones_like(latent) if mask is None else mask
-    cond, null = pipe.text_encoder.conditioning([run.inputs["New prompt"]["text"]], [""])
+def sample_masked(pipe: Pipeline, node: dict, prompt: str, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """TiM Sampler on the latents of images; core keeps the latent where the mask is 0. mask: (1, 1, h, w)."""
+    latent, start = pipe.encode(images), node["start"]
+    noise = pipe.noise(1, images.shape[2], images.shape[1], node["seed"])
+    cond, null = pipe.text_encoder.conditioning([prompt], [""])
 
     def network(x, t, r, y):
         t4 = t.view(-1, 1, 1, 1)
@@ -73,18 +77,53 @@ def again(run: Template, pipe: Pipeline, mask: torch.Tensor | None = None) -> di
         return (x - denoised * mask - latent * (1 - mask)) / t4
 
     x = start * noise + (1 - start) * latent
-    after, _ = sampler.sample(network, x, schedule.uniform(second["steps"], start), cond, null, cfg=second["cfg"])
-    return {"TiM-before": before, "TiM-after": pipe.decode(after)}
+    after, _ = sampler.sample(network, x, schedule.uniform(node["steps"], start), cond, null, cfg=node["cfg"])
+    return pipe.decode(after)
+
+
+def first_image(run: Template, pipe: Pipeline) -> torch.Tensor:
+    return pipe(run.inputs["Positive"]["text"], steps=run.inputs["First image"]["steps"], **run.settings("First image"))
+
+
+def again(run: Template, pipe: Pipeline, before: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> dict:
+    """A first image, then a second sampler on its latent by a new prompt."""
+    before = first_image(run, pipe) if before is None else before
+    mask = torch.ones(1, 1, 8, 8) if mask is None else mask
+    after = sample_masked(pipe, run.inputs["TiMSampler"], run.inputs["New prompt"]["text"], before, mask)
+    return {"TiM-before": before, "TiM-after": after}
+
+
+def padded(pad: dict, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What Pad Image for Outpainting makes: grey borders, and the mask (1, H, W), soft inside the image where that is large enough."""
+    height, width = images.shape[1:3]
+    left, top, right, bottom, feather = (pad[name] for name in ("left", "top", "right", "bottom", "feathering"))
+    large = torch.full((len(images), top + height + bottom, left + width + right, 3), 0.5)
+    large[:, top : top + height, left : left + width] = images
+    y, x = torch.arange(height)[:, None].float(), torch.arange(width)[None].float()
+    distances = [part for part, side in ((y, top), (height - y, bottom), (x, left), (width - x, right)) if side]
+    nearest = torch.stack([part.expand(height, width) for part in distances]).amin(0)
+    soft = feather > 0 and 2 * feather < min(height, width)
+    mask = torch.ones(1, *large.shape[1:3])
+    mask[:, top : top + height, left : left + width] = (1 - nearest / feather).clamp(min=0) ** 2 if soft else 0
+    return large, mask
 
 
 def inpainting(run: Template, pipe: Pipeline) -> dict:
     assert run.inputs["Left half, to keep"]["width"] == 32
     mask = torch.ones(1, 1, 8, 8)
     mask[..., :4] = 0
-    expected = again(run, pipe, mask)
+    expected = again(run, pipe, mask=mask)
     change = (expected["TiM-after"] - expected["TiM-before"]).abs()
     assert 5 * change[:, :, :24].mean() < change[:, :, 32:].mean()
     return expected
+
+
+def outpainting(run: Template, pipe: Pipeline) -> dict:
+    size = run.inputs["Half the size"]
+    small = interpolate(first_image(run, pipe).movedim(-1, 1), (size["height"], size["width"]), mode="area").movedim(1, -1)
+    before, mask = padded(run.inputs["ImagePadForOutpaint"], small)
+    assert before.shape[1:3] == (64, 64) and mask.mean() == 0.75
+    return again(run, pipe, before, mask[:, None, ::8, ::8])
 
 
 def custom_sampling(run: Template, pipe: Pipeline) -> dict:
@@ -126,8 +165,25 @@ def lora(run: Template, pipe: Pipeline, server) -> dict:
 
 EXPECTED = {
     "text-to-image": text_to_image, "few-steps-to-many": few_steps_to_many, "draft-and-refine": draft_and_refine,
-    "native-upscale": native_upscale, "image-to-image": again, "inpainting": inpainting, "custom-sampling": custom_sampling,
-    "class-conditional": class_conditional, "ksampler": ksampler, "lora": lora,
+    "native-upscale": native_upscale, "image-to-image": again, "inpainting": inpainting, "outpainting": outpainting,
+    "custom-sampling": custom_sampling, "class-conditional": class_conditional, "ksampler": ksampler, "lora": lora,
+}
+
+
+def two(first: str, relation: str, second: str) -> Prompt:
+    things = [Thing(shape, color) for color, shape in (first.split(), second.split())]
+    return Prompt("position", tuple(things), relation)
+
+
+RED_LEFT_OF_BLUE = two("red circle", "left of", "blue square")
+SQUARES, TRIANGLES = (Prompt("counting", (Thing(shape, "green"),) * 2) for shape in ("square", "triangle"))
+SHOWN = {  # what the first run shows, by file name
+    "TiM": RED_LEFT_OF_BLUE, "TiM-ksampler": TRIANGLES, "TiM-plain": RED_LEFT_OF_BLUE, "TiM-small": SQUARES, "TiM-large": SQUARES,
+    "TiM-refined": two("yellow square", "above", "purple circle"), "TiM-custom": two("purple triangle", "right of", "white circle"),
+}
+SHOWN_AFTER = {
+    "image-to-image": two("yellow circle", "left of", "blue square"), "inpainting": two("red circle", "left of", "green triangle"),
+    "outpainting": RED_LEFT_OF_BLUE,
 }
 
 
@@ -139,6 +195,32 @@ def test_template(comfyui, pipe, class_files, lora_file, stem):
     assert run.pictures.keys() == expected.keys()
     for prefix, images in expected.items():
         same_image(run.pictures[prefix], images)
+    shown = SHOWN | {"TiM-after": SHOWN_AFTER.get(stem)}
+    for prefix in run.pictures.keys() & shown.keys():
+        assert shown[prefix].text in [node.get("text") for node in run.inputs.values()]
+        assert is_correct(shown[prefix], run.pictures[prefix][0].numpy() / 255), prefix
+
+
+@pytest.mark.parametrize("stem", OWN_IMAGE)
+def test_template_for_an_image_of_ones_own(comfyui, released_files, stem):
+    """On small stand-ins; the image is wider than it is cropped, and its alpha channel is the mask that the editor paints."""
+    rng, side = np.random.default_rng(0), 1024 if stem == "inpainting-1024" else 768
+    pixels = rng.integers(0, 256, (side // 32, side // 32 + 8, 4), dtype=np.uint8).repeat(32, 0).repeat(32, 1)
+    pixels[..., 3] = 255
+    pixels[256:768, 384:640, 3] = 0
+    Image.fromarray(pixels).save(comfyui.base / "input" / "own.png")
+    run = Template(comfyui, stem, {"Your image": {"image": "own.png"}})
+    node, prompt = run.inputs["TiMSampler"], run.inputs["Positive"]["text"]
+    image = torch.from_numpy(pixels[None, :, 128:-128, :3] / np.float32(255))
+    if "ImagePadForOutpaint" in run.inputs:
+        image, mask = padded(run.inputs["ImagePadForOutpaint"], image)
+    else:
+        mask = torch.from_numpy(pixels[None, :, 128:-128, 3] == 0).float()
+    assert image.shape[1:3] == mask.shape[1:3] == (1024, 1024) and 0.1 < mask.mean() < 0.5
+    pipe = Pipeline.load(released_files, "cpu", "float32")
+    drawn = sample_masked(pipe, node, prompt, image, interpolate(mask[:, None], (32, 32), mode="bilinear"))
+    (found,) = run.pictures.values()
+    same_image(found, torch.lerp(image, drawn, mask[..., None]))
 
 
 @pytest.mark.parametrize("stem", RELEASED)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from tests.support import official_config
+from tests.support import official_config, sd_vae_names_of_2022
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig
 from tim_core.models.gemma import gemma_shapes, normalise_config
+from tim_core.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.shapes.tokenizer import shapes_tokenizer
 from tim_core.weights.write import Entry, write_safetensors
@@ -40,6 +41,11 @@ DC_AE = {
     "encoder_layers_per_block": [2, 2, 2, 3, 3, 3], "decoder_layers_per_block": [3] * 6,
     "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]], "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
     "downsample_block_type": "conv", "upsample_block_type": "interpolate", "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu",
+}  # fmt: skip
+SD_VAE = {
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
+    "out_channels": 3, "sample_size": 256, "up_block_types": ["UpDecoderBlock2D"] * 4,
 }  # fmt: skip
 BASE = 2**22
 
@@ -89,4 +95,12 @@ def write_dc_ae(folder: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(DC_AE))
     state = Autoencoder(AutoencoderConfig.from_diffusers(DC_AE), device="meta").state_dict()
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", entries(state, torch.float32), {"format": "pt"})
+
+
+def write_sd_vae(folder: Path) -> None:
+    """In diffusers' layout of 2022, float32."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SD_VAE))
+    state = sd_vae_names_of_2022(KLAutoencoder(KLAutoencoderConfig.from_diffusers(SD_VAE), device="meta").state_dict())
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", entries(state, torch.float32), {"format": "pt"})

@@ -30,6 +30,12 @@ def load_all(source) -> SimpleNamespace:
     )
 
 
+def sd_vae_names_of_2022(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights under diffusers' present names -> under those of the published file."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    return {re.sub(r"(?<=attentions\.0\.)to_(q|k|v|out\.0)(?=\.)", lambda m: names[m[0]], name): w for name, w in weights.items()}
+
+
 def official_config(network: Mapping[str, Any]) -> TransformerConfig:
     """From the network section of an official yaml; what is left out takes the official default."""
     is_class = "num_classes" in network

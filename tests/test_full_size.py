@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from tests import comfy_support, full_size
-from tests.comfy_graph import Graph, images_of, latent_of
+from tests.comfy_graph import Graph, images_of
 from tests.comfy_support import Server, find
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(os.name != "posix", reason="counts memory as POSIX does")]
@@ -34,18 +34,6 @@ source, target, dtype, width, steps = eval(sys.argv[1])
 pipe = Pipeline.load(source, "cpu", dtype)
 prompt = "golden retriever" if pipe.class_conditional else "a red circle left of a blue square"
 torch.save((pipe([prompt], steps=steps, width=width, height=width), pipe.defaults), target)
-"""
-LATENT = """
-import sys, torch
-from tim_core.sampler import sample
-from tim_core.schedule import uniform
-from tim_core.weights.load import load_transformer
-source, target, size, label = eval(sys.argv[1])
-model = load_transformer(source, dtype=torch.float32)
-noise = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    latent, _ = sample(model, noise, uniform(1), torch.tensor([label]), torch.tensor([1000]), cfg=1.0)
-torch.save(latent, target)
 """
 
 
@@ -63,6 +51,7 @@ def released(tmp_path_factory):
     full_size.write_transformer("c2i-512", folder / "c2i_model_512.safetensors")
     full_size.write_gemma(folder / "gemma-3-1b-it")
     full_size.write_dc_ae(folder / "dc-ae-f32c32-sana-1.1-diffusers")
+    full_size.write_sd_vae(folder / "sd-vae-ft-ema")
     yield folder
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -115,6 +104,7 @@ def answer(tmp_path: Path, source, dtype: str, width: int, steps: int = 1):
     ("t2i_model.bin", 864_978_080, 3_492_707_595, "Load TiM Model", 2),
     ("gemma-3-1b-it", 999_885_952, 1_999_811_208, "Load TiM Text Encoder", 2),
     ("dc-ae-f32c32-sana-1.1-diffusers", 312_250_275, 1_249_044_836, "Load TiM VAE", 2),
+    ("sd-vae-ft-ema", 83_653_863, 334_643_276, "Load VAE", 2),
     ("c2i_model_256.safetensors", 664_128_016, 2_689_099_888, "Load TiM Model", 1),
     ("c2i_model_512.safetensors", 664_164_896, 2_689_247_408, "Load TiM Model", 1),
 ])  # fmt: skip
@@ -165,8 +155,8 @@ def test_one_step_at_512(released, folder_of_parts, packed, converted, tmp_path)
     assert 0 < difference < 0.5
 
 
-def run_graph(tmp_path: Path, links: dict[str, Path], build) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Runs a graph in a server of its own -> image or None, latent. links: places in the models folder -> files. build(graph) -> latent."""
+def run_graph(tmp_path: Path, links: dict[str, Path], build) -> torch.Tensor:
+    """Runs a graph in a server of its own -> its image. links: places in the models folder -> files. build(graph) -> latent."""
     server = Server(tmp_path / "comfyui", *find())
     try:
         for place, file in links.items():
@@ -174,16 +164,14 @@ def run_graph(tmp_path: Path, links: dict[str, Path], build) -> tuple[torch.Tens
             (server.base / "models" / place).symlink_to(file, target_is_directory=file.is_dir())
         graph = Graph()
         graph.prompt.clear()
-        latent = build(graph)
-        saved = graph.save(latent)
-        picture = graph.picture(latent) if graph.vae is not None else None
+        picture = graph.picture(build(graph))
         started = time.monotonic()
         outputs = server.run(graph.prompt)
         status = Path(f"/proc/{server.process.pid}/status").read_text()
         peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
         print(f"\n{time.monotonic() - started:.0f} s, peak {peak / 2**20:.1f} GiB: graph with {', '.join(links)}")
         assert peak * 1024 < MOST_MEMORY
-        return None if picture is None else images_of(server, outputs, picture), latent_of(server, outputs, saved)
+        return images_of(server, outputs, picture)
     finally:
         server.stop()
 
@@ -206,7 +194,7 @@ def test_the_released_parts_in_comfyui(released, folder_of_parts, tmp_path):
         graph.vae = graph.add("TiMVAELoader", vae_name="dc-ae.safetensors")
         return graph.tim(graph.empty(512, 512), steps=1)
 
-    found, _ = run_graph(tmp_path, links, build)
+    found = run_graph(tmp_path, links, build)
     agree(found, answer(tmp_path, folder_of_parts, "float32", 512)[0])
 
 
@@ -219,7 +207,7 @@ def test_converted_files_in_comfyui(kind, released, packed, converted, tmp_path)
             graph.model = graph.add("TiMModelLoader", model_name="fp8.safetensors", weight_dtype="default")
         return graph.tim(graph.empty(512, 512), steps=1)
 
-    found, _ = run_graph(tmp_path, {"checkpoints/packed.safetensors": packed, "diffusion_models/fp8.safetensors": converted["fp8"]}, build)
+    found = run_graph(tmp_path, {"checkpoints/packed.safetensors": packed, "diffusion_models/fp8.safetensors": converted["fp8"]}, build)
     parts = {"model": str(packed if kind == "packed" else converted["fp8"]), "text-encoder": str(packed), "vae": str(packed)}
     agree(found, answer(tmp_path, parts, "float32", 512)[0])
 
@@ -240,25 +228,27 @@ def test_classes_at_512(released, tmp_path):
         graph.vae = graph.add("TiMVAELoader", vae_name="dc-ae.safetensors")
         return of_class(graph, 207, 512)
 
-    agree(run_graph(tmp_path, links, build)[0], expected)
+    agree(run_graph(tmp_path, links, build), expected)
 
 
 @pytest.mark.comfyui
 def test_classes_at_256(released, tmp_path):
-    """Its latents: the VAE is Stable Diffusion's, which is not ours."""
-    file = released / "c2i_model_256.safetensors"
+    """With Stable Diffusion's VAE, which core's own loader loads in the graph."""
+    vae = released / "sd-vae-ft-ema" / "diffusion_pytorch_model.safetensors"
+    source = link_parts(released, "classes-256", transformer="c2i_model_256.safetensors", vae="sd-vae-ft-ema")
+    assert not json.loads(tim("inspect", "--json", source))["missing"]
+    expected, defaults = answer(tmp_path, source, "float32", 256)
+    assert (defaults.width, defaults.cfg, defaults.guidance_interval) == (256, 2.5, (0.0, 0.6))
+    tim("sample", "golden retriever", "--model", source, "--steps", 1, "-o", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (256, 256)
 
     def build(graph: Graph) -> list:
-        graph.model = graph.add("TiMModelLoader", model_name=file.name, weight_dtype="default")
-        graph.vae = None
+        graph.model = graph.add("TiMModelLoader", model_name="c2i_model_256.safetensors", weight_dtype="default")
+        graph.vae = graph.add("VAELoader", vae_name="sd-vae-ft-ema.safetensors")
         return of_class(graph, 207, 256)
 
-    _, found = run_graph(tmp_path, {f"diffusion_models/{file.name}": file}, build)
-    child("-c", LATENT, repr((str(file), str(tmp_path / "latent.pt"), 32, 207)))
-    expected = torch.load(tmp_path / "latent.pt") / 0.18215  # the graph's latents are in the VAE's own scale
-    difference = (found - expected).abs().max() / expected.std()
-    print(f"graph against tim_core: {difference:.2e} of the deviation")
-    assert found.shape == (1, 4, 32, 32) and difference < 1e-3
+    links = {"diffusion_models/c2i_model_256.safetensors": released / "c2i_model_256.safetensors", "vae/sd-vae-ft-ema.safetensors": vae}
+    agree(run_graph(tmp_path, links, build), expected)
 
 
 def of_class(graph: Graph, label: int, side: int) -> list:

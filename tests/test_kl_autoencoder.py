@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import mentions
+from tests.support import mentions, sd_vae_names_of_2022
 from tim_core.errors import TimError
 from tim_core.models import kl_autoencoder
 from tim_core.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig, diffusers_names
@@ -24,7 +24,6 @@ CONFIGS = {
     "one layer, every width another": {"block_out_channels": (32, 64, 96, 128), "layers_per_block": 1},
 }
 LEVELS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4}
-OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 MEMBERS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
 
 
@@ -103,19 +102,9 @@ def test_gradients_flow_through_both_ways(pair):
 # Names
 
 
-def as_published(weights: dict) -> dict:
-    """diffusers' names of 2022."""
-    found = {}
-    for name, value in weights.items():
-        for new, old in OLD.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
-        found[name] = value
-    return found
-
-
 def as_kernels(weights: dict) -> dict:
     """The same with attention's weights as 1x1 kernels."""
-    return {name: v[..., None, None] if "attentions" in name and v.ndim == 2 else v for name, v in as_published(weights).items()}
+    return {name: v[..., None, None] if "attentions" in name and v.ndim == 2 else v for name, v in sd_vae_names_of_2022(weights).items()}
 
 
 def as_original(weights: dict) -> dict:
@@ -138,7 +127,7 @@ def as_original(weights: dict) -> dict:
     return found
 
 
-SPELLINGS = {"present": dict, "of 2022": as_published, "of 2022, kernels": as_kernels, "original": as_original}
+SPELLINGS = {"present": dict, "of 2022": sd_vae_names_of_2022, "of 2022, kernels": as_kernels, "original": as_original}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, images_of, inside, latent_of, refusal, run_images, run_latents, same_image
 from tests.comfy_support import events_of, probe
-from tests.support import mentions
+from tests.support import mentions, sd_vae_names_of_2022
 from tim_core import Pipeline, schedule
 from tim_core.models.transformer import peak_bytes
 from tim_core.weights.load import load_text_encoder
@@ -956,6 +956,45 @@ def test_classes_at_256_use_the_stock_vae_s_latents(comfyui, patched):
     graph.model = graph.add("TiMModelLoader", model_name=patched, weight_dtype="default")
     node = graph.add("TiMTestProbe", **probe(scale_of), model=graph.model)[0]
     assert json.loads(comfyui.run(graph.prompt)[node]["text"][0]) == [0.18215, 4]
+
+
+@pytest.fixture(scope="module")
+def stock_vae(comfyui, tmp_path_factory) -> str:
+    """Stable Diffusion's VAE with random weights, in the published sizes, which core expects, and under the published names of 2022."""
+    from tim_core.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
+
+    torch.manual_seed(0)
+    weights = KLAutoencoder(KLAutoencoderConfig(), dtype=torch.bfloat16).state_dict()
+    weights["decoder.conv_out.weight"] *= 4  # else the images are grey
+    file = tmp_path_factory.mktemp("stock") / "vae.safetensors"
+    save_file(sd_vae_names_of_2022(weights), file)
+    return comfyui.add("vae", file, "sd-vae-ft-ema.safetensors")
+
+
+def test_classes_at_256_equal_pipeline(comfyui, patched, stock_vae):
+    """Core's Load VAE, and Pipeline with the same files: images, and latents of images, the mean of their distribution."""
+    models = comfyui.base / "models"
+    pipe = Pipeline.load({"model": models / "diffusion_models" / patched, "vae": models / "vae" / stock_vae}, "cpu", "float32")
+    graph = Graph()
+    graph.model = graph.add("TiMModelLoader", model_name=patched, weight_dtype="default")
+    graph.vae = graph.add("VAELoader", vae_name=stock_vae)
+    label, null = graph.add("TiMClassLabel", label="207"), graph.add("TiMClassLabel", label="")
+    sampled = graph.tim(graph.empty(96, 64), label, null, steps=1)
+    decoded = graph.add("VAEDecode", samples=sampled, vae=graph.vae)
+    encoded = graph.save(graph.add("VAEEncode", pixels=decoded, vae=graph.vae))
+    nodes = graph.picture(sampled), encoded
+    outputs = comfyui.run(graph.prompt)
+    image = pipe(["golden retriever"], steps=1, cfg=2.5, width=96, height=64)
+    same_image(images_of(comfyui, outputs, nodes[0]), image)
+    close(latent_of(comfyui, outputs, encoded) * 0.18215, pipe.encode(image), 1e-3)
+
+
+def test_load_tim_vae_sends_the_stock_vae_to_load_vae(comfyui, stock_vae):
+    graph = Graph()
+    graph.vae = graph.add("TiMVAELoader", vae_name=stock_vae)
+    pixels = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=0)
+    message = refusal(comfyui, graph, graph.add("VAEEncode", pixels=pixels, vae=graph.vae))
+    assert mentions(message, stock_vae, "Stable Diffusion's VAE", "Load VAE")
 
 
 def test_a_latent_that_is_no_multiple_of_the_patch(comfyui, patched):

@@ -16,6 +16,7 @@ from torch import Tensor
 from tim_core.cli import main
 from tim_core.models.autoencoder import Autoencoder
 from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerConfig
+from tim_core.models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 from tim_core.models.text_encoder import TextEncoder
 from tim_core.models.tokenizer import Tokenizer
 from tim_core.models.transformer import TransitionTransformer
@@ -92,6 +93,13 @@ class Originals:
         (folder / "text_encoder" / "config.json").write_text(json.dumps(GEMMA | {"model_type": "gemma3_text"}))
         (folder / "text_encoder" / "tokenizer.json").write_bytes(shapes_tokenizer())
         return folder
+
+    @cached_property
+    def stock_vae(self) -> Path:
+        """Stable Diffusion's VAE of one layer and narrow, under diffusers' names."""
+        torch.manual_seed(3)
+        save_file(KLAutoencoder(KLAutoencoderConfig((32, 32, 32, 32), 1)).state_dict(), self.folder / "sd-vae.safetensors")
+        return self.folder / "sd-vae.safetensors"
 
     @cached_property
     def lora(self) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.corpus.case import Case, Gives, Outcome, fails, generator, gives
@@ -185,6 +186,72 @@ def other_models(random: Random) -> Iterator[Case]:
             return [path if word == "MODEL" else word for word in words]
 
         yield Case(f"{title} as a model, {command}", build, fails(f"model.{ending}"))
+
+
+QUERY = "encoder.mid_block.attentions.0.to_q.weight"
+FIRST = "encoder.down_blocks.0.resnets.0.conv1.weight"
+
+
+def without(*beginnings: str):
+    return lambda weights: {name: value for name, value in weights.items() if not name.startswith(beginnings)}
+
+
+# title: what is done to the weights of an SD VAE, and what the error names
+STOCK_VAES: dict[str, tuple[Callable[[dict[str, Tensor]], Mapping], tuple[object, ...]]] = {
+    "a tensor under its present and its older name": (lambda w: w | {QUERY.replace("to_q", "query"): w[QUERY]}, (QUERY, "twice")),
+    "a level of 10**9": (lambda w: w | {FIRST.replace("blocks.0", "blocks.1000000000"): w[FIRST]}, ("1000000000",)),
+    "a level of 5000 digits": (lambda w: w | {FIRST.replace("blocks.0", "blocks." + "9" * 5000): w[FIRST]}, ()),
+    "a layer of 999": (lambda w: w | {FIRST.replace("resnets.0", "resnets.999"): w[FIRST]}, ("not a complete SD VAE",)),
+    "a level that is a superscript": (lambda w: w | {FIRST.replace("blocks.0", "blocks.²"): w[FIRST]}, ()),
+    "three levels": (lambda w: without("encoder.down_blocks.3")(w), ("number of resolutions", 3, 4)),
+    "16 latent channels": (lambda w: w | {"post_quant_conv.weight": torch.zeros(16, 16, 1, 1)}, ("latent_channels", 16)),
+    "no latent channels": (lambda w: w | {"post_quant_conv.weight": torch.zeros(0, 0, 1, 1)}, ("latent_channels", 0)),
+    "a convolution that is a number": (lambda w: w | {FIRST: torch.zeros(())}, (FIRST,)),
+    "a width of 33": (lambda w: w | {FIRST: torch.zeros(33, 32, 3, 3)}, (33, "multiples of 32")),
+    "a width of 2**40": (lambda w: w | {FIRST: torch.zeros(1).expand(2**40, 1, 1, 1)}, (FIRST, "repeats")),
+    "a query of another shape": (lambda w: w | {QUERY: torch.zeros(32, 32, 3, 3)}, (QUERY,)),
+    "no decoder levels": (lambda w: without("decoder.up_blocks")(w), ("not a complete SD VAE",)),
+    "no attention": (lambda w: without("encoder.mid_block.attentions")(w), ("not a complete SD VAE",)),
+    "the convolutions of its latents missing": (lambda w: without("quant_conv", "post_quant_conv")(w), ("a KL autoencoder", "4 latent")),
+    "a batch norm": (lambda w: w | {"encoder.norm.running_mean": torch.zeros(4)}, ("encoder.norm.running_mean",)),
+    "original names with a level of 9": (
+        lambda w: w | {"encoder.down.0.block.0.conv1.weight": w[FIRST], "decoder.up.9.block.0.conv1.weight": w[FIRST]}, ("twice",)),
+    "an SDXL UNet beside": (
+        lambda w: w | {f"unet.{name}": torch.zeros(2) for name in ("input_blocks.0.0.weight", "label_emb.0.0.weight")}, ("SDXL",)),
+}  # fmt: skip
+
+
+@generator
+def stock_vaes(random: Random) -> Iterator[Case]:
+    """An SD VAE that was changed, in the folder of a class-conditional model."""
+
+    def changed(change: Callable[[dict[str, Tensor]], Mapping], ending: str):
+        def build(folder: Path, originals: Originals) -> list[object]:
+            for name in ("transformer", "vae"):
+                (folder / "parts" / name).mkdir(parents=True)
+            tensors = load_file(originals.classes)
+            names = [name for name in tensors if name.startswith(TRANSFORMER) and not name.endswith("_json")]
+            own = {name.removeprefix(TRANSFORMER): tensors[name] for name in names}
+            originals.save(own, folder / "parts/transformer/model.safetensors", {})
+            weights = dict(change(load_file(originals.stock_vae)))
+            if ending == "safetensors":
+                weights = {name: value.clone() for name, value in weights.items()}
+            path = folder / f"parts/vae/model.{ending}"
+            torch.save(weights, path) if ending == "bin" else originals.save(weights, path, {})
+            return ["sample", "3", "--model", "parts", "--size", "16x16", "--steps", "1", "-o", "out.png"]
+
+        return build
+
+    for title, (change, named) in STOCK_VAES.items():
+        ending = "bin" if "2**40" in title else random.choice(["bin", "safetensors"])
+        yield Case(f"an SD VAE with {title}", changed(change, ending), fails("parts", *named))
+    channel, value = random.randrange(3), random.choice([float("nan"), float("inf")])
+
+    def damage(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights["decoder.conv_out.bias"][channel] = value
+        return weights
+
+    yield Case("an SD VAE with a damaged weight", changed(damage, "safetensors"), fails("VAE decoder", "decoder.conv_out.bias"))
 
 
 def part_of(originals: Originals, name: str, path: Path) -> Path:

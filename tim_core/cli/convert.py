@@ -11,7 +11,7 @@ from .failures import print_result
 SUMMARY = "rewrite weights as safetensors"
 
 DESCRIPTION = """\
-Convert weights (TiM transformer, Gemma 3, DC-AE, or several in one file) to
+Convert weights (TiM transformer, Gemma 3, VAE, or several in one file) to
 one safetensors file. SRC is a .bin, .pt or .safetensors file, or a Hugging
 Face folder. Other tensors are left out and listed. A LoRA gets the key names
 that ComfyUI reads. The same SRC and options give the same bytes.

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="FILE", help="TiM transformer (required)")
     parser.add_argument("--text-encoder", metavar="FILE",
                         help="Gemma 3 text model: folder with its tokenizer, or one-file checkpoint (default: none)")
-    parser.add_argument("--vae", metavar="FILE", help="DC-AE (default: none)")
+    parser.add_argument("--vae", metavar="FILE", help="DC-AE or SD VAE (default: none)")
     parser.add_argument("target", type=Path, metavar="DST", help=".safetensors file to write")
 
 

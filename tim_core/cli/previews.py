@@ -24,7 +24,7 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=".safetensors file with a TiM transformer")
-    parser.add_argument("--vae", metavar="FILE", help="DC-AE (default: the one in FILE)")
+    parser.add_argument("--vae", metavar="FILE", help="DC-AE or SD VAE (default: the one in FILE)")
     parser.add_argument("--force", action="store_true", help="replace the colours even if the new ones fit worse (default: off)")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to fit on, at most 200 are read (default: rendered shapes)")
 

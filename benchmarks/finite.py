@@ -70,7 +70,8 @@ def timing(spent: list[float]):
 
         __call__ = timed(pipeline.StepRecorder.__call__, spent)
 
-    with mock.patch.multiple(pipeline, check_finite=timed(pipeline.check_finite, spent), StepRecorder=Recorder):
+    check = timed(pipeline.check_finite, spent)
+    with mock.patch.multiple(pipeline, check_finite=check, StepRecorder=Recorder), mock.patch.object(codec, "check_finite", check):
         yield
 
 

@@ -65,8 +65,9 @@ def test_the_checks_are_timed_alone(monkeypatch, tmp_path, tiny):
     monkeypatch.setattr(sys, "argv", ["finite", "--model", str(tiny), "--pairs", "2", "--json", str(file)])
     with monkeypatch.context() as patch:
         slow = finite.pipeline.check_finite
-        patch.setattr(finite.pipeline, "check_finite", lambda *args, **options: (time.sleep(0.05), slow(*args, **options)))
+        for module in (finite.pipeline, finite.codec):
+            patch.setattr(module, "check_finite", lambda *args, **options: (time.sleep(0.05), slow(*args, **options)))
         finite.main()
     report = json.loads(file.read_text())
-    assert report["checked"] > report["unchecked"] and report["checks"] >= 0.15  # features, latent and pixels
+    assert report["checks"] >= 0.15  # features, latent and pixels
     assert report["share"] == pytest.approx(report["checks"] / report["unchecked"])

@@ -174,7 +174,7 @@ class Level(nn.Module):
             self.add_module("downsamplers" if resample is Downsample else "upsamplers", samplers)
 
     def blocks(self) -> list[nn.Module]:
-        return [block for blocks in self.children() for block in blocks]
+        return [block for blocks in self.children() for block in blocks.children()]
 
 
 class Middle(nn.Module):

@@ -87,8 +87,9 @@ class TiledAutoencoder(nn.Module):
 
     def _tiles(self, tile: int | Pair, stride: int | Pair) -> tuple[Pair, Pair]:
         """Both as (height, width) in pixels."""
-        tile, stride = ((side, side) if isinstance(side, int) else tuple(side) for side in (tile, stride))
+        tiles: Pair = (tile, tile) if isinstance(tile, int) else tile
+        strides: Pair = (stride, stride) if isinstance(stride, int) else stride
         factor = self.config.factor
-        if any(t % factor or s % factor or not 0 < s <= t for t, s in zip(tile, stride)):
-            raise TimError(f"tiles: tile {tile} and stride {stride} must be multiples of {factor}, with 0 < stride <= tile")
-        return tile, stride
+        if any(t % factor or s % factor or not 0 < s <= t for t, s in zip(tiles, strides)):
+            raise TimError(f"tiles: tile {tiles} and stride {strides} must be multiples of {factor}, with 0 < stride <= tile")
+        return tiles, strides

@@ -1,6 +1,6 @@
 """Loads the parts of a checkpoint as models."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -9,7 +9,6 @@ from ..finite import DAMAGE, damaged_weight
 from ..models.gemma import gemma_shapes, text_mismatch
 from ..models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 from ..models.text_encoder import TextEncoder
-from ..models.tiles import TiledAutoencoder
 from ..models.tokenizer import Tokenizer, check_ids
 from .detect import AUTOENCODER, TEXT_ENCODER, TRANSFORMER
 from .open import StateDict
@@ -86,7 +85,7 @@ def _open_tokenizer(part: Part) -> Tokenizer:
     return tokenizer
 
 
-def _autoencoder_class(part: Part) -> type[TiledAutoencoder]:
+def _autoencoder_class(part: Part) -> Callable[..., torch.nn.Module]:
     from ..models.autoencoder import Autoencoder
 
     return KLAutoencoder if isinstance(part.config, KLAutoencoderConfig) else Autoencoder

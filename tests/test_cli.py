@@ -414,3 +414,12 @@ def test_a_size_is_the_models_or_bounded(fails, tiny):
     """One limit for every way to sample."""
     for words in (("sample", "a"), ("sweep", "a"), ("evaluate",)):
         assert mentions(fails(1, *words, "--model", tiny, "--size", "8x100000"), "size: 8x100000", "4096", "nearest", "8x4096")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("buffering", [1, -1], ids=["by line", "whole"])
+def test_a_full_standard_output_is_named(buffering, tiny, monkeypatch, capsys):
+    with open("/dev/full", "w", buffering=buffering, encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["inspect", str(tiny)]) == 1
+    assert mentions(capsys.readouterr().err, "tim: error: standard output", "cannot be written")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ MEMORY_ADVICE = {
     "evaluate": "try a smaller --batch or --size",
     "train": "reduce loop.batch, raise loop.accumulate, or set loop.checkpointing: true",
 }
+WRITING = {errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG}  # how writing to stdout fails where it is not buffered
 MAX_WIDTH = 78  # columns of wrapped help, on wider terminals too
 
 EXAMPLES = """\
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stream is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a prompt
+            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters of a prompt
     handler = LogHandler()
     handler.setFormatter(LogLine())
     logging.basicConfig(handlers=[handler])
@@ -99,13 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: logging.warning(message)  # as one line, without a path of the library
             code = args.run(args) or 0
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            _drop_output()
-            return print_error(f"standard output: cannot be written ({error.strerror})", args)
+        if reason := _output_error():
+            return print_error(f"standard output: cannot be written ({reason}); write it to another file", args)
         return code
     except KeyboardInterrupt:
         return print_error("interrupted", args)
@@ -118,9 +115,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_out_of_memory(error):
             advice = MEMORY_ADVICE.get(args.command, "close other programs, or use a computer with more memory")
             return print_error(f"out of memory: {advice}", args)
+        if isinstance(error, OSError) and error.filename is None and error.errno in WRITING:  # files are named by their writers
+            _drop_output()
+            return print_error(f"standard output: cannot be written ({error.strerror}); write it to another file", args)
         if isinstance(error, OSError) and error.strerror:
             return print_error(": ".join(filter(None, [error.filename and str(error.filename), error.strerror])), args)
         return print_error(f"{type(error).__name__}: {error} (-v shows where)", args)
+
+
+def _output_error() -> str | None:
+    """Why stdout cannot be written, after which it is dropped; None if it can. BrokenPipeError if its reader has gone."""
+    try:
+        sys.stdout.flush()
+        return None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        return error.strerror
 
 
 def _drop_output() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...tim_core.errors import TimError
 from ...tim_core.upscale import in_tiles
+from .log import say
 from .model import size_multiple, tim_model
 
 
@@ -22,6 +23,10 @@ def with_tiles(model, pixels: int) -> comfy.model_patcher.ModelPatcher:
     side = int(pixels / multiple + 0.5) * multiple
     if side < 2 * multiple:
         raise TimError(f"tile_size: {pixels} is too small; use {2 * multiple} pixels or more, or 0 for the whole image")
+
+    made_for = tim_model(model).model_config.defaults
+    if side < made_for.width and (line := made_for.far_size(side, side)):  # a larger one may hold the whole image
+        say(model.model_options["transformer_options"], f"tile_size: {line}")
 
     def tiles(executor, x, *args, **kwargs):
         return in_tiles(lambda part: executor(part, *args, **kwargs), x, side // factor)

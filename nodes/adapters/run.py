@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...tim_core.errors import TimError
 from ...tim_core.finite import check_finite
-from .checks import check_areas, check_coverage, check_latent, check_size, check_start, outside_times
+from .checks import check_areas, check_cfg, check_coverage, check_latent, check_size, check_start, outside_times
 from .guidance import INTERVAL, with_interval
 from .log import SAID, Said, say
 from .trace import TRACE, Trace, check_result
@@ -59,13 +59,18 @@ def _start_sampler(executor, guider, sigmas, extra_args, callback, *args, **kwar
     function = getattr(sampler, "sampler_function", None)
     options = extra_args["model_options"].setdefault("transformer_options", {})
     on_host, trace = sigmas.cpu(), options.get(TRACE)
-    own = function in OWN_SAMPLERS
+    own, cfg, times = function in OWN_SAMPLERS, getattr(guider, "cfg", 1.0), on_host.tolist()
     if not own:
-        _check_stock_run(sampler, function, on_host, getattr(guider, "cfg", 1.0), options)
+        _check_stock_run(sampler, function, on_host, cfg, options)
+    elif sampler.extra_options["mode"] == "diffusion" and (fault := _too_few(on_host)):
+        say(options, f"mode: diffusion takes TiM as ordinary flow matching and {fault}; for few steps use the mode transition")
+    exact = TRANSITION in options or own and sampler.extra_options["mode"] == "transition"
+    if outside_times(on_host) is None:
+        check_cfg(cfg, guider.model_patcher.model.model_config.defaults.cfg, _interval(guider), times, exact, options)
     if trace is not None:
         trace.own = own
         if own or TRANSITION in options or TARGET in options:
-            callback = trace.follow(on_host.tolist(), callback)
+            callback = trace.follow(times, callback)
     return executor(guider, sigmas, extra_args, callback, *args, **kwargs)
 
 
@@ -84,9 +89,23 @@ def _check_stock_run(sampler, function, sigmas: Tensor, cfg: float, options: dic
         options[TRANSITION] = True
     elif function is comfy.k_diffusion.sampling.sample_lcm:
         options[TARGET] = 0.0
-    elif name != "dpm_adaptive" and steps < round(FLOW_STEPS * min(span, 1.0)):  # that one chooses its number of steps itself
-        say(options, f"sampler: {name} takes TiM as ordinary flow matching and needs {FLOW_STEPS} steps or more from time 1 to 0, "
-                     f"not {steps}; for few steps use TiM Sampler, euler with simple, or lcm")
+    elif name != "dpm_adaptive" and (fault := _too_few(sigmas)):  # that one chooses its number of steps itself
+        say(options, f"sampler: {name} takes TiM as ordinary flow matching and {fault}; for few steps use TiM Sampler, euler with simple, "
+                     "or lcm")
+
+
+def _too_few(sigmas: Tensor) -> str | None:
+    """What ordinary flow matching needs, if these are too few steps for it."""
+    steps, span = len(sigmas) - 1, float(sigmas[0] - sigmas[-1])
+    if steps >= round(FLOW_STEPS * min(span, 1.0)):
+        return None
+    return f"needs {FLOW_STEPS} steps or more from time 1 to 0, not {steps}"
+
+
+def _interval(guider):
+    """The guidance interval of the run's model."""
+    (interval,) = guider.model_patcher.get_wrappers(WrappersMP.PREDICT_NOISE, INTERVAL)
+    return interval
 
 
 def _start_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
@@ -106,9 +125,11 @@ def _start_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None
         raise TimError(f"model sampling: {kind} is not for flow models such as TiM; remove the node that sets it, or use ModelSamplingSD3")
     if getattr(sampling, "noise_scale", 1.0) != 1:
         say(options, f"noise scale: {sampling.noise_scale:g}, but TiM is trained with 1; remove ModelNoiseScale")
-    _check_sigmas(on_host)
+    _check_sigmas(on_host, sampling)
+    if len(on_host) < 2:
+        say(options, "sigmas: one time and no step; the sampler gives back what it was given")
     check_size(model.model.model_config, latent_image, on_host, options)
-    check_start(noise, latent_image, on_host, options)
+    check_start(noise, latent_image, on_host, denoise_mask, options)
     windows = guider.model_options.pop("context_handler", None)  # the run's own copy
     if windows is not None and noise.shape[windows.dim] > windows.context_length:
         say(options, "context windows have no effect: they are for videos, and this model takes an image whole")
@@ -130,9 +151,11 @@ def _start_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None
     return latent
 
 
-def _check_sigmas(sigmas: Tensor) -> None:
+def _check_sigmas(sigmas: Tensor, sampling) -> None:
     """TimError for times that no sampler can use."""
     if not bool(sigmas.isfinite().all()):
+        if not getattr(sampling, "shift", 1.0) > 0:
+            raise TimError(f"shift: {sampling.shift:g} leaves no falling times; choose a shift such as 3")
         found = ", ".join(f"{sigma:g}" for sigma in sigmas[:4].tolist())
         raise TimError(f"sigmas: {found} are no times; use another scheduler, or more steps")
     if float(sigmas[-1]) >= 1 - 1e-6:
@@ -156,7 +179,7 @@ def _check_keys(conds: list[dict], masked: bool, options: dict) -> None:
 
 def _check_coverage(guider, sigmas: Tensor, sampling, size: tuple[int, int], options: dict) -> None:
     """Logs a line for a positive or negative that leaves out a part of the image or of the run."""
-    (interval,) = guider.model_patcher.get_wrappers(WrappersMP.PREDICT_NOISE, INTERVAL)
+    interval = _interval(guider)
     times = sigmas[:-1].tolist()
     guided = [] if getattr(guider, "cfg", 2.0) == 1 else [time for time in times if interval.holds(time)]
     for name, conds in guider.conds.items():

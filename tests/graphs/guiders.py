@@ -1,6 +1,6 @@
 """Guiders, and nodes that change how guidance acts."""
 
-from tests.graphs.case import Case, Draws, Equals, refused
+from tests.graphs.case import Case, Draws, Equals, Runs, refused
 
 
 def guided(kind, **links):
@@ -50,5 +50,18 @@ CASES = [
       for kind, settings in CACHES.items()),
     *(Case(kind, lambda g, kind=kind, settings=settings: g.patch(kind, **settings).stock(), Draws(1, count=1))  # core's fail with batches
       for kind, settings in ONE_IMAGE.items()),
+    *(Case(f"cfg {cfg:g}, below 1", lambda g, cfg=cfg: g.stock(cfg=cfg), Runs(), (("cfg", f"{cfg:g}", "below 1"),)) for cfg in (0.0, 0.5)),
+    *(Case(f"cfg {cfg:g}, {method}", lambda g, cfg=cfg, method=method: getattr(g, method)(cfg=cfg), Runs(),
+           (("cfg", f"{cfg:g}", "made for 2.5"),)) for cfg in (16.0, 100.0) for method in ("stock", "tim")),
+    Case("cfg 12", lambda g: g.stock(cfg=12.0), Draws(5)),
+    Case("cfg 100 in CFGGuider", guided("CFGGuider", positive="positive", negative="negative", cfg=100.0), Runs(),
+         (("cfg", "100", "made for 2.5"),)),
+    *(Case(f"an interval between the steps, {low:g} to {high:g}", lambda g, low=low, high=high: g.tim(guidance_low=low, guidance_high=high),
+           Equals(lambda g: g.tim(cfg=1.0)), (("cfg", "no effect", f"{low:g} to {high:g}"),)) for low, high in ((0.8, 0.9), (0.99, 1.0))),
+    Case("TiM Guidance Interval between the steps", lambda g: g.patch("TiMGuidanceInterval", guidance_low=0.3, guidance_high=0.4).stock(),
+         Equals(lambda g: g.stock(cfg=1.0)), (("cfg", "no effect", "0.3 to 0.4"),)),
+    Case("an interval between the steps, without CFG", lambda g: g.tim(guidance_low=0.8, guidance_high=0.9, cfg=1.0),
+         Equals(lambda g: g.tim(cfg=1.0))),
+    Case("one step has no guidance", lambda g: g.stock(steps=1), Equals(lambda g: g.stock(steps=1, cfg=1.0))),
     Case("two patches", lambda g: g.patch("RescaleCFG").patch("PerturbedAttentionGuidance", scale=0.5).tim(), Draws(4)),
 ]

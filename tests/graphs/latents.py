@@ -94,6 +94,13 @@ CASES = [
     Case("DifferentialDiffusion with a soft mask", lambda g: masked(g.patch("DifferentialDiffusion"), g.mask(0.5)), Runs((1, 16, 8, 8))),
     Case("a mask of a batch", lambda g: g.stock(g.node("SetLatentNoiseMask", samples=g.node(
         "RepeatLatentBatch", samples=image(g), amount=2), mask=g.half_mask())), Runs((2, 16, 8, 8))),
+    *(Case(f"a mask of {width}x{height}", lambda g, size=(width, height): masked(g, g.mask(1.0, *size)), Equals(
+        lambda g: g.stock(g.empty(), seed=5))) for width, height in ((37, 91), (1, 1))),
+    *(Case(f"a mask on an empty latent, {method}", lambda g, method=method: getattr(g, method)(g.node(
+        "SetLatentNoiseMask", samples=g.latent, mask=g.half_mask())), Runs(), (("noise mask", "empty latent", "VAE Encode"),))
+      for method in ("stock", "tim")),
+    Case("a mask of the whole on an empty latent", lambda g: g.stock(g.node(
+        "SetLatentNoiseMask", samples=g.latent, mask=g.mask())), Equals(plain)),
     Case("VAEEncodeForInpaint", lambda g: g.stock(g.node(
         "VAEEncodeForInpaint", pixels=g.flat(), vae=g.vae, mask=g.half_mask(), grow_mask_by=0)), Runs((1, 16, 8, 8))),
     *(Case(f"an odd size, {width}x{height}", lambda g, size=(width, height): g.stock(g.empty(*size)), Runs((1, 16, *cells)),

@@ -7,6 +7,7 @@ SHIFTS = {
     "ModelSamplingSD3": dict(shift=3.0), "ModelSamplingAuraFlow": dict(shift=1.73), "ModelSamplingFlux": {}, "ModelSamplingLTXV": {},
     "MiniMaxH3SigmaShift": {},
 }
+LONG_STEP = {"MiniMaxH3SigmaShift": (("cfg", "0.8", "too long"),)}  # its shift is 12; said by each run
 OTHER_KINDS = {
     "ModelSamplingDiscrete": {}, "ModelSamplingContinuousEDM": {}, "ModelSamplingContinuousV": {}, "ModelSamplingStableCascade": {},
 }
@@ -18,6 +19,10 @@ def scheduled(name, steps):
 
 def ours(g, sigmas):
     return g.custom(sigmas, g.node("TiMSamplerSelect"))
+
+
+def ours_in(g, mode, steps):
+    return g.custom(g.simple(steps), g.node("TiMSamplerSelect", mode=mode))
 
 
 def shifted(kind, settings, method):
@@ -108,11 +113,26 @@ CASES = [
             "sigmas", "end at 1", "below 1"),
     refused("rising times, TiM's sampler", lambda g: g.custom(g.node("FlipSigmas", sigmas=g.node("ManualSigmas", sigmas="0.9, 0.5, 0.2")),
                                                               g.node("TiMSamplerSelect"), grey(g)), "sigmas", "0.5", "smaller"),
-    *(Case(f"{kind}, TiM Sampler as KSampler", shifted(kind, settings, "tim"), Equals(shifted(kind, settings, "stock")))
-      for kind, settings in SHIFTS.items()),
-    *(Case(f"{kind} draws", shifted(kind, settings, "stock"), Draws(4)) for kind, settings in SHIFTS.items()),
+    *(Case(f"{kind}, TiM Sampler as KSampler", shifted(kind, settings, "tim"), Equals(shifted(kind, settings, "stock")),
+           2 * LONG_STEP.get(kind, ())) for kind, settings in SHIFTS.items()),
+    *(Case(f"{kind} draws", shifted(kind, settings, "stock"), Draws(4), LONG_STEP.get(kind, ())) for kind, settings in SHIFTS.items()),
     *(refused(f"{kind}, {method}", shifted(kind, settings, method), "model sampling", "remove")
       for kind, settings in OTHER_KINDS.items() for method in ("stock", "tim")),
+    *(Case(f"a guided step of {times}", lambda g, times=times, method=method: g.custom(g.node("TiMScheduler", times=times), method(g)),
+           Runs(), (("cfg", "too long", "more steps"),)) for times in ("1, 0.9, 0", "0.99, 0.1", "1, 0.8, 0")
+      for method in (lambda g: None, lambda g: g.node("TiMSamplerSelect"))),
+    Case("guided steps that are short enough", lambda g: g.custom(g.node("TiMScheduler", times="1, 0.7, 0")), Draws(5)),
+    Case("a long step without CFG", lambda g: g.custom(g.node("TiMScheduler", times="1, 0.9, 0"), cfg=1.0), Draws(4)),
+    Case("denoise 0.9 in one step", lambda g: g.stock(g.tim(seed=1), denoise=0.9, steps=1), Runs(), (("cfg", "0.9", "too long"),)),
+    *(Case(f"a shift of {shift:g}", lambda g, kind=kind, shift=shift: kind(g, shift), Runs(), (("cfg", "too long", "smaller shift"),))
+      for shift in (20.0, 100.0) for kind in (lambda g, shift: g.tim(shift=shift), lambda g, shift: g.patch(
+          "ModelSamplingSD3", shift=shift).stock())),
+    Case("a shift of 100 in many steps", lambda g: g.tim(shift=100.0, steps=100), Draws(1, count=2)),
+    *(refused(f"a shift of 0, {method}", shifted("ModelSamplingSD3", dict(shift=0.0), method), "shift", "0", "such as 3")
+      for method in ("stock", "tim")),
+    Case("SplitSigmas after the last step", lambda g: g.custom([g.node("SplitSigmas", sigmas=g.simple(4), step=4)[0], 1], latent=g.stock(),
+         add_noise=False), Equals(lambda g: g.stock()), (("sigmas", "no step"),)),
+    Case("diffusion mode, few steps", lambda g: ours_in(g, "diffusion", 4), Runs(), (("mode", "30 steps", "not 4", "transition"),)),
     Case("ModelNoiseScale 1", lambda g: g.patch("ModelNoiseScale", noise_scale=1.0).stock(), Equals(lambda g: g.stock())),
     Case("ModelNoiseScale 2", lambda g: g.patch("ModelNoiseScale", noise_scale=2.0).stock(), Runs(), (("noise scale", "2", "remove"),)),
 ]

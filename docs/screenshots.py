@@ -30,7 +30,7 @@ WHERE = {  # node -> the template that shows it
     "TiMCheckpointLoader": "text-to-image", "TiMEmptyLatent": "text-to-image", "TiMSampler": "text-to-image",
     "TiMModelLoader": "class-conditional", "TiMVAELoader": "class-conditional", "TiMClassLabel": "class-conditional",
     "TiMSamplerSelect": "custom-sampling", "TiMScheduler": "custom-sampling", "TiMGuidanceInterval": "custom-sampling",
-    "TiMNativeUpscale": "native-upscale", "TiMStepSweep": "few-steps-to-many", "TiMTextEncoderLoader": "text-to-image",
+    "TiMNativeUpscale": "native-upscale", "TiMStepSweep": "few-steps-to-many", "TiMTextEncoderLoader": "text-to-image-1024",
 }
 CENTRE = """name => { const node = app.graph._nodes.find(node => node.type === name), canvas = app.canvas, [w, h] = node.size
     const view = canvas.canvas.getBoundingClientRect(); canvas.ds.scale = 1
@@ -53,24 +53,6 @@ GRAPH = """() => { const canvas = app.canvas, view = canvas.canvas.getBoundingCl
 
 def workflow(name: str) -> dict:
     return json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def with_text_encoder_loader(graph: dict) -> dict:
-    """The template with its CLIP from a loader of its own."""
-    loader = next(node for node in graph["nodes"] if node["type"] == "TiMCheckpointLoader")
-    number = graph["last_node_id"] + 1
-    links = [link for link in graph["links"] if link[5] == "CLIP"]
-    x, y = loader["pos"]
-    graph["nodes"].append({
-        "id": number, "type": "TiMTextEncoderLoader", "pos": [x, y + 160], "size": [320, 90], "flags": {}, "order": 0, "mode": 0,
-        "inputs": [], "outputs": [{"name": "CLIP", "type": "CLIP", "links": [link[0] for link in links], "slot_index": 0}],
-        "properties": {}, "widgets_values": ["tim-shapes (bundled)"]})
-    for link in links:
-        link[1:3] = [number, 0]
-    for output in loader["outputs"]:
-        output["links"] = [] if output["type"] == "CLIP" else output["links"]
-    graph["last_node_id"] = number
-    return graph
 
 
 def thumbnail(server, name: str) -> None:
@@ -113,9 +95,7 @@ def photograph_template(page, name: str) -> None:
 
 
 def photograph(page, name: str) -> None:
-    graph = workflow(WHERE[name])
-    graph = with_text_encoder_loader(graph) if name == "TiMTextEncoderLoader" else graph
-    show(page, graph)
+    show(page, workflow(WHERE[name]))
     x, y, w, h = page.evaluate(CENTRE, name)
     time.sleep(1)
     width, height = max(w + 380, 720), max(h + 150, 330)

@@ -304,6 +304,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
                 value = values.pop(0)
                 if options.get("control_after_generate") or name in ("seed", "noise_seed"):
                     assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
+                if options.get("image_upload"):
+                    assert values.pop(0) == "image"  # the button
                 inputs[name] = linked.get(name, value)
             elif name in linked:
                 inputs[name] = linked[name]

@@ -26,7 +26,7 @@ from tim_core.models.config import AutoencoderConfig  # noqa: E402
 from tim_core.models.text_encoder import TextEncoder  # noqa: E402
 from tim_core.models.tiles import TILE  # noqa: E402
 from tim_core.models.tokenizer import Tokenizer  # noqa: E402
-from tim_core.models.transformer import PEAK_TENSORS, TransitionTransformer  # noqa: E402
+from tim_core.models.transformer import TransitionTransformer, peak_bytes  # noqa: E402
 from tim_core.pipeline import Pipeline  # noqa: E402
 from tim_core.shapes.tokenizer import shapes_tokenizer  # noqa: E402
 
@@ -46,7 +46,7 @@ def counted() -> list[dict]:
             z, times = torch.empty(2, 32, side, side, dtype=dtype, device="meta"), torch.empty(2, device="meta")
             y = torch.empty(2, 32, RELEASED.text_dim, dtype=dtype, device="meta")
             image = torch.empty(1, 3, size, size, dtype=dtype, device="meta")
-            announced = PEAK_TENSORS * 2 * side**2 * RELEASED.hidden_size * dtype.itemsize
+            announced = peak_bytes(RELEASED, 2 * side**2, dtype)
             vae = autoencoder.peak_bytes(size, size, dtype)
             tile = autoencoder.peak_bytes(TILE, TILE, dtype) + 3 * 3 * 4 * size * size
             for what, said, call in (

@@ -111,12 +111,26 @@ def test_wrapped_state_dicts(wrap, ending, weights, modules, tmp_path):
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("value", [
+    lambda one, other: {"net": {**one, "model": other}}, lambda one, other: {"net": one, "net.model": other},
+    lambda one, other: {"ema": {"net": one, "net.model": other}, "model": other},
+])
+def test_a_second_copy_of_a_part_is_named(value, weights, tmp_path, caplog):
+    """No rule says which of the two is meant."""
+    other = {key: tensor + 1 for key, tensor in weights.items()}
+    torch.save(value(weights, other), tmp_path / "two.pt")
+    state = load_transformer(tmp_path / "two.pt").state_dict()
+    assert torch.equal(state["x_embedder.proj.weight"], weights["x_embedder.proj.weight"])
+    (line,) = caplog.messages
+    assert mentions(line, "two.pt", "TiM transformer", "2 times", "net.", "net.model.", "net.", "file of its own")
+
+
 @pytest.mark.parametrize("average", ["ema", "model_ema", "ema_model"])
-def test_the_moving_average_is_preferred(average, weights, tmp_path):
+def test_the_moving_average_is_preferred(average, weights, tmp_path, caplog):
     ema = {key: tensor + 1 for key, tensor in weights.items()}
-    torch.save({"model": weights, average: {"module": ema}, "step": 3}, tmp_path / "training.pt")
+    torch.save({"model": weights, average: {"module": ema}, "step": 3, "optimizer": {"exp_avg": weights}}, tmp_path / "training.pt")
     state = load_transformer(tmp_path / "training.pt").state_dict()
-    assert torch.equal(state["x_embedder.proj.weight"], ema["x_embedder.proj.weight"])
+    assert torch.equal(state["x_embedder.proj.weight"], ema["x_embedder.proj.weight"]) and not caplog.messages
 
 
 def test_an_unfinished_average_is_not_taken(weights, tmp_path):

@@ -419,7 +419,7 @@ def test_other_encoders_are_noticed_at_a_resume(tmp_path, tiny, data, which):
     run([config])
 
 
-@pytest.mark.parametrize("part, named", [("autoencoder", "latent"), ("text_encoder", "embed_tokens.weight")])
+@pytest.mark.parametrize("part, named", [("autoencoder", "encoder.conv_in.weight"), ("text_encoder", "embed_tokens.weight")])
 def test_encoders_with_damaged_weights_are_named(tmp_path, tiny, data, part, named):
     """No latents or features that are not finite are kept."""
     parts = load_all(tiny)
@@ -432,7 +432,9 @@ def test_encoders_with_damaged_weights_are_named(tmp_path, tiny, data, part, nam
     assert mentions(str(error.value), named) and not list((tmp_path / "images.cache").glob("*.safetensors"))
 
 
-def test_samples_that_are_not_finite_are_an_error(tmp_path, tiny, data):
+def test_samples_that_are_not_finite_are_an_error(tmp_path, tiny, data, monkeypatch):
+    """Whatever the reason: here a weight, which is not looked for."""
+    monkeypatch.setattr("tim_core.training.finetune.check_undamaged", lambda model, source: None)
     parts = load_all(tiny)
     with torch.no_grad():
         parts.autoencoder.decoder.conv_in.weight.fill_(torch.nan)

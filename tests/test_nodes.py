@@ -14,6 +14,7 @@ from tests.comfy_graph import BUNDLED_NAME, PROMPT, Graph, close, images_of, ins
 from tests.comfy_support import events_of, probe
 from tests.support import mentions, sd_vae_names_of_2022
 from tim_core import Pipeline, schedule
+from tim_core.models.transformer import peak_bytes
 from tim_core.weights.load import load_text_encoder
 from tim_core.weights.parts import read_parts
 from tim_core.weights.save import convert, pack
@@ -1082,3 +1083,25 @@ def test_paths_of_other_folders(comfyui, parts, place):
         graph.clip = graph.add("TiMTextEncoderLoader", text_encoder_name="other-gemma/")
     close(run_latents(comfyui, graph, graph.tim())[0], run_latents(comfyui, other := separately(), other.tim())[0])
     assert read_parts(folder / name).latent_factor == 8
+
+
+def announced(model):
+    """Bytes per latent cell, as core computes them, of a network in bfloat16: cast to float32, as on a CPU, and not, as on a GPU."""
+    config, found = model.model.model_config, {}
+    saved = config.manual_cast_dtype
+    for config.manual_cast_dtype in (saved, None):
+        del config.unet_config["model_channels"]  # which get_model adds
+        network = config.get_model({})
+        dtype = network.get_dtype_inference()
+        found[str(dtype)] = dtype.itemsize * 0.01 * 2**20 * network.memory_usage_factor
+    config.manual_cast_dtype = saved
+    return found
+
+
+def test_the_network_announces_its_memory_in_the_dtype_it_computes_in(comfyui):
+    graph = Graph()
+    graph.model = graph.add("TiMModelLoader", model_name=BUNDLED_NAME, weight_dtype="bf16")
+    node = graph.add("TiMTestProbe", **probe(announced), model=graph.model)[0]
+    config = read_parts("tim-shapes")["transformer"].config
+    wanted = {str(dtype): pytest.approx(peak_bytes(config, 1, dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    assert json.loads(comfyui.run(graph.prompt)[node]["text"][0]) == wanted

@@ -326,6 +326,36 @@ def test_a_damaged_weight_is_named_with_its_stage(stage, value):
     assert message.startswith(stage) and f"'{name}'" in message and "NaN" in message
 
 
+HUGE = {
+    "text encoder": "text_encoders.transformer.layers.0.mlp.down_proj.weight",
+    "transformer": "model.diffusion_model.blocks.1.attn.qkv.weight",
+    "VAE decoder": "vae.decoder.up_blocks.1.1.conv1.weight",
+}
+
+
+@pytest.mark.parametrize("value", [1e30, -3e38])
+@pytest.mark.parametrize("stage", HUGE)
+def test_a_weight_that_cannot_be_right_is_named(stage, value, tmp_path):
+    """Its square overflows, but a norm after it can give finite values, and an image of nonsense."""
+    tensors, name = load_file(BUNDLED), HUGE[stage]
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, tmp_path / "a.safetensors")
+    message = refused(Pipeline.load(tmp_path / "a.safetensors", "cpu"), PROMPT, steps=1)
+    for prefix in ("model.diffusion_model.", "text_encoders.", "vae."):
+        name = name.removeprefix(prefix)
+    assert message.startswith(stage) and f"'{name}'" in message and "1e+18" in message
+
+
+def test_damage_in_the_encoder_is_no_matter_for_decoding(tmp_path, pipe, tiny):
+    tensors = load_file(tiny)
+    tensors["vae.encoder.conv_out.weight"].view(-1)[0] = 1e30
+    save_file(tensors, tmp_path / "a.safetensors")
+    damaged = Pipeline.load(tmp_path / "a.safetensors", "cpu")
+    torch.testing.assert_close(damaged(PROMPT, width=16, height=16, steps=1), pipe(PROMPT, width=16, height=16, steps=1))
+    message = refused(damaged.upscale, torch.zeros(1, 16, 16, 3), PROMPT, steps=1)
+    assert message.startswith("VAE encoder") and "'encoder.conv_out.weight'" in message
+
+
 def test_a_damaged_encoder_is_named(tiny):
     pipe = Pipeline.load(tiny, "cpu")
     pipe.autoencoder.get_parameter("encoder.conv_out.weight").data.flatten()[0] = float("nan")

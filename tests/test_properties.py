@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tim_core import schedule
@@ -185,6 +185,7 @@ def test_tiles_leave_a_local_function_as_it_is(height, width, vertical, horizont
 
 
 @given(*[st.integers(16, 4096)] * 4, st.integers(1, MAX_STAGES), st.sampled_from([8, 16, 32]))
+@example(24, 20, 24, 20, 7, 16)  # between two multiples
 def test_stages_go_steadily_from_a_size_to_the_multiple_nearest_to_the_target(w, h, new_w, new_h, stages, multiple):
     assume(1 / 8 < new_w / w * h / new_h < 8)  # beyond, less than a pixel of the image may be left
     sizes = stage_sizes((w, h), (new_w, new_h), stages, multiple)

@@ -30,17 +30,17 @@ class Codec:
         """(B, H, W, 3) in [0, 1] -> latents (B, C, H / factor, W / factor) float32, on the CPU."""
         pixels = images.movedim(-1, 1) * 2 - 1
         size = images.shape[1], images.shape[2]
-        return self._run("VAE encoder", pixels, size, self.autoencoder.encode, self.autoencoder.tiled_encode)
+        return self._run("encoder", pixels, size, self.autoencoder.encode, self.autoencoder.tiled_encode)
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, H, W, 3) float32 in [0, 1], on the CPU."""
         size = latent.shape[-2] * self.factor, latent.shape[-1] * self.factor
-        pixels = self._run("VAE decoder", latent, size, self.autoencoder.decode, self.autoencoder.tiled_decode)
+        pixels = self._run("decoder", latent, size, self.autoencoder.decode, self.autoencoder.tiled_decode)
         return pixels.add_(1).div_(2).clamp_(0, 1).movedim(1, -1).contiguous()
 
     @torch.no_grad()
     def _run(
-        self, stage: str, batch: Tensor, size: tuple[int, int], whole: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]
+        self, half: str, batch: Tensor, size: tuple[int, int], whole: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor]
     ) -> Tensor:
         """Run the autoencoder over a batch -> float32 on the CPU. size: height and width in pixels."""
         dtype = next(self.autoencoder.parameters()).dtype
@@ -51,7 +51,7 @@ class Codec:
         for some in batch.split(count):
             some = some.to(self.device, dtype)
             done = whole(some) if tile is None else tiled(some, tile, (tile - tile // 8) // self.factor * self.factor)
-            check_finite(done, stage, self.autoencoder)
+            check_finite(done, f"VAE {half}", getattr(self.autoencoder, half), prefix=f"{half}.")
             parts.append(done.float().cpu())
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -20,7 +20,7 @@ from .finite import StepRecorder, check_finite
 from .limits import check_batch, check_lora_strength, check_size, check_tile
 from .memory import make_room
 from .models.attention import get_attention
-from .models.transformer import PEAK_TENSORS
+from .models.transformer import peak_bytes
 from .sampler import check_guidance, fresh_noise, initial_noise, sample
 from .schedule import time_grid
 from .upscale import check_images, stage_sizes, stage_steps, target_size, upscale
@@ -241,8 +241,8 @@ class Pipeline:
         if condition.null is None and options["cfg"] > 1:
             raise TimError(f"cfg: {options['cfg']:g} needs a null class, which this model lacks; use cfg 1, or a class as the negative")
         fresh = fresh_noise(latent.shape, seed)
-        config, cells = self.transformer.config, latent[:, 0].numel() * (2 if options["cfg"] > 1 else 1)
-        self._make_room(self.transformer, PEAK_TENSORS * cells // config.patch_size**2 * config.hidden_size * self.dtype.itemsize)
+        cells = latent[:, 0].numel() * (2 if options["cfg"] > 1 else 1)
+        self._make_room(self.transformer, int(peak_bytes(self.transformer.config, cells, self.dtype)))
         network = StepRecorder(condition.model)
         latent, evaluations = sample(
             network, latent.to(self.device), grid, condition.prompts, condition.null, noise_sampler=fresh, **options)

@@ -60,7 +60,8 @@ def stage_sizes(size: tuple[int, int], target: tuple[int, int], stages: int, mul
         raise TimError(f"size: {shape}; use a similar aspect ratio")
 
     def between(before: int, after: int, part: float) -> int:
-        cells = int(before ** (1 - part) * after**part / multiple + 0.5)
+        side = after if part == 1 else before * (after / before) ** part  # exactly `before` where the two are equal
+        cells = int(side / multiple + 0.5)
         return min(max(1, cells), MAX_SIDE // multiple) * multiple
 
     sides = [[between(before, after, k / stages) for k in range(1, stages + 1)] for before, after in zip(size, target)]

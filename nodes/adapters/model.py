@@ -12,7 +12,7 @@ from ...tim_core.errors import TimError
 from ...tim_core.finite import damaged_weight
 from ...tim_core.models.config import TransformerConfig
 from ...tim_core.models.released import find_release
-from ...tim_core.models.transformer import PEAK_TENSORS, TransitionTransformer
+from ...tim_core.models.transformer import TransitionTransformer, peak_bytes
 from ...tim_core.weights.defaults import Defaults, read_defaults
 from ...tim_core.weights.load import check_tensors
 from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
@@ -96,10 +96,11 @@ class TiMConfig(comfy.supported_models_base.BASE):
         self.latent_format = lambda: TiMLatent(config, factor, record.get("preview"), decoded)  # BASE calls it
         super().__init__({"config": config})
         self.record, self.defaults = record, defaults
-        # Core multiplies latent cells by dtype size, 0.01 MiB and this factor.
-        self.memory_usage_factor = PEAK_TENSORS * config.hidden_size / config.patch_size**2 / (0.01 * 2**20)
 
     def get_model(self, state_dict, prefix="", device=None):
+        # Core multiplies latent cells by dtype size, 0.01 MiB and this factor.
+        dtype = self.manual_cast_dtype or self.unet_config["dtype"]
+        self.memory_usage_factor = peak_bytes(self.unet_config["config"], 1, dtype) / dtype.itemsize / (0.01 * 2**20)
         model = TiMModel(self, device=device)
         self.unet_config["model_channels"] = self.unet_config["config"].hidden_size  # as core's FreeU reads it; not for the network
         return model

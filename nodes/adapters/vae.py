@@ -15,7 +15,7 @@ from ...tim_core.finite import check_finite
 from ...tim_core.models.autoencoder import Autoencoder
 from ...tim_core.models.config import AutoencoderConfig
 from ...tim_core.models.tiles import STRIDE, TILE
-from ...tim_core.weights.load import check_tensors
+from ...tim_core.weights.load import check_tensors, note_damage
 from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
 from ...tim_core.weights.precision import Losses, cast
 from ...tim_core.weights.write import json_tensor
@@ -35,23 +35,24 @@ class CheckedAutoencoder(Autoencoder):
         if self._needs_tiles(x, 1):
             return self.tiled_encode(x)
         mm.throw_exception_if_processing_interrupted()
-        return self._finite(super().encode(x), "VAE encoder", x, "image before encoding", "another image")
+        return self._finite(super().encode(x), "encoder", x, "image before encoding", "another image")
 
     def decode(self, z: Tensor) -> Tensor:
         if self._needs_tiles(z, self.config.factor):
             return self.tiled_decode(z)
         mm.throw_exception_if_processing_interrupted()
-        return self._finite(super().decode(z), "VAE decoder", z, "latent before decoding", "a lower cfg or float32 in the sampler before")
+        return self._finite(super().decode(z), "decoder", z, "latent before decoding", "a lower cfg or float32 in the sampler before")
 
     def _needs_tiles(self, x: Tensor, factor: int) -> bool:
         available = None if x.device.type == "cpu" else mm.get_free_memory(x.device)
         return self.needs_tiles(x.shape[-2] * factor, x.shape[-1] * factor, x.dtype, x.device, available)
 
-    def _finite(self, made: Tensor, stage: str, given: Tensor, name: str, advice: str) -> Tensor:
-        """`made` if it is finite, else TimError that names its stage, or `given` if that is not finite either."""
-        if not bool(made.isfinite().all()):
+    def _finite(self, made: Tensor, half: str, given: Tensor, name: str, advice: str) -> Tensor:
+        """`made` if it is finite and no weight damaged, else TimError that names its stage, or `given` if that is not finite either."""
+        network = getattr(self, half)
+        if network.damaged_weight is not None or not bool(made.isfinite().all()):
             check_finite(given, name, advice=[advice])
-            check_finite(made, stage, self, float32="ComfyUI's option --fp32-vae")
+            check_finite(made, f"VAE {half}", network, float32="ComfyUI's option --fp32-vae", prefix=f"{half}.")
         return made
 
 
@@ -93,6 +94,7 @@ class TiMVAE(comfy.sd.VAE):
         losses = Losses()
         weights = {name: cast(name, part.weight(name), self.vae_dtype, "cpu", losses) for name in part.tensors}
         losses.report(part.source)
+        note_damage(network, part)
         self.first_stage_model.load_state_dict(weights, strict=False, assign=is_dynamic(self.patcher))
         self.patcher.cached_patcher_init = reload
         if hasattr(self, "model_size"):

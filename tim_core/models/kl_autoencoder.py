@@ -192,6 +192,8 @@ class Middle(nn.Module):
 class Coder(nn.Module):
     """Encoder or decoder: a convolution, blocks, a norm and a convolution."""
 
+    damaged_weight: str | None = None  # set by loaders, see tim_core.finite
+
     def __init__(self, channels: int, first: int, last: int, out_channels: int, operations, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}

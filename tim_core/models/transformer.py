@@ -14,8 +14,13 @@ from .config import TransformerConfig
 from .rope import rotary_table, rotate
 
 FREQUENCIES = 256
-# Live tensors of an evaluation at its peak over one of (B, N, hidden): 12.1 in bfloat16, 9.1 in float32, see benchmarks/memory.py.
-PEAK_TENSORS = 11
+# Live tensors of an evaluation at its peak over one of (B, N, hidden), by itemsize, as benchmarks/memory.py counts them.
+PEAK_TENSORS = {4: 9.2, 2: 12.2}
+
+
+def peak_bytes(config: TransformerConfig, cells: int, dtype: torch.dtype) -> float:
+    """Bytes that an evaluation of so many latent cells, those of the whole batch, takes at its peak in inference, beside the weights."""
+    return PEAK_TENSORS[4 if dtype.itemsize >= 4 else 2] * dtype.itemsize * config.hidden_size * cells / config.patch_size**2
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

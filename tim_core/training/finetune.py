@@ -140,6 +140,7 @@ class FineTuningTask(Task[Conditional]):
         self.architecture = self.model.transformer.config
         check_projector(self.model.transformer, image_encoder, config.objective)
         self.autoencoder = load_autoencoder(parts, dtype=torch.float32).to(self.processes.device).requires_grad_(False)
+        check_undamaged(self.autoencoder, parts[AUTOENCODER].source)
         self.factor = self.autoencoder.config.factor
         self.transport = OTFM(P_mean=config.p_mean, P_std=config.p_std)
         if config.lora:

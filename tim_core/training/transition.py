@@ -134,6 +134,7 @@ class TransitionTask(Task[TextToImage]):
         loop = config.loop
         self.autoencoder: Autoencoder = load_autoencoder(
             user_path(config.autoencoder), dtype=torch.float32).to(memory_format=torch.channels_last)
+        check_undamaged(self.autoencoder, config.autoencoder)
         self.factor, self.channels = self.autoencoder.config.factor, self.autoencoder.config.latent_channels
         torch.manual_seed(loop.seed)
         self.model = TextToImage(config, self.channels)

@@ -79,31 +79,45 @@ def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict]
     None if it is not there. Of a training checkpoint that holds the trained weights and their EMA, the EMA is taken, as in the official
     sampler.
     """
-    return next((found for signature in SIGNATURES[part] if (found := _find(tensors, signature)) is not None), None)
-
-
-def _find(tensors: Mapping[str, Tensor], signature: Signature) -> tuple[str, StateDict] | None:
-    first, *others = signature.keys
-    prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
-    prefixes = {prefix for prefix in prefixes if all(prefix + name in tensors for name in others)}
-    if not prefixes:
+    if not (found := _prefixes(tensors, part)):
         return None
-    best = min(prefixes, key=lambda p: (_is_optimizers(p), not any("ema" in word.split("_") for word in p.split(".")), len(p), p))
-    foreign = tuple(p for p in prefixes if p != best and p.startswith(best))
+    best, *others = found
+    roots, foreign = found[best].roots, tuple(prefix for prefix in others if prefix.startswith(best))
     return best, {
         key[len(best) :]: tensor
         for key, tensor in tensors.items()
         if key.startswith(best)
         and "." in key[len(best) :]  # others belong to no module: a step, a decay
-        and key[len(best) :].startswith(signature.roots)
+        and key[len(best) :].startswith(roots)
         and key.rpartition(".")[2] not in BYTE_KEYS
         and not (foreign and key.startswith(foreign))
     }
 
 
-def _is_optimizers(prefix: str) -> bool:
-    """Whether a prefix belongs to an optimiser's moments, which have the names and shapes of the weights."""
-    return any(word.startswith(("exp_avg", "optim", "momentum")) for word in prefix.split("."))
+def find_copies(tensors: Mapping[str, Tensor], part: str) -> list[str]:
+    """The prefixes under which a part is there more than once, that which `find_part` takes first; empty if a rule decides between them."""
+    prefixes = list(_prefixes(tensors, part))
+    equal = [prefix for prefix in prefixes if _kind_of_copy(prefix) == _kind_of_copy(prefixes[0])]
+    return equal if len(equal) > 1 else []
+
+
+def _prefixes(tensors: Mapping[str, Tensor], part: str) -> dict[str, Signature]:
+    """The prefixes under which all keys of a part's signature are, the best first, each with that signature."""
+    found: dict[str, Signature] = {}
+    for signature in SIGNATURES[part]:
+        first, *others = signature.keys
+        for prefix in (key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)):
+            if all(prefix + name in tensors for name in others):
+                found.setdefault(prefix, signature)
+    return dict(sorted(found.items(), key=lambda item: (_kind_of_copy(item[0]), len(item[0]), item[0])))
+
+
+def _kind_of_copy(prefix: str) -> int:
+    """0 for an EMA, 1 for other weights, 2 for an optimiser's moments, which have the names and shapes of the weights."""
+    words = prefix.split(".")
+    if any(word.startswith(("exp_avg", "optim", "momentum")) for word in words):
+        return 2
+    return 0 if any("ema" in word.split("_") for word in words) else 1
 
 
 def is_lora(keys: Iterable[str]) -> bool:

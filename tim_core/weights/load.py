@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from ..errors import TimError, one_line, state_dict_mismatch
-from ..finite import damaged_weight
+from ..finite import DAMAGE, damaged_weight
 from ..models.gemma import gemma_shapes, text_mismatch
 from ..models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 from ..models.text_encoder import TextEncoder
@@ -40,7 +40,14 @@ def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
     dtype = torch.float32 if dtype == torch.float16 else dtype
     with naming(part.source, part.kind):
         model = _autoencoder_class(part)(part.config, operations, device="meta", dtype=dtype)
+    note_damage(model, part)
     return _fill(model, part, dtype, device)
+
+
+def note_damage(autoencoder: torch.nn.Module, part: Part) -> None:
+    """Remember a damaged weight of either half, which is no matter for the other."""
+    for half, network in (("encoder.", autoencoder.encoder), ("decoder.", autoencoder.decoder)):
+        network.damaged_weight = damaged_weight({name[len(half) :]: part.tensors[name] for name in part.tensors if name.startswith(half)})
 
 
 def load_text_encoder(source, dtype=None, device="cpu", escape=None):
@@ -102,8 +109,9 @@ def check_loads(part: Part) -> None:
 
 def check_undamaged(model: torch.nn.Module, source: object) -> None:
     """TimError if a loaded model has a damaged weight. Sampling names it by itself; training, where it would spread, asks here."""
-    if model.damaged_weight is not None:
-        raise TimError(f"{source}: NaN or infinite values in the weight '{model.damaged_weight}'; download the file again")
+    for prefix, network in (("", model), *((f"{name}.", child) for name, child in model.named_children())):
+        if (damaged := getattr(network, "damaged_weight", None)) is not None:
+            raise TimError(f"{source}: the weight '{prefix}{damaged}' has {DAMAGE}; download the file again")
 
 
 def check_tensors(part: Part, model: torch.nn.Module) -> None:

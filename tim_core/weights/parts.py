@@ -26,14 +26,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TimError, one_line
+from ..errors import TimError, one_line, printable
 from ..files import is_file, parse_json, read_bytes, user_path
 from ..models.config import AutoencoderConfig, TransformerConfig
 from ..models.gemma import check_gemma, gemma_1b_config, normalise_config
 from ..models.kl_autoencoder import KLAutoencoderConfig, diffusers_names
 from ..models.released import ESCAPE_PROMPTS, latent_factor
 from ..models.tokenizer import MOST_TOKENIZER, is_json, tokenizer_file
-from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_part, other_model
+from .detect import (
+    AUTOENCODER,
+    BYTE_KEYS,
+    TEXT_ENCODER,
+    TITLES,
+    TRANSFORMER,
+    describe_unknown,
+    find_copies,
+    find_part,
+    other_model,
+)
 from .open import StateDict, flatten, open_state_dict
 from .quantized import MARKER, Quantization, dequantize, separate, with_layer_keys
 
@@ -249,6 +259,10 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
         if (found := find_part(rest, kind)) is None:
             continue
         prefix, own = found
+        if copies := find_copies(rest, kind):
+            names = ", ".join(f"'{copy}'" for copy in copies)
+            advice = f"'{prefix}' is used; to use another, save it in a file of its own"
+            logging.warning(printable(f"{source}: holds the {TITLES[kind]} {len(copies)} times, with the prefixes {names}; {advice}"))
         for name in own:
             del rest[prefix + name]
         if kind == AUTOENCODER and autoencoder_config(own) is KLAutoencoderConfig:

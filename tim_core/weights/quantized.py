@@ -9,7 +9,6 @@ Two spellings of ComfyUI are read; the first is written:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..errors import TimError
 from ..files import parse_json
+from ..finite import MOST_WEIGHT
 from .open import StateDict
 from .precision import Losses
 from .write import json_tensor
@@ -137,6 +137,6 @@ def _scale(tensor: Tensor | None, name: str) -> Tensor:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise TimError(f"{name} has shape {list(tensor.shape)} and {dtype}; only one floating number per tensor is supported")
     value = tensor.detach().float().reshape(()).cpu().clone()
-    if not (math.isfinite(float(value)) and float(value) > 0):
-        raise TimError(f"{name} is {float(value):g}; it must be positive and finite; download the file again")
+    if not 0 < float(value) <= MOST_WEIGHT:
+        raise TimError(f"{name} is {float(value):g}; it must be above 0 and at most {MOST_WEIGHT:g}; download the file again")
     return value

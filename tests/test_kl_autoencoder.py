@@ -313,6 +313,21 @@ def test_a_transformer_and_an_autoencoder_of_other_latents_do_not_fit(classes_25
     assert mentions(refused(Pipeline.load, classes_256 / "transformer", "cpu"), "SD VAE", "TiM transformer")
 
 
+@pytest.mark.parametrize("name, stage", [
+    ("quant_conv.weight", "encoder"), ("encoder.conv_in.bias", "encoder"), ("post_quant_conv.bias", "decoder"),
+    ("decoder.conv_out.bias", "decoder"),
+])  # fmt: skip
+@pytest.mark.parametrize("value", [float("nan"), 1e20])
+def test_a_damaged_weight_is_named_by_its_half_and_not_by_the_other(classes_256, vae, tmp_path, name, stage, value):
+    vae[name].view(-1)[-1] = value
+    save_file(vae, tmp_path / "vae.safetensors")
+    pipe = Pipeline.load({"model": classes_256 / "transformer", "vae": tmp_path / "vae.safetensors"}, "cpu")
+    halves = {"encoder": lambda: pipe.encode(torch.rand(1, 16, 16, 3)), "decoder": lambda: pipe.decode(torch.randn(1, 4, 2, 2))}
+    assert mentions(refused(halves.pop(stage)), f"VAE {stage}", name)
+    (other,) = halves.values()
+    assert other().isfinite().all()
+
+
 def test_float16_is_refused_or_computed_in_float32(classes_256, vae, tmp_path):
     save_file({name: value.half() for name, value in vae.items()}, tmp_path / "half.safetensors")
     assert load_autoencoder(tmp_path / "half.safetensors").encoder.conv_in.weight.dtype == torch.float32

@@ -192,8 +192,6 @@ class Middle(nn.Module):
 class Coder(nn.Module):
     """Encoder or decoder: a convolution, blocks, a norm and a convolution."""
 
-    damaged_weight: str | None = None  # set by loaders, see tim_core.finite
-
     def __init__(self, channels: int, first: int, last: int, out_channels: int, operations, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -243,6 +241,8 @@ class Decoder(Coder):
 
 class KLAutoencoder(TiledAutoencoder):
     """Stable Diffusion's VAE with its latent scale; the latent of an image is the mean of its distribution."""
+
+    HALVES = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
 
     def __init__(self, config: KLAutoencoderConfig, operations=nn, device=None, dtype=None):
         super().__init__(config)

@@ -322,6 +322,16 @@ def test_a_class_conditional_model_learns_from_folders(tmp_path, tiny, more):
     assert after.config == before.config and moved[2] < 1e-4 < min(moved[0], moved[1])  # no image has class 2
 
 
+def test_the_folder_of_classes_at_256_is_trained(tmp_path, classes_256):
+    """On latents of Stable Diffusion's VAE; classes without images change by weight decay alone."""
+    draw(tmp_path / "images" / "cat" / "a.png", 64, 64, caption=None)
+    (made,) = run([yaml(tmp_path, classes_256, tmp_path / "images", "tuned", "", ", lr: 0.01")])
+    before, after = (load_transformer(file, dtype=torch.float32) for file in (classes_256, made))
+    table = "y_embedder.embedding_table.weight"
+    moved = (after.state_dict()[table] - before.state_dict()[table]).abs().amax(1)
+    assert after.config == before.config and moved[0] > 3 * moved[1:1000].max() and read_parts(made).latent_factor == 8
+
+
 @pytest.fixture
 def without_null(tmp_path):
     """A class-conditional checkpoint without null class, and a folder of images for it."""

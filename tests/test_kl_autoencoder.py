@@ -103,8 +103,8 @@ def test_gradients_flow_through_both_ways(pair):
 
 
 def as_kernels(weights: dict) -> dict:
-    """The same with attention's weights as 1x1 kernels."""
-    return {name: v[..., None, None] if "attentions" in name and v.ndim == 2 else v for name, v in sd_vae_names_of_2022(weights).items()}
+    """Attention's weights as 1x1 kernels."""
+    return {name: value[..., None, None] if "attentions" in name and value.ndim == 2 else value for name, value in weights.items()}
 
 
 def as_original(weights: dict) -> dict:
@@ -127,7 +127,13 @@ def as_original(weights: dict) -> dict:
     return found
 
 
-SPELLINGS = {"present": dict, "of 2022": sd_vae_names_of_2022, "of 2022, kernels": as_kernels, "original": as_original}
+SPELLINGS = {
+    "present": dict,
+    "of 2022": sd_vae_names_of_2022,
+    "present, kernels": as_kernels,
+    "of 2022, kernels": lambda weights: as_kernels(sd_vae_names_of_2022(weights)),
+    "original": as_original,
+}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -135,7 +141,7 @@ def test_every_spelling_gives_diffusers_present_names(pair, spelling):
     oracle, ours = pair
     weights = oracle.state_dict()
     given = SPELLINGS[spelling](weights)
-    assert spelling == "present" or given.keys() != weights.keys()
+    assert spelling.startswith("present") or given.keys() != weights.keys()
     found = diffusers_names(given)
     assert found.keys() == weights.keys() == ours.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in weights.items())
@@ -224,7 +230,11 @@ def test_every_file_gives_the_same_image(classes_256, vae, tmp_path, spelling, w
     model = load_autoencoder(file)
     assert all(torch.equal(value, vae[name]) for name, value in model.state_dict().items())
     found = describe(file)
-    assert found.kind == "SD VAE" and mentions(found.missing[0], "TiM transformer", "4 latent channels") and not found.parts[0].problem
+    assert (
+        found.kind == "Stable Diffusion VAE"
+        and mentions(found.missing[0], "TiM transformer", "4 latent channels")
+        and not found.parts[0].problem
+    )
     assert mentions(found.advice, "tim convert" if found.parts[0].prefix else "tim download c2i-256")
     assert [place.node for place in found.places] == ([] if found.parts[0].prefix else ["Load VAE"])
     back = convert(file, tmp_path / "back.safetensors")
@@ -252,7 +262,7 @@ def test_the_command_line_takes_the_folder(classes_256, tmp_path, capsys):
     words = ["golden retriever", "--model", str(classes_256), "--steps", "1", "--size", "128x128"]
     assert main(["sample", *words, "-o", str(tmp_path / "a.png")]) == 0 and (tmp_path / "a.png").exists()
     assert main(["inspect", str(classes_256)]) == 0
-    assert mentions(capsys.readouterr().out, "SD VAE", "4 latent channels", "256x256", "Load VAE")
+    assert mentions(capsys.readouterr().out, "Stable Diffusion VAE", "4 latent channels", "256x256", "Load VAE")
 
 
 def test_a_packed_file_makes_the_same_image_and_says_what_comfyui_lacks(classes_256, vae, tmp_path):
@@ -301,6 +311,21 @@ def test_a_transformer_and_an_autoencoder_of_other_latents_do_not_fit(classes_25
     assert mentions(refused(Pipeline.load, {"model": tiny, "text-encoder": tiny, "vae": classes_256 / "vae"}, "cpu"), 4, "channels", 16)
     assert mentions(refused(Pipeline.load, {"model": classes_256 / "transformer", "vae": tiny}, "cpu"), 16, "channels", 4)
     assert mentions(refused(Pipeline.load, classes_256 / "transformer", "cpu"), "SD VAE", "TiM transformer")
+
+
+@pytest.mark.parametrize("name, stage", [
+    ("quant_conv.weight", "encoder"), ("encoder.conv_in.bias", "encoder"), ("post_quant_conv.bias", "decoder"),
+    ("decoder.conv_out.bias", "decoder"),
+])  # fmt: skip
+@pytest.mark.parametrize("value", [float("nan"), 1e20])
+def test_a_damaged_weight_is_named_by_its_half_and_not_by_the_other(classes_256, vae, tmp_path, name, stage, value):
+    vae[name].view(-1)[-1] = value
+    save_file(vae, tmp_path / "vae.safetensors")
+    pipe = Pipeline.load({"model": classes_256 / "transformer", "vae": tmp_path / "vae.safetensors"}, "cpu")
+    halves = {"encoder": lambda: pipe.encode(torch.rand(1, 16, 16, 3)), "decoder": lambda: pipe.decode(torch.randn(1, 4, 2, 2))}
+    assert mentions(refused(halves.pop(stage)), f"VAE {stage}", name)
+    (other,) = halves.values()
+    assert other().isfinite().all()
 
 
 def test_float16_is_refused_or_computed_in_float32(classes_256, vae, tmp_path):

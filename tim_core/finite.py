@@ -42,14 +42,12 @@ def check_finite(
     dtype: torch.dtype | None = None,
     float32: str = "dtype float32",
     repair: str = "download or convert its file again",
-    prefix: str = "",
 ) -> None:
     """TimError naming the stage, the network's dtype and what helps if a value is NaN or infinite.
 
     values: one tensor, or several of one device. stage: its name, or a function that finds it, called only for the error.
     network: whose weights are searched for the damage, only for the error. advice: what may help, besides another dtype.
     dtype: what the network computes in, by default what its weights are in. float32: how to compute in it. repair: for a damaged weight.
-    prefix: of the network's weights in their file.
     A network whose file had a damaged weight (`damaged_weight`) raises even if the values are finite.
     """
     damaged = getattr(network, "damaged_weight", None)
@@ -62,7 +60,7 @@ def check_finite(
         dtype = dtype or next(network.parameters()).dtype
         name = f"{name} in {str(dtype).removeprefix('torch.')}"
         if damaged := damaged or damaged_weight(network.state_dict()):
-            raise TimError(f"{name}: the weight '{prefix}{damaged}' has {DAMAGE}; {repair}")
+            raise TimError(f"{name}: the weight '{damaged}' has {DAMAGE}; {repair}")
         advice = [*advice, *([float32] if dtype.itemsize < 4 else [])]
     help_ = f"try {' or '.join(advice)}" if advice else "the checkpoint's weights or settings are wrong"
     raise TimError(f"{name}: NaN or infinite values; {help_}")

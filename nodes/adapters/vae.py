@@ -49,10 +49,9 @@ class CheckedAutoencoder(Autoencoder):
 
     def _finite(self, made: Tensor, half: str, given: Tensor, name: str, advice: str) -> Tensor:
         """`made` if it is finite and no weight damaged, else TimError that names its stage, or `given` if that is not finite either."""
-        network = getattr(self, half)
-        if network.damaged_weight is not None or not bool(made.isfinite().all()):
+        if self.damaged_weights.get(half) is not None or not bool(made.isfinite().all()):
             check_finite(given, name, advice=[advice])
-            check_finite(made, f"VAE {half}", network, float32="ComfyUI's option --fp32-vae", prefix=f"{half}.")
+            check_finite(made, f"VAE {half}", self.half(half), float32="ComfyUI's option --fp32-vae")
         return made
 
 

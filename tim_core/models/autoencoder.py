@@ -27,8 +27,6 @@ def _blocks(stage: StageConfig, head_dim: int, operations, device, dtype) -> lis
 class Encoder(nn.Module):
     """(B, 3, H, W) -> (B, C, H / factor, W / factor)."""
 
-    damaged_weight: str | None = None  # set by loaders, see tim_core.finite
-
     def __init__(self, config: AutoencoderConfig, operations, device=None, dtype=None):
         super().__init__()
         stages, factory = config.encoder, {"device": device, "dtype": dtype}
@@ -57,8 +55,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(B, C, h, w) -> (B, 3, h * factor, w * factor)."""
-
-    damaged_weight: str | None = None  # set by loaders, see tim_core.finite
 
     def __init__(self, config: AutoencoderConfig, operations, device=None, dtype=None):
         super().__init__()

@@ -35,7 +35,7 @@ REQUIRED = {
 class KLAutoencoderConfig:
     """Architecture of Stable Diffusion's VAE; width 0 is that of the finest resolution. TimError for other KL autoencoders."""
 
-    TITLE: ClassVar = "SD VAE"
+    TITLE: ClassVar = "Stable Diffusion VAE"
     DIFFUSERS: ClassVar = ("AutoencoderKL", "block_out_channels")  # its class there, and a key of every config.json
     RECORD: ClassVar = ("scaling_factor", "force_upcast")
 
@@ -51,11 +51,11 @@ class KLAutoencoderConfig:
         if self.scaling_factor != SD_VAE_SCALE:
             raise _other("scaling_factor", self.scaling_factor, SD_VAE_SCALE)
         if not isinstance(self.force_upcast, bool):
-            raise TimError(f"SD VAE: force_upcast is {self.force_upcast!r}; it must be true or false")
+            raise TimError(f"{self.TITLE}: force_upcast is {self.force_upcast!r}; it must be true or false")
         if len(self.widths) != LEVELS:
             raise _other("number of resolutions", len(self.widths), LEVELS)
         if self.layers < 1 or any(width < 1 or width % GROUPS for width in self.widths):
-            raise TimError(f"SD VAE: {self.layers} layers of widths {list(self.widths)}; widths must be multiples of {GROUPS}")
+            raise TimError(f"{self.TITLE}: {self.layers} layers of widths {list(self.widths)}; widths must be multiples of {GROUPS}")
 
     @property
     def factor(self) -> int:
@@ -87,7 +87,7 @@ class KLAutoencoderConfig:
         for name in [*(f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)), "post_quant_conv.weight"]:
             if name not in state_dict or state_dict[name].ndim != 4:
                 shape = list(state_dict[name].shape) if name in state_dict else "missing"
-                raise TimError(f"not a complete SD VAE: tensor '{name}' is {shape}; it must have 4 dimensions")
+                raise TimError(f"not a complete {cls.TITLE}: tensor '{name}' is {shape}; it must have 4 dimensions")
             widths.append(state_dict[name].shape[0])
         *widths, channels = widths
         scale, upcast = metadata.get("scaling_factor", SD_VAE_SCALE), metadata.get("force_upcast") or False
@@ -242,6 +242,8 @@ class Decoder(Coder):
 class KLAutoencoder(TiledAutoencoder):
     """Stable Diffusion's VAE with its latent scale; the latent of an image is the mean of its distribution."""
 
+    HALVES = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
+
     def __init__(self, config: KLAutoencoderConfig, operations=nn, device=None, dtype=None):
         super().__init__(config)
         context, channels = (operations, device, dtype), config.latent_channels
@@ -296,7 +298,7 @@ def diffusers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for pattern, replacement in ORIGINAL_NAMES if ORIGINAL in tensors else ():
             new = re.sub(pattern, replacement, new)
         new = re.sub(r"<(\d)>", lambda match: str(LEVELS - 1 - int(match[1])), new)
-        if match := re.fullmatch(r"(.*\.attentions\.0\.)(\w+)(\.\w+)", new):
+        if match := re.fullmatch(r"(.*\.attentions\.0\.)(to_out\.0|\w+)(\.\w+)", new):
             new = match[1] + ATTENTION_NAMES.get(match[2], match[2]) + match[3]
             if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
                 tensor = tensor.flatten(1)

@@ -1,6 +1,7 @@
 """Images in overlapping tiles, blended where they overlap, and what the autoencoders that run in them share."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,10 @@ class TiledAutoencoder(nn.Module):
     """Base of the autoencoders: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / factor, W / factor), whole or in blended tiles.
 
     A subclass has `encode`, `decode` and `peak_bytes`, and a config with `factor`, `latent_channels` and `scaling_factor`.
+    damaged_weights: of its file, by half; set by loaders, see tim_core.finite.
     """
 
+    HALVES: ClassVar[dict[str, tuple[str, ...]]] = {"encoder": ("encoder",), "decoder": ("decoder",)}  # the modules of each
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     peak_bytes: Callable[..., int]
@@ -67,6 +70,13 @@ class TiledAutoencoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.damaged_weights: dict[str, str | None] = {}
+
+    def half(self, name: str) -> nn.Module:
+        """The modules of the encoder or of the decoder under their names, with the damaged weight of that half, if there is one."""
+        half = nn.ModuleDict({module: getattr(self, module) for module in self.HALVES[name]})
+        half.damaged_weight = self.damaged_weights.get(name)
+        return half
 
     def needs_tiles(self, height: int, width: int, dtype: torch.dtype, device: torch.device, available: int | None = None) -> bool:
         """Whether one image (height, width in pixels) does not fit a device whole. available: bytes there, see `memory.fits`."""

@@ -79,16 +79,16 @@ def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict]
     None if it is not there. Of a training checkpoint that holds the trained weights and their EMA, the EMA is taken, as in the official
     sampler.
     """
-    if (found := _find(tensors, part)) is None:
+    if not (found := _prefixes(tensors, part)):
         return None
-    signature, (best, *others) = found
-    foreign = tuple(p for p in others if p.startswith(best))
+    best, *others = found
+    roots, foreign = found[best].roots, tuple(prefix for prefix in others if prefix.startswith(best))
     return best, {
         key[len(best) :]: tensor
         for key, tensor in tensors.items()
         if key.startswith(best)
         and "." in key[len(best) :]  # others belong to no module: a step, a decay
-        and key[len(best) :].startswith(signature.roots)
+        and key[len(best) :].startswith(roots)
         and key.rpartition(".")[2] not in BYTE_KEYS
         and not (foreign and key.startswith(foreign))
     }
@@ -96,20 +96,20 @@ def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict]
 
 def find_copies(tensors: Mapping[str, Tensor], part: str) -> list[str]:
     """The prefixes under which a part is there more than once, that which `find_part` takes first; empty if a rule decides between them."""
-    _, prefixes = _find(tensors, part) or (None, [])
+    prefixes = list(_prefixes(tensors, part))
     equal = [prefix for prefix in prefixes if _kind_of_copy(prefix) == _kind_of_copy(prefixes[0])]
     return equal if len(equal) > 1 else []
 
 
-def _find(tensors: Mapping[str, Tensor], part: str) -> tuple[Signature, list[str]] | None:
-    """The part's first signature of which all keys are there, and the prefixes under which they are, the best first."""
+def _prefixes(tensors: Mapping[str, Tensor], part: str) -> dict[str, Signature]:
+    """The prefixes under which all keys of a part's signature are, the best first, each with that signature."""
+    found: dict[str, Signature] = {}
     for signature in SIGNATURES[part]:
         first, *others = signature.keys
-        prefixes = {key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)}
-        complete = [prefix for prefix in prefixes if all(prefix + name in tensors for name in others)]
-        if complete:
-            return signature, sorted(complete, key=lambda prefix: (_kind_of_copy(prefix), len(prefix), prefix))
-    return None
+        for prefix in (key[: -len(first)] for key in tensors if key == first or key.endswith("." + first)):
+            if all(prefix + name in tensors for name in others):
+                found.setdefault(prefix, signature)
+    return dict(sorted(found.items(), key=lambda item: (_kind_of_copy(item[0]), len(item[0]), item[0])))
 
 
 def _kind_of_copy(prefix: str) -> int:

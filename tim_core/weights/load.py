@@ -43,10 +43,11 @@ def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
     return _fill(model, part, dtype, device)
 
 
-def note_damage(autoencoder: torch.nn.Module, part: Part) -> None:
+def note_damage(autoencoder: TiledAutoencoder, part: Part) -> None:
     """Remember a damaged weight of either half, which is no matter for the other."""
-    for half, network in (("encoder.", autoencoder.encoder), ("decoder.", autoencoder.decoder)):
-        network.damaged_weight = damaged_weight({name[len(half) :]: part.tensors[name] for name in part.tensors if name.startswith(half)})
+    for half, modules in autoencoder.HALVES.items():
+        own = {name: tensor for name, tensor in part.tensors.items() if name.partition(".")[0] in modules}
+        autoencoder.damaged_weights[half] = damaged_weight(own)
 
 
 def load_text_encoder(source, dtype=None, device="cpu", escape=None):
@@ -108,9 +109,10 @@ def check_loads(part: Part) -> None:
 
 def check_undamaged(model: torch.nn.Module, source: object) -> None:
     """TimError if a loaded model has a damaged weight. Sampling names it by itself; training, where it would spread, asks here."""
-    for prefix, network in (("", model), *((f"{name}.", child) for name, child in model.named_children())):
-        if (damaged := getattr(network, "damaged_weight", None)) is not None:
-            raise TimError(f"{source}: the weight '{prefix}{damaged}' has {DAMAGE}; download the file again")
+    found = model.damaged_weights.values() if isinstance(model, TiledAutoencoder) else [model.damaged_weight]
+    for damaged in found:
+        if damaged is not None:
+            raise TimError(f"{source}: the weight '{damaged}' has {DAMAGE}; download the file again")
 
 
 def check_tensors(part: Part, model: torch.nn.Module) -> None:

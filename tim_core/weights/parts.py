@@ -252,7 +252,7 @@ def _take_apart(tensors: Mapping[str, Tensor], metadata: dict, source: str) -> P
         if copies := find_copies(rest, kind):
             names = ", ".join(f"'{copy}'" for copy in copies)
             advice = f"'{prefix}' is used; to use another, save it in a file of its own"
-            logging.warning(printable(f"{source}: holds the {TITLES[kind]} {len(copies)} times, with the prefixes {names}; {advice}"))
+            logging.warning(printable(f"{source}: holds a {TITLES[kind]} {len(copies)} times, with the prefixes {names}; {advice}"))
         for name in own:
             del rest[prefix + name]
         if kind == AUTOENCODER and autoencoder_config(own) is KLAutoencoderConfig:

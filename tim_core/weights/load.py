@@ -9,6 +9,7 @@ from ..finite import DAMAGE, damaged_weight
 from ..models.gemma import gemma_shapes, text_mismatch
 from ..models.kl_autoencoder import KLAutoencoder, KLAutoencoderConfig
 from ..models.text_encoder import TextEncoder
+from ..models.tiles import TiledAutoencoder
 from ..models.tokenizer import Tokenizer, check_ids
 from .detect import AUTOENCODER, TEXT_ENCODER, TRANSFORMER
 from .open import StateDict

@@ -51,7 +51,7 @@ class Codec:
         for some in batch.split(count):
             some = some.to(self.device, dtype)
             done = whole(some) if tile is None else tiled(some, tile, (tile - tile // 8) // self.factor * self.factor)
-            check_finite(done, f"VAE {half}", self.autoencoder.half(half))
+            check_finite(done, f"VAE {half}", self.autoencoder.stage(half))
             parts.append(done.float().cpu())
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

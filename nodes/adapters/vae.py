@@ -51,7 +51,7 @@ class CheckedAutoencoder(Autoencoder):
         """`made` if it is finite and no weight damaged, else TimError that names its stage, or `given` if that is not finite either."""
         if self.damaged_weights.get(half) is not None or not bool(made.isfinite().all()):
             check_finite(given, name, advice=[advice])
-            check_finite(made, f"VAE {half}", self.half(half), float32="ComfyUI's option --fp32-vae")
+            check_finite(made, f"VAE {half}", self.stage(half), float32="ComfyUI's option --fp32-vae")
         return made
 
 

@@ -72,11 +72,11 @@ class TiledAutoencoder(nn.Module):
         self.config = config
         self.damaged_weights: dict[str, str | None] = {}
 
-    def half(self, name: str) -> nn.Module:
+    def stage(self, name: str) -> nn.Module:
         """The modules of the encoder or of the decoder under their names, with the damaged weight of that half, if there is one."""
-        half = nn.ModuleDict({module: getattr(self, module) for module in self.HALVES[name]})
-        half.damaged_weight = self.damaged_weights.get(name)
-        return half
+        stage = nn.ModuleDict({module: getattr(self, module) for module in self.HALVES[name]})
+        stage.damaged_weight = self.damaged_weights.get(name)
+        return stage
 
     def needs_tiles(self, height: int, width: int, dtype: torch.dtype, device: torch.device, available: int | None = None) -> bool:
         """Whether one image (height, width in pixels) does not fit a device whole. available: bytes there, see `memory.fits`."""

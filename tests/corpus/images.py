@@ -113,7 +113,7 @@ def of_file(name: str, data: bytes):
     return build
 
 
-def equals(values: np.ndarray):
+def equals(values: np.ndarray, said: tuple[object, ...] = ()):
     """The result of the 8-bit PNG of these values."""
 
     def reference(originals: Originals) -> Path:
@@ -121,7 +121,7 @@ def equals(values: np.ndarray):
         Image.fromarray(values).convert("RGB").save(clean)
         return originals.result(*UPSCALE, "--model", originals.model, clean, "a circle")
 
-    return gives("out.png", reference)
+    return gives("out.png", reference, said)
 
 
 @generator
@@ -270,6 +270,7 @@ def odd_sizes(random: Random) -> Iterator[Case]:
     for name, (width, height) in SIZES.items():
         image = Image.new("RGB", (width, height), tuple(random.randrange(256) for _ in range(3)))
         file = of_file("a.png", saved(image, "PNG"))
-        yield Case(f"an image of {name}", file, equals(np.asarray(image)))
+        said = () if min(width, height) > 1 else ("size", "16x16")  # what the model is made for
+        yield Case(f"an image of {name}", file, equals(np.asarray(image), said))
     image = saved(Image.new("L", (1, random.randrange(5000, 60_000))), "PNG")
     yield Case("an image that is too long", of_file("a.png", image), fails("size", "4096"))

@@ -247,14 +247,15 @@ LOST_CACHE: dict[str, Callable[[Path], object]] = {
 
 
 def with_cache(damage: Callable[[Path], object], workers: int):
-    """A builder: a run that is resumed after a file of its cache was damaged."""
+    """A builder: a run that is resumed after the files of its cache were damaged."""
 
     def build(folder: Path, originals: Originals) -> list[object]:
         words = finetune(whole)(folder, originals)
         assert main([str(word) for word in words]) == 0
         text = (folder / "c.yaml").read_text()
         (folder / "c.yaml").write_text(text.replace("steps: 1", "steps: 6").replace("workers: 0", f"workers: {workers}"))
-        damage(sorted((folder / "cache").glob("*.safetensors"))[0])
+        for file in (folder / "cache").glob("*.safetensors"):
+            damage(file)
         return words
 
     return build

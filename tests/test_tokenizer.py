@@ -116,6 +116,7 @@ def test_interrupts_pass_through(tokenizer, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tokenizer(["a"])
 
+
 def test_a_prompt_that_is_too_long_is_cut_and_said(tokenizer, caplog):
     ids, mask = tokenizer(["a circle " * 200])
     assert mask.all() and ids.shape == (1, 256)
@@ -145,8 +146,18 @@ def test_sentencepiece_folder(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     sentences = ["a red circle", "a blue square left of a circle", "two green triangles and a square"] * 20
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320, model_type="bpe", byte_fallback=True,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2,
+        sentence_iterator=iter(sentences),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
     tokenizer = Tokenizer.from_bytes(tokenizer_file(tmp_path).read_bytes())
     ids, mask = tokenizer(["a red circle", ""])

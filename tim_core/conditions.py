@@ -96,8 +96,9 @@ def text_condition(transformer: TransitionTransformer, features: Features, devic
         groups: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
             groups.setdefault(len(rows_of[row]), []).append(place)
-        return [(torch.tensor(places, device=device), torch.stack([rows_of[rows[place]] for place in places]))
-                for places in groups.values()]
+        return [
+            (torch.tensor(places, device=device), torch.stack([rows_of[rows[place]] for place in places])) for places in groups.values()
+        ]
 
     def model(x: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
         key = tuple(rows.tolist())  # on the CPU

@@ -17,7 +17,7 @@ from .devices import pick_device, pick_dtype, pick_dtypes
 from .errors import TimError
 from .files import digest
 from .finite import StepRecorder, check_finite
-from .limits import check_batch, check_lora_strength, check_size, check_tile
+from .limits import check_batch, check_size, check_tile
 from .memory import make_room
 from .models.attention import get_attention
 from .models.transformer import peak_bytes
@@ -81,10 +81,7 @@ class Pipeline:
         parts.require(*([TEXT_ENCODER] if reads_text else []), AUTOENCODER)
         parts.check_fit()
         defaults = read_defaults(parts)
-        loras = []
-        for file, strength in list_loras(lora):
-            check_lora_strength(strength, str(file))
-            loras.append((read_lora(file), strength))
+        loras = [(read_lora(file), strength) for file, strength in list_loras(lora)]
         dtypes = pick_dtypes(dtype, device, parts)
         pipe = cls(
             load_transformer(parts, attention=kernel, dtype=dtypes[TRANSFORMER], device=device),

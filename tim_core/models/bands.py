@@ -44,9 +44,7 @@ def pad_rows(x: Tensor, above: int = 1, below: int = 1) -> Tensor:
     return F.pad(x, (0, 0, above, below)) if above or below else x
 
 
-def overwrite(
-    x: Tensor, expand: Callable[[Tensor], Tensor], contract: Callable[[Tensor], Tensor], halo: int, channels: int
-) -> Tensor:
+def overwrite(x: Tensor, expand: Callable[[Tensor], Tensor], contract: Callable[[Tensor], Tensor], halo: int, channels: int) -> Tensor:
     """x + contract(expand(x)), written over x band by band.
 
     expand: rows of x, with `halo` more above and below -> rows of up to `channels` channels; contract: these, with one more row above

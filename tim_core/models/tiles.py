@@ -13,8 +13,9 @@ TILE, STRIDE = 1024, 896  # pixels; smaller tiles show, because attention in the
 Pair = tuple[int, int]
 
 
-def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: Pair, stride: Pair, into: Callable[[int], int],
-           out: Callable[[int], int]) -> Tensor:
+def tiled(
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: Pair, stride: Pair, into: Callable[[int], int], out: Callable[[int], int]
+) -> Tensor:
     """Runs `function` on overlapping tiles and blends each with its upper and left neighbours.
 
     Tile and stride are in pixels; `into` and `out` convert pixels to cells of the input and of the output.
@@ -30,7 +31,7 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: Pair, stride: P
     for top in range(0, height, stride_h):
         row: list[Tensor] = []
         for j, left in enumerate(range(0, width, stride_w)):
-            made = function(x[..., top:top + tile_h, left:left + tile_w])
+            made = function(x[..., top : top + tile_h, left : left + tile_w])
             if above:
                 made = _blend(above[j], made, blend_h, -2)
             if row:
@@ -39,7 +40,7 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: Pair, stride: P
         rows.append(torch.cat([made[..., :keep_h, :keep_w] for made in row], -1))
         above = row
     blended = torch.cat(rows, -2)
-    return blended[..., :height * out(tile[0]) // tile_h, :width * out(tile[1]) // tile_w]
+    return blended[..., : height * out(tile[0]) // tile_h, : width * out(tile[1]) // tile_w]
 
 
 def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:

@@ -194,7 +194,10 @@ def _transformer_layers() -> dict[str, str]:
 
 
 def list_loras(lora: Any) -> list[tuple[str | Path, float]]:
-    """LoRA files and their strengths, from what `Pipeline.load` takes."""
+    """LoRA files and their strengths, from what `Pipeline.load` takes. TimError for a strength that cannot be used."""
     if isinstance(lora, (str, Path)):
         return [(lora, 1.0)]
-    return list(lora.items() if isinstance(lora, Mapping) else lora or ())
+    pairs = list(lora.items() if isinstance(lora, Mapping) else lora or ())
+    for file, strength in pairs:
+        check_lora_strength(strength, str(file))
+    return pairs

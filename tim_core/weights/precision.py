@@ -11,6 +11,7 @@ from ..errors import TimError, printable
 
 MOST_LOST, FEW = 0.01, 16  # share and number of a tensor's values that may become 0 without a line
 
+
 class Losses:
     """Collects the tensors of which a narrower dtype makes zeros: `report` logs one line if it is more than a few values."""
 
@@ -38,8 +39,12 @@ class Losses:
             return
         name, (share, dtype) = max(self.found.items(), key=lambda item: item[1][0])
         others = f" (and over {MOST_LOST:.0%} of {len(self.found) - 1} more)" if len(self.found) > 1 else ""
-        logging.warning(printable(f"{source}: {share:.1%} of the values of tensor {name}{others} are too small for {_name(dtype)} "
-                                  f"and become 0; use {_wider(dtype)}"))
+        logging.warning(
+            printable(
+                f"{source}: {share:.1%} of the values of tensor {name}{others} are too small for {_name(dtype)} "
+                f"and become 0; use {_wider(dtype)}"
+            )
+        )
 
 
 def cast(name: str, tensor: Tensor, dtype, device, losses: Losses) -> Tensor:

@@ -164,3 +164,30 @@ def huge_meta_tensor() -> Pickle:
 
 def large_memo_index() -> Pickle:
     return Pickle().add(b"}", b"r\xff\xff\xff\x7f")
+
+
+def state_of_a_tensor(shape: tuple = (40_000, 40_000), stride: tuple = (0, 0)) -> Pickle:
+    """{"w": a tensor of 4 elements whose state is then set to another shape}"""
+    pickle = Pickle().add(b"}", "w").tensor("0", 4, (4,), (1,)).add(b"(").storage("0", 4)
+    return pickle.add(0, shape, stride, b"tb", b"s")
+
+
+def two_directories(path: Path, seen_by_zipfile: Pickle, seen_by_torch: Pickle, storage: bytes) -> Path:
+    """A torch file with two archives: zipfile reads the directory before the end, torch the one that the end points to."""
+
+    def archive(pickle: Pickle, base: int) -> tuple[bytes, bytes]:
+        entries = directory = b""
+        for name, data in ((b"archive/data.pkl", pickle.data + b"."), (b"archive/data/0", storage), (b"archive/version", b"3\n")):
+            about = struct.pack("<5H3L", 20, 0, 0, 0, 33, zlib.crc32(data), len(data), len(data))
+            where = struct.pack("<H", len(name)) + bytes(12) + struct.pack("<L", base + len(entries))
+            directory += b"PK\1\2" + struct.pack("<H", 20) + about + where + name
+            entries += b"PK\3\4" + about + struct.pack("<2H", len(name), 0) + name + data
+        return entries, directory
+
+    entries, directory = archive(seen_by_torch, 0)
+    others, _ = archive(seen_by_zipfile, 0)
+    shift = len(others) + len(directory)  # zipfile adds it to every place
+    _, other_directory = archive(seen_by_zipfile, len(entries) + len(directory) - shift)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 3, 3, len(directory), len(entries), 0)
+    path.write_bytes(entries + directory + others + other_directory + end)
+    return path

@@ -376,6 +376,23 @@ def test_strides_that_leave_or_repeat_the_storage_are_refused(case, tmp_path):
     assert "a.bin: the.weight: its shape" in message and len(message) < 300
 
 
+def test_a_state_that_is_set_on_a_tensor_is_refused(tmp_path):
+    path = hostile.state_of_a_tensor().zip(tmp_path / "a.bin", {"0": bytes(16)})
+    assert "sets the state of a tensor" in refused(open_state_dict, path)
+
+
+def test_archives_in_which_torch_finds_other_records_are_refused(tmp_path):
+    """torch takes the directory that the end points to, and names in either case for the same."""
+    small, large = (hostile.Pickle().add(b"}", "w").tensor("0", 1, *shape).add(b"s") for shape in (((1,), (1,)), ((4000, 4000), (0, 0))))
+    path = hostile.two_directories(tmp_path / "two.bin", small, large, bytes(4))
+    assert torch.load(path, weights_only=True)["w"].shape == (4000, 4000)
+    assert "in two places" in refused(open_state_dict, path)
+    small.zip(tmp_path / "case.bin", {"0": bytes(4)})
+    with zipfile.ZipFile(tmp_path / "case.bin", "a") as archive:
+        archive.writestr("archive/DATA.PKL", large.data + b".")
+    assert "two records of one name" in refused(open_state_dict, tmp_path / "case.bin")
+
+
 def test_views_of_a_storage_are_read(tmp_path):
     base = torch.arange(12.0)
     tensors = {"row": base[3:6], "turned": base.view(3, 4).t(), "tied": base, "empty": base[:0], "one": base[5]}

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+import torch
+
 from ..errors import TimError
 
 CHUNK = 2**22  # bytes of a record read at a time
@@ -119,7 +121,7 @@ def _check_zip(file: BinaryIO, path: Path, checksums: bool) -> None:
         if start >= place and MOST_DIRECTORY < size < path.stat().st_size:
             raise ValueError(f"its directory has {size} bytes")
     with zipfile.ZipFile(file) as archive:
-        records = {record.filename: record for record in archive.infolist()}
+        records = {record.filename.lower(): record for record in archive.infolist()}  # torch takes names in either case for the same
         if len(records) < len(archive.infolist()):
             raise ValueError("two records of one name")
         for name, record in records.items():
@@ -128,18 +130,24 @@ def _check_zip(file: BinaryIO, path: Path, checksums: bool) -> None:
         pickles = [name for name in records if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"has {len(pickles)} records named data.pkl")
+        top = pickles[0].removesuffix("data.pkl")
         summed = any(record.CRC for record in records.values())  # all are 0 after torch.serialization.set_crc32_options(False)
         if records[pickles[0]].file_size > MOST_PICKLE:
             raise ValueError(f"data.pkl has {records[pickles[0]].file_size} bytes")
-        order = records.get(f"{pickles[0].removesuffix('data.pkl')}byteorder")
+        order = records.get(f"{top}byteorder")
         if order is not None and (order.file_size > 16 or _read(file, order, summed).decode() != sys.byteorder):
             raise ValueError(f"its byte order is not {sys.byteorder}-endian")
         reader = _Reader(io.BytesIO(_read(file, records[pickles[0]], summed)), old=False)
         end = archive.start_dir
+    file.seek(0)
+    seen = torch._C.PyTorchFileReader(file)  # which may find another directory in the file than zipfile does
+    for name, record in records.items():
+        if name.startswith(top) and seen.get_record_offset(name.removeprefix(top)) != _start(file, record):
+            raise ValueError(f"record {record.filename} is in two places")
     names = _check_tensors(reader.load(), reader.tensors, path)
     places = []
     for key, storage in reader.storages.items():
-        record, owner = records.get(f"{pickles[0].removesuffix('data.pkl')}data/{key}"), names.get(key, "a tensor")
+        record, owner = records.get(f"{top}data/{key}".lower()), names.get(key, "a tensor")
         found = -1 if record is None else record.file_size
         if record is None or not found == record.compress_size == storage.size:
             raise TimError(f"{path}: damaged torch file: {owner} has {max(found, 0)} of {storage.size} bytes; download or copy it again")
@@ -290,7 +298,9 @@ class _Reader(pickle._Unpickler):  # in Python: the one in C allocates whatever 
         self.stack[-1] = self.call(self.stack[-1], arguments)
 
     def load_build(self) -> None:
-        self.stack.pop()  # attributes: of no concern to tensors
+        self.stack.pop()  # attributes: of no concern to dicts
+        if isinstance(self.stack[-1], _Tensor):
+            raise ValueError("sets the state of a tensor")
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()

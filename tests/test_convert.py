@@ -42,6 +42,17 @@ def test_the_vae_keeps_its_dtype_unless_it_is_named(tiny, tmp_path):
     assert dtypes(vae, "") == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("prefix, name", [(PREFIX, "blocks.1.attn.proj.weight"), ("vae.", "decoder.conv_in.bias")])
+def test_a_part_that_does_not_load_is_said(prefix, name, tiny, tmp_path, caplog):
+    file, out = tmp_path / "part.safetensors", tmp_path / "out.safetensors"
+    save_file({key: value for key, value in load_file(tiny).items() if key != prefix + name}, file)
+    convert(file, out)
+    assert mentions(caplog.text, "the new file will not load", "part.safetensors", name)
+    caplog.clear()
+    convert(tiny, out)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("option", ["--dtype", "--vae-dtype"])
 def test_unknown_dtypes(option, tiny, tmp_path, capsys):
     assert main(["convert", str(tiny), str(tmp_path / "a.safetensors"), option, "int3"]) == 1

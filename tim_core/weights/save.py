@@ -15,6 +15,7 @@ from ..files import atomic_write, check_output, user_path
 from ..models.tokenizer import Tokenizer, is_json
 from .defaults import RECORD
 from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
+from .load import check_loads
 from .lora import Lora, read_lora
 from .open import open_state_dict
 from .parts import BUNDLED, CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
@@ -42,6 +43,7 @@ def pack(
     _check_vae_dtype(vae_dtype, parts.source, AUTOENCODER in parts)
     if vae_dtype == FP8:
         raise TimError("dtype: fp8 is for the transformer; choose bf16 or fp32 for the VAE")
+    _warn_of_damage(parts)
     tensors: dict[str, Entry] = {}
     records, losses = {}, Losses()
     for kind in TITLES:
@@ -82,6 +84,7 @@ def convert(
         logging.warning(printable(f"{parts.source}: {len(parts.rest)} tensors belong to no part and are left out: {shown}"))
     if len(parts.parts) > 1 or TEXT_ENCODER in parts:  # a text model keeps its tokenizer in the same file
         return pack(parts, dst, dtype, extra, keep_projector=True, vae_dtype=vae_dtype, report=report)
+    _warn_of_damage(parts)
     (part,) = (part.with_projector() for part in parts.parts.values())
     if part.kind == AUTOENCODER and vae_dtype is not None:
         dtype = vae_dtype
@@ -90,6 +93,15 @@ def convert(
     dst = _write(_entries(part, dtype, losses), dst, _whole_record(parts, records, extra), report)
     losses.report(parts.source)
     return dst
+
+
+def _warn_of_damage(parts: Parts) -> None:
+    """Log a line for a part that will not load from the new file either."""
+    for part in parts.parts.values():
+        try:
+            check_loads(part)
+        except TimError as error:
+            logging.warning(printable(f"the new file will not load: {error}"))
 
 
 def _check_vae_dtype(dtype, source: str, has_vae: bool) -> None:

@@ -33,20 +33,20 @@ def check_size(model_config, latent_image: Tensor, sigmas: Tensor, options: dict
 
 
 def check_cfg(cfg: float, model_cfg: float, interval, times: list[float], exact: bool, options: dict) -> None:
-    """Logs a line for guidance that cannot give an image as it should: none, too much, or in too long a step.
+    """Logs a line for guidance that cannot work: none, too much, or in too long a step.
 
     model_cfg: what the checkpoint is made for. exact: whether each step is a transition to the next time.
     """
     guided = [(start, end) for start, end in zip(times, times[1:]) if interval.holds(start)]
     if cfg < 1:
-        say(options, f"cfg: {cfg:g} is below 1, no guidance, and favours the negative prompt; choose 1 or more")
+        say(options, f"cfg: {cfg:g} is below 1 (no guidance) and favours the negative prompt; use 1 or more")
     if cfg <= 1:
         return
     if not guided and any(start < 1 - 1e-6 for start in times[:-1]):
-        say(options, f"cfg: {cfg:g} has no effect, since no step begins in the guidance interval, {interval.low:g} to {interval.high:g}; "
-                     "widen it, or set cfg to 1")
+        say(options, f"cfg: {cfg:g} has no effect: no step starts in the guidance interval {interval.low:g} to {interval.high:g}; "
+                     "widen the interval, or set cfg to 1")
     if guided and cfg > HIGH_CFG * model_cfg:
-        say(options, f"cfg: {cfg:g} is likely to give a broken image; this model is made for {model_cfg:g}, and takes up to "
+        say(options, f"cfg: {cfg:g} is likely to give a broken image; this model is made for {model_cfg:g} and takes up to "
                      f"{HIGH_CFG * model_cfg:g}")
     elif exact and (step := next((step for step in guided if step[0] - step[1] > LONG_STEP), None)):
         say(options, f"cfg: the step from time {step[0]:.3g} to {step[1]:.3g} is too long for guidance; use more steps, a smaller shift, "
@@ -60,7 +60,7 @@ def check_start(noise: Tensor, latent_image: Tensor, sigmas: Tensor, mask: Tenso
         say(options, f"noise: none is added, but sampling starts at time {start:.3g} from {'an empty latent' if empty else 'noise alone'}; "
                      "turn add_noise on, or give a latent that another sampler left at a time below 1")
     elif empty and mask is not None and bool((mask < 1).any()):
-        say(options, "noise mask: it keeps parts of an empty latent; give the sampler an image, from VAE Encode, with the mask")
+        say(options, "noise mask: it keeps parts of an empty latent; use a latent from VAE Encode with the mask")
     elif empty and start < EMPTY_START - 1e-3:
         say(options, f"latent: empty, but sampling starts at time {start:.3g}; start at 1 (denoise 1, scheduler simple), or give an image")
 

@@ -50,7 +50,7 @@ def check_outputs(config, path: str | Path) -> None:
     inputs = [path, *(BUNDLED.get(name, name) for name in names)]
     if (data := getattr(config.data, "path", None)) is not None:
         if (images := user_path(data)).is_dir() and folder.resolve().is_relative_to(images.resolve()):
-            raise TimError(f"output: {folder} is in data.path, whose images are trained on; name a folder outside {images}")
+            raise TimError(f"output: {folder} is inside data.path; name a folder outside {images}")
         inputs += [] if images.is_dir() else [images]
     if config.checkpoint:
         check_output_path(config.export_path(config.loop.steps))

@@ -33,7 +33,7 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class KLAutoencoderConfig:
-    """Architecture of Stable Diffusion's VAE; width 0 is that of the finest resolution. TimError for other KL autoencoders."""
+    """Architecture of Stable Diffusion's VAE; widths[0] is that of the finest resolution. TimError for other KL autoencoders."""
 
     TITLE: ClassVar = "Stable Diffusion VAE"
     DIFFUSERS: ClassVar = ("AutoencoderKL", "block_out_channels")  # its class there, and a key of every config.json

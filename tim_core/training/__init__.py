@@ -62,7 +62,7 @@ def check_outputs(config, path: str | Path) -> None:
 
 
 def _saved(config, folder: Path) -> Iterator[Path]:
-    """The checkpoints and sample images of a run that are in its folder already, or what is there under their names."""
+    """The paths of a run's checkpoints and sample images that exist already in its folder."""
     for file in folder.iterdir() if folder.is_dir() else ():
         if found := re.fullmatch(r"(?:step|sample)-([0-9]{8,12})\.(?:pt|png)", file.name):
             step = int(found[1])

@@ -93,7 +93,7 @@ def convert(
 
 
 def _check_vae_dtype(dtype, source: str, has_vae: bool) -> None:
-    """TimError for a dtype of a VAE that is not there."""
+    """TimError for a VAE dtype without a VAE."""
     if dtype is not None and not has_vae:
         raise TimError(f"{source}: has no VAE to write in {str(dtype).removeprefix('torch.')}; leave out --vae-dtype")
 

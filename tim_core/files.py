@@ -77,12 +77,12 @@ def check_new_output(path: Path, inputs: Iterable[str | Path | None]) -> None:
     if len(os.fsencode(path.absolute())) > LONGEST_PATH or any(len(os.fsencode(part)) > longest for part in path.parts):
         raise TimError(f"{path}: its name is too long; use another name")
     if not above.is_dir():
-        raise TimError(f"{above}: is not a folder; write to another")
+        raise TimError(f"{above}: is not a folder; name another one")
     if above == path.parent:
         check_output(path)
         check_separate(path, inputs)
     elif not os.access(above, os.W_OK):
-        raise TimError(f"{above}: this folder is not writable; write to another")
+        raise TimError(f"{above}: folder is not writable; name another one")
 
 
 def check_separate(path: str | Path, inputs: Iterable[str | Path | None]) -> None:

@@ -21,7 +21,7 @@ def fits(needed: int, device: torch.device, available: int | None = None) -> boo
 
 
 def make_room(network: nn.Module, needed: int, others: Iterable[nn.Module], device: torch.device) -> None:
-    """Bring a network to a device. Where a run of it, of `needed` bytes, does not fit there, the others leave for the CPU."""
+    """Move a network to a device. If a run of it, which takes `needed` bytes, does not fit there, move the others to the CPU first."""
     away = [parameter for parameter in network.parameters() if parameter.device != device]
     needed += sum(parameter.nbytes for parameter in away)
     if device != OFFLOAD_DEVICE and not fits(needed, device):

@@ -292,7 +292,7 @@ class Pipeline:
         return self._text(prompts, negatives)
 
     def _plain_text(self, text: str) -> str:
-        """A prompt without ComfyUI's weights and embeddings, which are mentioned; parentheses alone stay."""
+        """A prompt without ComfyUI's weights and embeddings; a line shows the rest. Parentheses without a weight are kept."""
         if has_syntax(text):
             text, line = take_off_syntax(text)
             self._mention(line)

@@ -30,7 +30,7 @@ def parse_numbers(text: str | int | float, name: str, distinct: bool = True) -> 
             raise TimError(f"{name}: '{text}' has more than {MOST_NUMBERS} numbers; use fewer, or a larger step, such as 1-64 x2")
     if distinct and len(set(numbers)) < len(numbers):
         twice = next(number for place, number in enumerate(numbers) if number in numbers[:place])
-        raise TimError(f"{name}: '{text}' has {twice} twice; name each number once")
+        raise TimError(f"{name}: '{text}' has {twice} twice; list each number once")
     return numbers
 
 
@@ -50,7 +50,7 @@ def check_counts(counts: Sequence[int | float], name: str, distinct: bool = True
     if len(counts) > MOST_NUMBERS:
         raise TimError(f"{name}: {len(counts)} step counts; use at most {MOST_NUMBERS}")
     if distinct and len(set(counts)) < len(counts):
-        raise TimError(f"{name}: a step count{where} is there twice; name each once")
+        raise TimError(f"{name}: a step count{where} occurs twice; list each once")
     if sum(counts) > MAX_STEPS:
         raise TimError(f"{name}: {sum(counts)} steps in all{where}; use at most {MAX_STEPS}")
     return list(counts)

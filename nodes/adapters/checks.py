@@ -7,9 +7,9 @@ from torch import Tensor
 from ...tim_core.errors import TimError
 from .log import say
 
-EMPTY_START = 0.9  # time below which the demo model draws less from an empty latent than from time 1
-HIGH_CFG = 6  # times the model's own cfg, above which the demo model draws less: of 8 images 6 are right at 15, 3 at 20
-LONG_STEP = 0.75  # of time, above which it draws less with guidance: of 8 images 7 are right from 0.7 to 0, 2 from 0.8
+EMPTY_START = 0.9  # time below which the demo model gets fewer images right from an empty latent than from time 1
+HIGH_CFG = 6  # times the model's own cfg; the demo model gets 6 of 8 images right at cfg 15, 3 at 20
+LONG_STEP = 0.75  # longest guided step: it gets 7 of 8 images right with a step from 0.7 to 0, 2 from 0.8
 
 
 def check_latent(latent: Tensor, channels: int) -> None:
@@ -33,20 +33,20 @@ def check_size(model_config, latent_image: Tensor, sigmas: Tensor, options: dict
 
 
 def check_cfg(cfg: float, model_cfg: float, interval, times: list[float], exact: bool, options: dict) -> None:
-    """Logs a line for guidance that cannot give an image as it should: none, too much, or in too long a step.
+    """Logs a line for guidance that cannot work: none, too much, or in too long a step.
 
     model_cfg: what the checkpoint is made for. exact: whether each step is a transition to the next time.
     """
     guided = [(start, end) for start, end in zip(times, times[1:]) if interval.holds(start)]
     if cfg < 1:
-        say(options, f"cfg: {cfg:g} is below 1, no guidance, and favours the negative prompt; choose 1 or more")
+        say(options, f"cfg: {cfg:g} is below 1 (no guidance) and favours the negative prompt; use 1 or more")
     if cfg <= 1:
         return
     if not guided and any(start < 1 - 1e-6 for start in times[:-1]):
-        say(options, f"cfg: {cfg:g} has no effect, since no step begins in the guidance interval, {interval.low:g} to {interval.high:g}; "
-                     "widen it, or set cfg to 1")
+        say(options, f"cfg: {cfg:g} has no effect: no step starts in the guidance interval {interval.low:g} to {interval.high:g}; "
+                     "widen the interval, or set cfg to 1")
     if guided and cfg > HIGH_CFG * model_cfg:
-        say(options, f"cfg: {cfg:g} is likely to give a broken image; this model is made for {model_cfg:g}, and takes up to "
+        say(options, f"cfg: {cfg:g} is likely to give a broken image; this model is made for {model_cfg:g} and takes up to "
                      f"{HIGH_CFG * model_cfg:g}")
     elif exact and (step := next((step for step in guided if step[0] - step[1] > LONG_STEP), None)):
         say(options, f"cfg: the step from time {step[0]:.3g} to {step[1]:.3g} is too long for guidance; use more steps, a smaller shift, "
@@ -60,7 +60,7 @@ def check_start(noise: Tensor, latent_image: Tensor, sigmas: Tensor, mask: Tenso
         say(options, f"noise: none is added, but sampling starts at time {start:.3g} from {'an empty latent' if empty else 'noise alone'}; "
                      "turn add_noise on, or give a latent that another sampler left at a time below 1")
     elif empty and mask is not None and bool((mask < 1).any()):
-        say(options, "noise mask: it keeps parts of an empty latent; give the sampler an image, from VAE Encode, with the mask")
+        say(options, "noise mask: it keeps parts of an empty latent; use a latent from VAE Encode with the mask")
     elif empty and start < EMPTY_START - 1e-3:
         say(options, f"latent: empty, but sampling starts at time {start:.3g}; start at 1 (denoise 1, scheduler simple), or give an image")
 

@@ -18,9 +18,9 @@ _not_sharing: weakref.WeakSet = weakref.WeakSet()  # those for which torch could
 
 
 def call_for_any_batch(network: torch.nn.Module, call: Callable[[], Tensor]) -> Tensor:
-    """call(), in which a compiled `network` makes one graph for every batch size: steps with and without guidance differ in theirs.
+    """Runs call(); a compiled `network` makes one graph for all batch sizes in it, since guided and unguided steps differ in batch size.
 
-    A network that is not compiled, a torch that cannot leave the size open, and a failed first compilation: call() as it is.
+    If the network is not compiled, torch cannot leave the size open, or the first compilation fails, call() runs as it is.
     """
     if "_orig_mod" not in network._modules or network in _not_sharing or not _can_share_sizes():
         return call()
@@ -40,7 +40,7 @@ def call_for_any_batch(network: torch.nn.Module, call: Callable[[], Tensor]) -> 
         if network in _sharing:
             raise
         _not_sharing.add(network)
-        logging.warning(f"TiM: torch.compile: no graph for every batch size ({type(error).__name__}); compiles one for each")
+        logging.warning(f"TiM: torch.compile: failed with an open batch size ({type(error).__name__}); compiling once per batch size")
     finally:
         hook.remove()
     return call()

@@ -26,7 +26,7 @@ def with_tiles(model, pixels: int) -> comfy.model_patcher.ModelPatcher:
 
     made_for = tim_model(model).model_config.defaults
     if side < made_for.width and (line := made_for.far_size(side, side)):  # a larger one may hold the whole image
-        say(model.model_options["transformer_options"], f"tile_size: {line}")
+        say(model.model_options["transformer_options"], f"tile_size: {line.removeprefix('size: ')}")
 
     def tiles(executor, x, *args, **kwargs):
         return in_tiles(lambda part: executor(part, *args, **kwargs), x, side // factor)

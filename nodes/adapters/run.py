@@ -52,8 +52,8 @@ def resolve_r(t: Tensor, options: dict) -> Tensor:
 def _start_sampler(executor, guider, sigmas, extra_args, callback, *args, **kwargs):
     """SAMPLER_SAMPLE wrapper: tells the network the end times of stock samplers, and the user what a sampler cannot do.
 
-    euler without churn, and ddim, which equals it, take exact transitions. lcm jumps to time 0 and adds noise again. All others take
-    the network as ordinary flow matching.
+    euler without churn, and ddim, which equals it, take exact transitions. lcm jumps to time 0 and adds noise again. All others
+    treat the network as ordinary flow matching.
     """
     sampler = executor.class_obj
     function = getattr(sampler, "sampler_function", None)
@@ -63,7 +63,7 @@ def _start_sampler(executor, guider, sigmas, extra_args, callback, *args, **kwar
     if not own:
         _check_stock_run(sampler, function, on_host, cfg, options)
     elif sampler.extra_options["mode"] == "diffusion" and (fault := _too_few(on_host)):
-        say(options, f"mode: diffusion takes TiM as ordinary flow matching and {fault}; for few steps use the mode transition")
+        say(options, f"mode: diffusion treats TiM as ordinary flow matching and {fault}; for few steps use transition")
     exact = TRANSITION in options or own and sampler.extra_options["mode"] == "transition"
     if outside_times(on_host) is None:
         check_cfg(cfg, guider.model_patcher.model.model_config.defaults.cfg, _interval(guider), times, exact, options)
@@ -83,14 +83,14 @@ def _check_stock_run(sampler, function, sigmas: Tensor, cfg: float, options: dic
     if (outside := outside_times(sigmas)) is not None:
         say(options, f"sigmas: {outside:g} is outside 0 to 1, the times of a TiM model; use TiM Scheduler, or BasicScheduler with simple")
     elif rising and steps < round(FLOW_STEPS * abs(span)):
-        say(options, f"sigmas: they rise, and {name} takes rising steps as ordinary flow matching, which needs {FLOW_STEPS} steps or more "
+        say(options, f"sigmas: they rise, and {name} treats rising steps as ordinary flow matching, which needs {FLOW_STEPS} steps or more "
                      f"between time 0 and 1, not {steps}")
     if function is comfy.k_diffusion.sampling.sample_euler and not sampler.extra_options:
         options[TRANSITION] = True
     elif function is comfy.k_diffusion.sampling.sample_lcm:
         options[TARGET] = 0.0
     elif name != "dpm_adaptive" and (fault := _too_few(sigmas)):  # that one chooses its number of steps itself
-        say(options, f"sampler: {name} takes TiM as ordinary flow matching and {fault}; for few steps use TiM Sampler, euler with simple, "
+        say(options, f"sampler: {name} treats TiM as ordinary flow matching and {fault}; for few steps use TiM Sampler, euler with simple, "
                      "or lcm")
 
 
@@ -127,7 +127,7 @@ def _start_run(executor, noise, latent_image, sampler, sigmas, denoise_mask=None
         say(options, f"noise scale: {sampling.noise_scale:g}, but TiM is trained with 1; remove ModelNoiseScale")
     _check_sigmas(on_host, sampling)
     if len(on_host) < 2:
-        say(options, "sigmas: one time and no step; the sampler gives back what it was given")
+        say(options, "sigmas: one time gives no step; the sampler returns the latent as it is")
     check_size(model.model.model_config, latent_image, on_host, options)
     check_start(noise, latent_image, on_host, denoise_mask, options)
     windows = guider.model_options.pop("context_handler", None)  # the run's own copy
@@ -155,9 +155,9 @@ def _check_sigmas(sigmas: Tensor, sampling) -> None:
     """TimError for times that no sampler can use."""
     if not bool(sigmas.isfinite().all()):
         if not getattr(sampling, "shift", 1.0) > 0:
-            raise TimError(f"shift: {sampling.shift:g} leaves no falling times; choose a shift such as 3")
+            raise TimError(f"shift: {sampling.shift:g} gives no falling times; use a shift above 0, such as 3")
         found = ", ".join(f"{sigma:g}" for sigma in sigmas[:4].tolist())
-        raise TimError(f"sigmas: {found} are no times; use another scheduler, or more steps")
+        raise TimError(f"sigmas: {found} are not times from 0 to 1; use another scheduler, or more steps")
     if float(sigmas[-1]) >= 1 - 1e-6:
         raise TimError(f"sigmas: they end at {float(sigmas[-1]):g}, pure noise, from which ComfyUI cannot make a latent; end below 1")
 

@@ -117,7 +117,7 @@ def time_grid(model, steps: int, start: float = 1.0, end: float = 0.0) -> Tensor
         return times  # not a flow model's: refused when the run starts
     shifted = sampling.sigma(sampling.timestep(times))
     if not bool((shifted[1:] < shifted[:-1]).all()):
-        raise TimError(f"shift: {sampling.shift:g} leaves no falling times; choose a shift such as 3")
+        raise TimError(f"shift: {sampling.shift:g} gives no falling times; use a shift above 0, such as 3")
     return shifted
 
 

@@ -37,7 +37,7 @@ class Trace:
         return self  # version 0.3.64 copies a run's options
 
     def follow(self, times: list[float], callback: Callable | None) -> Callable:
-        """A callback for a sampler that evaluates only at these times, and calls it after each step; the times are those of its run."""
+        """The callback for a sampler that evaluates only at `times` and calls it after each step; `callback` is called in turn."""
         self.times, self.time = times, times[0]
 
         def follow(step: int, *args):

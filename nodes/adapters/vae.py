@@ -26,7 +26,7 @@ OVERLAP = TILE - STRIDE  # pixels
 
 
 class CheckedAutoencoder(Autoencoder):
-    """Runs in tiles what does not fit in the memory that core could free, before it runs out.
+    """Uses tiles where a whole image does not fit in the memory that core can free.
 
     Checks at every tile for cancellation, which core's tile loops do not, and for finite values, before core clamps them.
     """

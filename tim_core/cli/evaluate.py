@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     def check_model(parts: Parts) -> None:
         options.check_size_of(args.size, batch)(parts)
         if args.prompts is None and parts[TRANSFORMER].config.text_dim is None:
-            raise TimError(f"--model: {args.model} draws classes, not texts such as 'a red circle'; give a text-to-image model")
+            raise TimError(f"--model: {args.model} takes classes, not prompts; give a text-to-image model")
 
     pipe = options.load_pipeline(args, check_model)
     width, height = args.size or (pipe.defaults.width, pipe.defaults.height)

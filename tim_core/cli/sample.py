@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         check_separate(name, options.input_files(args))
     options.check_sampling(args, [1 if args.steps is None else args.steps])
     if None not in (args.steps, args.times) and args.steps != (count := len(schedule.parse(args.times)) - 1):
-        raise TimError(f"--steps: {args.steps} is not the number of steps of --times, {count}; leave out one of the two")
+        raise TimError(f"--steps: {args.steps} contradicts --times (number of steps: {count}); leave out one of the two")
     pipe = options.load_pipeline(args, options.check_size_of(args.size, args.batch))
 
     images, seconds = options.timed(pipe, [args.prompt] * args.batch, steps=args.steps, times=args.times, **options.settings(args))

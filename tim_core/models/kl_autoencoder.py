@@ -33,7 +33,7 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class KLAutoencoderConfig:
-    """Architecture of Stable Diffusion's VAE; width 0 is that of the finest resolution. TimError for other KL autoencoders."""
+    """Architecture of Stable Diffusion's VAE; widths[0] is that of the finest resolution. TimError for other KL autoencoders."""
 
     TITLE: ClassVar = "Stable Diffusion VAE"
     DIFFUSERS: ClassVar = ("AutoencoderKL", "block_out_channels")  # its class there, and a key of every config.json
@@ -96,7 +96,7 @@ class KLAutoencoderConfig:
 
 def _other(name: str, value: object, wanted: object) -> TimError:
     """The error about a KL autoencoder that is not Stable Diffusion's: SDXL's, Flux's, ..."""
-    owner = next((f", as of {owner}," for scale, owner in OTHER_SCALES.items() if name == "scaling_factor" and value == scale), "")
+    owner = next((f" ({owner})" for scale, owner in OTHER_SCALES.items() if name == "scaling_factor" and value == scale), "")
     return TimError(f"a KL autoencoder, but not Stable Diffusion's: {name} is {value!r}{owner} in place of {wanted}; use {SD_VAE}")
 
 

@@ -1,4 +1,4 @@
-"""The released weights, which have no record: what follows from the number of their latent channels and from what they read."""
+"""Settings of the released weights, which have no record: found by their latent channels and by whether they read text or classes."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ RELEASES = (
 
 
 def find_release(channels: int, class_conditional: bool = False) -> Release | None:
-    """The release with these latent channels, if there are several the one that reads the same; None for other channels."""
+    """The release with these latent channels; of several, the one that reads the same kind of prompt. None for other channels."""
     found = [release for release in RELEASES if release.channels == channels]
     return next((release for release in found if release.reads(class_conditional)), found[0] if found else None)
 
 
 def latent_factor(channels: int) -> int:
-    """Pixels per latent cell of weights that say nothing but their latent channels."""
+    """Pixels per latent cell, by the number of latent channels alone."""
     release = find_release(channels)
     return OTHER_FACTOR if release is None else release.factor

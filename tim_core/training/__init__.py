@@ -50,7 +50,7 @@ def check_outputs(config, path: str | Path) -> None:
     inputs = [path, *(BUNDLED.get(name, name) for name in names)]
     if (data := getattr(config.data, "path", None)) is not None:
         if (images := user_path(data)).is_dir() and folder.resolve().is_relative_to(images.resolve()):
-            raise TimError(f"output: {folder} is in data.path, whose images are trained on; name a folder outside {images}")
+            raise TimError(f"output: {folder} is inside data.path; name a folder outside {images}")
         inputs += [] if images.is_dir() else [images]
     if config.checkpoint:
         check_output_path(config.export_path(config.loop.steps))
@@ -62,7 +62,7 @@ def check_outputs(config, path: str | Path) -> None:
 
 
 def _saved(config, folder: Path) -> Iterator[Path]:
-    """The checkpoints and sample images of a run that are in its folder already, or what is there under their names."""
+    """The paths of a run's checkpoints and sample images that exist already in its folder."""
     for file in folder.iterdir() if folder.is_dir() else ():
         if found := re.fullmatch(r"(?:step|sample)-([0-9]{8,12})\.(?:pt|png)", file.name):
             step = int(found[1])

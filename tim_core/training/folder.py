@@ -222,7 +222,7 @@ def read_cached(file: Path) -> dict[str, Tensor]:
 
 
 def _damaged(file: Path) -> TimError:
-    return TimError(f"{file}: damaged or missing file of the cache; remove it and repeat the command, and it is made again")
+    return TimError(f"{file}: cached file is damaged or missing; remove it and repeat the command to encode it again")
 
 
 def image_digest(file: Path) -> str | None:

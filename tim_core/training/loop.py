@@ -149,7 +149,7 @@ class Sums:
 
 
 class Batches(torch.utils.data.Dataset):
-    """The batches of a task, or the error of one: a worker of a DataLoader would raise it with its traceback."""
+    """The batches of a task. An error is returned, not raised: a DataLoader worker would add its traceback to the message."""
 
     def __init__(self, batches: torch.utils.data.Dataset):
         self.batches = batches

@@ -24,8 +24,8 @@ IMAGE_START, IMAGE_REACH = 0.5, 2
 class Defaults:
     """Image size in pixels, number of steps, guidance scale, times between which guidance acts, and start time of upscaling.
 
-    What is made from noise may have sides longer or shorter by the factor `reach`, and with any_shape another aspect ratio, before
-    `far_size` remarks on it. The positions of tokens change with the aspect ratio, so that a model draws those alone that it learned.
+    reach: `far_size` accepts images from noise whose sides are longer or shorter by up to this factor. any_shape: whether it accepts other
+    aspect ratios; they change the positions of tokens, so a model draws only those that it was trained on.
     """
 
     width: int
@@ -38,9 +38,9 @@ class Defaults:
     any_shape: bool = False
 
     def far_size(self, width: int, height: int, start: float = 1.0) -> str | None:
-        """A line about a size in pixels that is far from what the checkpoint is made for; None for others.
+        """A warning about a size in pixels that the checkpoint is not made for; None for a size that it is made for.
 
-        start: the time that sampling begins at; from IMAGE_START down an image gives the layout, and more sizes come out right.
+        start: the time that sampling starts at. From IMAGE_START down the layout comes from an image, and more sizes work.
         """
         from_image = start <= IMAGE_START
         reach = max(self.reach, IMAGE_REACH) if from_image else self.reach
@@ -50,7 +50,7 @@ class Defaults:
             return None
         low = f"{math.ceil(self.width / reach)}x{math.ceil(self.height / reach)}"
         high = f"{math.floor(self.width * reach)}x{math.floor(self.height * reach)}"
-        wanted = f"with sides between those of {low} and {high}" if any_shape else f"or the same aspect ratio from {low} to {high}"
+        wanted = f"or any size from {low} to {high}" if any_shape else f"or the same aspect ratio from {low} to {high}"
         return f"size: {width}x{height} is likely to give a wrong image; this model is made for {self.width}x{self.height}, {wanted}"
 
 

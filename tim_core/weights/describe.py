@@ -242,7 +242,7 @@ def _place(part: Part) -> Place | None:
 def _advice(parts: Parts, missing: tuple[str, ...]) -> str:
     """The command that downloads what is missing, for parts of the released models; or what ComfyUI does not read."""
     if AUTOENCODER in parts and _place(parts[AUTOENCODER]) is None:
-        own = "tim convert writes one" if len(parts.parts) == 1 else f"tim download has {SD_VAE}"
+        own = "write one with tim convert" if len(parts.parts) == 1 else f"tim download c2i-256 fetches {SD_VAE}"
         return f"{CORE_VAE.node} in ComfyUI takes Stable Diffusion's VAE from a file of its own; {own}"
     if not missing:
         return ""

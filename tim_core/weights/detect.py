@@ -95,14 +95,14 @@ def find_part(tensors: Mapping[str, Tensor], part: str) -> tuple[str, StateDict]
 
 
 def find_copies(tensors: Mapping[str, Tensor], part: str) -> list[str]:
-    """The prefixes under which a part is there more than once, that which `find_part` takes first; empty if a rule decides between them."""
+    """The prefixes of equally good copies of a part, the one that `find_part` takes first; empty if there are none."""
     prefixes = list(_prefixes(tensors, part))
     equal = [prefix for prefix in prefixes if _kind_of_copy(prefix) == _kind_of_copy(prefixes[0])]
     return equal if len(equal) > 1 else []
 
 
 def _prefixes(tensors: Mapping[str, Tensor], part: str) -> dict[str, Signature]:
-    """The prefixes under which all keys of a part's signature are, the best first, each with that signature."""
+    """The prefixes under which all keys of a part's signature are found, the best first, each with that signature."""
     found: dict[str, Signature] = {}
     for signature in SIGNATURES[part]:
         first, *others = signature.keys

@@ -45,7 +45,7 @@ def load_autoencoder(source, operations=torch.nn, dtype=None, device="cpu"):
 
 
 def note_damage(autoencoder: TiledAutoencoder, part: Part) -> None:
-    """Remember a damaged weight of either half, which is no matter for the other."""
+    """Record a damaged weight of the encoder or the decoder; the other half can still run."""
     for half, modules in autoencoder.HALVES.items():
         own = {name: tensor for name, tensor in part.tensors.items() if name.partition(".")[0] in modules}
         autoencoder.damaged_weights[half] = damaged_weight(own)

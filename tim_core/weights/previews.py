@@ -33,9 +33,7 @@ def fit(autoencoder, images: Iterable[Tensor]) -> dict:
     x, y = torch.cat(latents).double(), torch.cat(colours).double()
     least = CELLS_PER_CHANNEL * (x.shape[1] + 1)
     if (different := len(y.mul(255).round().unique(dim=0))) < least:
-        raise TimError(
-            f"previews: the images have {different} colours in {len(y)} latent cells; give more, or more varied ones, with at least {least}"
-        )
+        raise TimError(f"previews: the images have {different} colours; at least {least} are needed; give more images, or more varied ones")
     x = torch.cat((x, torch.ones(len(x), 1, dtype=x.dtype)), 1)
     solution = torch.linalg.lstsq(x, y, driver="gelsd").solution
     explained = 1 - ((y - x @ solution) ** 2).sum() / ((y - y.mean(0)) ** 2).sum().clamp_min(1e-12)

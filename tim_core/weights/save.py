@@ -105,9 +105,9 @@ def _warn_of_damage(parts: Parts) -> None:
 
 
 def _check_vae_dtype(dtype, source: str, has_vae: bool) -> None:
-    """TimError for a dtype of a VAE that is not there."""
+    """TimError for a VAE dtype without a VAE."""
     if dtype is not None and not has_vae:
-        raise TimError(f"{source}: has no VAE, whose dtype was to be {str(dtype).removeprefix('torch.')}; leave out --vae-dtype")
+        raise TimError(f"{source}: has no VAE to write in {str(dtype).removeprefix('torch.')}; leave out --vae-dtype")
 
 
 def _entries(part: Part, dtype, losses: Losses) -> dict[str, Entry]:

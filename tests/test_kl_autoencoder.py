@@ -179,6 +179,34 @@ def test_other_kl_autoencoders_are_refused_by_the_key_that_differs(name, value):
     assert mentions(str(caught.value), "KL autoencoder", name, value, SD_VAE)
 
 
+@pytest.mark.parametrize("name, value", [("block_out_channels", "3232"), ("block_out_channels", 32), ("layers_per_block", "1")])
+def test_widths_and_layers_are_numbers(name, value):
+    with pytest.raises(TimError) as caught:
+        KLAutoencoderConfig.from_diffusers(CONFIGS["two layers"] | {name: value})
+    assert mentions(str(caught.value), "SD VAE", name, value)
+
+
+@pytest.mark.parametrize("name, value", [("shift_factor", 0.1159), ("latents_mean", [0.0])])
+def test_a_record_of_other_latents_is_refused_and_a_shift_of_zero_is_none(pair, name, value):
+    weights = pair[0].state_dict()
+    with pytest.raises(TimError, match=name):
+        KLAutoencoderConfig.from_state_dict(weights, {name: value})
+    assert KLAutoencoderConfig.from_state_dict(weights, {"shift_factor": 0.0}) == KLAutoencoderConfig.from_state_dict(weights)
+
+
+@pytest.mark.parametrize("change", [
+    {"layers_per_block": 2}, {"block_out_channels": [64, 64, 64, 64]}, {"_class_name": "AutoencoderDC"}, {"_class_name": ["AutoencoderKL"]},
+    {"_class_name": "VQModel", "block_out_channels": None},
+])  # fmt: skip
+def test_a_config_of_other_weights_is_refused(vae, tmp_path, change):
+    save_file(vae, tmp_path / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 32, 64, 64], "layers_per_block": 1} | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name, value = next(iter(change.items()))
+    shown = tuple(value) if isinstance(value, list) and name != "_class_name" else value
+    assert mentions(refused(read_parts, tmp_path), tmp_path / "config.json", "VAE", name, shown, "config.json of these weights")
+
+
 def test_a_record_of_another_scale_is_refused(pair):
     weights = pair[0].state_dict()
     for scale in (0.13025, 1, "x", None, float("nan"), True):

@@ -16,6 +16,9 @@ WITH_SYNTAX = {
     "a (red : 1.3 ) circle": "a red  circle",
     r"a \(red\) (circle:-2)": "a (red) circle",
     "a (red:1.3) circle (": "a red circle (",
+    "a (red 5:1.3) circle": "a red 5 circle",
+    "(red:1e1) circle": "red circle",
+    "(phone 15:.8)": "phone 15",
     "a red, embedding:bad:1.2 circle": "a red,  circle",
 }
 PLAIN = [

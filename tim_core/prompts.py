@@ -7,7 +7,11 @@ import re
 from .errors import printable
 
 EMBEDDING = re.compile(r"embedding:\S+")
-WEIGHT = re.compile(r"[^\s\d(:]\s*:\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)\s*\)")  # not a time or a ratio, as in (10:30)
+EXPONENT = r"(?:e[-+]?[0-9]+)?"
+# a whole number after a digit is no weight but a time or a ratio, as in (10:30)
+WEIGHT = re.compile(
+    rf"[^\s(:]\s*:\s*[-+]?(?:[0-9]*\.[0-9]+|[0-9]+\.){EXPONENT}\s*\)|[^\s\d(:]\s*:\s*[-+]?[0-9]+{EXPONENT}\s*\)"
+)
 LONGEST_WEIGHT = 32  # characters
 
 

@@ -69,15 +69,19 @@ class KLAutoencoderConfig:
     @classmethod
     def from_diffusers(cls, config: dict) -> KLAutoencoderConfig:
         """Reads the config.json of a diffusers AutoencoderKL. TimError naming a key that Stable Diffusion's VAE has otherwise."""
-        for name, wanted in REQUIRED.items():
-            if config.get(name, wanted) != wanted:
-                raise _other(name, config[name], wanted)
-        return cls(tuple(config["block_out_channels"]), config.get("layers_per_block", 1), force_upcast=config.get("force_upcast") or False)
+        _check_required(config)
+        widths, layers = config["block_out_channels"], config.get("layers_per_block", 1)
+        if not isinstance(widths, (list, tuple)) or not all(_is_whole(width) for width in widths):
+            raise TimError(f"SD VAE: block_out_channels is {widths!r}; it must be a list of whole numbers")
+        if not _is_whole(layers):
+            raise TimError(f"SD VAE: layers_per_block is {layers!r}; it must be a whole number")
+        return cls(tuple(widths), layers, force_upcast=config.get("force_upcast") or False)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> KLAutoencoderConfig:
         """Reads the architecture from key names and shapes. metadata: what `record` writes. TimError for other KL autoencoders."""
         metadata = metadata or {}
+        _check_required(metadata)
         places = set()
         for name in state_dict:
             if match := re.match(r"encoder\.down_blocks\.([0-9]{1,3})\.resnets\.([0-9]{1,3})\.conv1\.weight$", name):
@@ -92,6 +96,17 @@ class KLAutoencoderConfig:
         *widths, channels = widths
         scale, upcast = metadata.get("scaling_factor", SD_VAE_SCALE), metadata.get("force_upcast") or False
         return cls(tuple(widths), layers, channels, scale, upcast)
+
+
+def _check_required(config: Mapping[str, Any]) -> None:
+    """TimError naming a setting that Stable Diffusion's VAE has otherwise. A shift of 0 is none."""
+    for name, wanted in REQUIRED.items():
+        if name in config and config[name] != wanted and not (wanted is None and config[name] == 0):
+            raise _other(name, config[name], wanted)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _other(name: str, value: object, wanted: object) -> TimError:

@@ -370,14 +370,29 @@ def _complete(part: Part, folder: Path) -> Part:
     if part.kind == AUTOENCODER and not record and is_file(file):
         config, own = _json(read_bytes(file), str(file)), autoencoder_config(part.tensors)
         name, key = own.DIFFUSERS
-        if config.get("_class_name", name) == name and key in config:
+        kind = config.get("_class_name", name)
+        if kind != name and (key in config or str(kind).startswith(("Autoencoder", "VQ"))):
+            found = f"_class_name is {kind!r}, but the weights are of a {own.TITLE}, {name}"
+            raise TimError(f"{file}: {found}; use the config.json of these weights")
+        if key in config:
             with naming(str(file), part.kind):
-                record = own.from_diffusers(config).record()
+                record = _record_of_config(own.from_diffusers(config), part.tensors)
     if part.kind == TEXT_ENCODER and tokenizer is None and (found := tokenizer_file(folder)):
         tokenizer = _not_empty(read_bytes(found, MOST_TOKENIZER), str(found))
         if found.suffix == ".json" and not is_json(tokenizer):
             raise TimError(f"{found}: not a valid tokenizer.json; download it again")
     return replace(part, record=record, tokenizer=tokenizer)
+
+
+def _record_of_config(config: AutoencoderConfig | KLAutoencoderConfig, tensors: StateDict) -> dict:
+    """The record of an autoencoder's config.json. TimError if an SD VAE's tensors have other widths or layers."""
+    record = config.record()
+    if isinstance(config, KLAutoencoderConfig):
+        found = KLAutoencoderConfig.from_state_dict(tensors, record)
+        for name, own, other in (("block_out_channels", found.widths, config.widths), ("layers_per_block", found.layers, config.layers)):
+            if own != other:
+                raise TimError(f"SD VAE: {name} is {other}, the tensors have {own}; use the config.json of these weights")
+    return record
 
 
 def _not_empty(data: bytes, name: str) -> bytes:

@@ -167,16 +167,18 @@ def test_templates_hide_nothing(comfyui, page, nodes_2):
     from playwright.sync_api import TimeoutError
 
     comfyui.read("settings", {"Comfy.VueNodes.Enabled": nodes_2})
-    open_editor(page, comfyui)
     found = {}
-    for file in sorted((ROOT / "workflows").glob("*.json")):
-        page.evaluate("graph => app.loadGraphData(graph, true, true, 'shown')", json.loads(file.read_text(encoding="utf-8")))
-        page.evaluate(FIT)
-        page.wait_for_function(DRAWN)
-        with contextlib.suppress(TimeoutError):  # until Nodes 2.0 has measured its nodes
-            page.wait_for_function(f"() => ({HIDDEN_BEHIND})().length === 0", timeout=4000, polling=200)
-        found[file.stem] = page.evaluate(HIDDEN_BEHIND)
-    comfyui.read("settings", {"Comfy.VueNodes.Enabled": False})
+    try:
+        open_editor(page, comfyui)
+        for file in sorted((ROOT / "workflows").glob("*.json")):
+            page.evaluate("graph => app.loadGraphData(graph, true, true, 'shown')", json.loads(file.read_text(encoding="utf-8")))
+            page.evaluate(FIT)
+            page.wait_for_function(DRAWN)
+            with contextlib.suppress(TimeoutError):  # until Nodes 2.0 has measured its nodes
+                page.wait_for_function(f"() => ({HIDDEN_BEHIND})().length === 0", timeout=4000, polling=200)
+            found[file.stem] = page.evaluate(HIDDEN_BEHIND)
+    finally:
+        comfyui.read("settings", {"Comfy.VueNodes.Enabled": False})
     assert {name: hidden for name, hidden in found.items() if hidden} == {}
 
 

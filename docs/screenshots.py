@@ -37,7 +37,7 @@ CENTRE = """name => { const node = app.graph._nodes.find(node => node.type === n
     canvas.ds.offset[0] = view.width / 2 - node.pos[0] - w / 2; canvas.ds.offset[1] = view.height / 2 - node.pos[1] - h / 2
     canvas.setDirty(true, true); canvas.draw(true, true)
     return [view.left + view.width / 2, view.top + view.height / 2, w, h] }"""
-RELEASED = ("text-to-image-1024", "staged-upscale-4096", "lora-1024", "inpainting-1024", "outpainting-1024")
+RELEASED = (*comfy_support.RELEASED, *comfy_support.OWN_IMAGE)
 GRAPH = """() => { const canvas = app.canvas, view = canvas.canvas.getBoundingClientRect()
     app.graph._nodes.filter(node => node.type === 'MarkdownNote').forEach(node => app.graph.remove(node))
     for (const node of app.graph._nodes.filter(node => node.type === 'TiMSampler')) {  // its live preview

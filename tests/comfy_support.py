@@ -22,6 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "ComfyUI-TiM"
+RELEASED = ("text-to-image-1024", "staged-upscale-4096", "lora-1024")  # templates of the released text-to-image model
+OWN_IMAGE = ("inpainting-1024", "outpainting-1024")  # the same, for an image in ComfyUI's input folder
 START_SECONDS = 600  # the first start on a cold disk reads gigabytes
 RUN_SECONDS = 300
 

@@ -143,6 +143,14 @@ def test_what_is_there_is_not_fetched_again(hub, tmp_path):
     assert all(method == "HEAD" for method, path, _ in hub.log if "/resolve/" in path)
 
 
+def test_what_is_there_may_be_read_only(hub, tmp_path, monkeypatch):
+    first = download.fetch(download.plan("c2i-512", to=tmp_path))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert download.fetch(download.plan("c2i-512", to=tmp_path)) == first
+    with pytest.raises(TimError, match="not writable"):
+        download.plan("c2i-256", to=tmp_path)
+
+
 def test_another_file_under_the_name_is_kept(hub, tmp_path):
     other = tmp_path / "transformer" / "c2i_model_512.safetensors"
     other.parent.mkdir()

@@ -10,6 +10,14 @@ from tests.comfy_support import probe
 pytestmark = pytest.mark.comfyui
 
 
+def with_classes(server, function):
+    """As `inside`, with a class-conditional model and nothing else."""
+    graph = Graph()
+    model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
+    node = graph.add("TiMTestProbe", **probe(function), model=model)[0]
+    return json.loads(server.run(graph.prompt)[node]["text"][0])
+
+
 def reads_by_steps(model, clip=None, vae=None):
     """Inside ComfyUI: what each sampler's guided run of 4 and of 8 steps reads back from "the device": tensors of a class that counts."""
     import sys
@@ -57,13 +65,7 @@ def reads_by_steps(model, clip=None, vae=None):
 @pytest.mark.parametrize("kind", ["text", "classes"])
 def test_no_evaluation_waits_for_the_device(comfyui, class_files, kind):
     """More steps read no more. Core's heun does, as it asks whether the next time is 0: the count sees it."""
-    if kind == "text":
-        reads = inside(comfyui, reads_by_steps)
-    else:
-        graph = Graph()
-        model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
-        node = graph.add("TiMTestProbe", **probe(reads_by_steps), model=model)[0]
-        reads = json.loads(comfyui.run(graph.prompt)[node]["text"][0])
+    reads = (inside if kind == "text" else with_classes)(comfyui, reads_by_steps)
     assert reads["tim 4"] == reads["tim 8"] and reads["diffusion 4"] == reads["diffusion 8"] and reads["euler 4"] == reads["euler 8"]
     assert reads["tim 4"] and sum(reads["heun 8"].values()) > sum(reads["heun 4"].values())
 
@@ -115,13 +117,7 @@ def compiled(model, clip=None, vae=None):
 @pytest.mark.parametrize("kind", ["text", "classes"])
 def test_torch_compile_makes_one_graph(comfyui, class_files, kind):
     """For steps with guidance and without, whose batch is half as large, and for further runs, seeds and batch sizes."""
-    if kind == "text":
-        found = inside(comfyui, compiled)
-    else:
-        graph = Graph()
-        model = graph.add("TiMModelLoader", model_name="c2i_model_512.safetensors", weight_dtype="default")
-        node = graph.add("TiMTestProbe", **probe(compiled), model=model)[0]
-        found = json.loads(comfyui.run(graph.prompt)[node]["text"][0])
+    found = (inside if kind == "text" else with_classes)(comfyui, compiled)
     assert found["graphs"] == [1] * 6 and not found["breaks"] and found["error"] < 1e-4
 
 
@@ -143,7 +139,7 @@ def compiled_after_failure(model, clip=None, vae=None):
 
     torch.manual_seed(0)
     conds = [[[torch.randn(1, 5, model.model.diffusion_model.config.text_dim), {}]] for _ in "ab"]
-    noise = torch.randn(1, model.model.diffusion_model.config.in_channels, 4, 4)
+    noise = torch.randn(1, model.model.diffusion_model.config.in_channels, 8, 8)  # what it is made for
     fast = model.clone()
     set_torch_compile_wrapper(model=fast, backend=backend)
 

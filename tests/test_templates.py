@@ -7,7 +7,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from tests.comfy_graph import Template, same_image
-from tests.comfy_support import ROOT
+from tests.comfy_support import OWN_IMAGE, RELEASED, ROOT
 from tim_core import Pipeline, sampler, schedule
 from tim_core.imagenet import class_number
 from tim_core.images import MARGIN, contact_sheet, to_tensor
@@ -16,8 +16,6 @@ from tim_core.shapes.scenes import Prompt, Thing
 from tim_core.weights.load import load_autoencoder, load_transformer
 
 pytestmark = pytest.mark.comfyui
-RELEASED = ("text-to-image-1024", "staged-upscale-4096", "lora-1024")  # templates of the released text-to-image model
-OWN_IMAGE = ("inpainting-1024", "outpainting-1024")  # the same, for an image in ComfyUI's input folder
 STEMS = sorted({file.stem for file in (ROOT / "workflows").glob("*.json")} - {*RELEASED, *OWN_IMAGE})
 
 

@@ -154,6 +154,7 @@ def test_a_low_strength_keeps_the_image():
 
 @pytest.mark.parametrize("options, named", [
     (dict(strength=0.0), "strength: 0.0"), (dict(strength=1.5), "strength: 1.5"), (dict(prompts=["a", "b"]), "prompts: 2 for 1 images"),
+    (dict(prompts=None), "prompt: None is not text"),
     (dict(steps="2, 2"), "steps: '2, 2'"), (dict(images=torch.zeros(8, 8, 3)), r"images: shape \[8, 8, 3\]"), (dict(cfg=-1.0), "cfg: -1 "),
     (dict(images=torch.full((1, 16, 16, 3), 200.0)), "images: .* 200"),
     (dict(images=torch.full((1, 16, 16, 3), 1, dtype=torch.uint8)), "images: .*uint8"),

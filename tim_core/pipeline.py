@@ -200,7 +200,7 @@ class Pipeline:
         unusable values.
         """
         check_images(images)
-        prompts = [prompts] * len(images) if isinstance(prompts, (str, int)) else list(prompts)
+        prompts = [prompts] * len(images) if isinstance(prompts, (str, int)) else as_list(prompts)
         if len(prompts) != len(images):
             raise TimError(f"prompts: {len(prompts)} for {len(images)} images; give one, or one per image")
         size = images.shape[2], images.shape[1]

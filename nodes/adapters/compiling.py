@@ -5,6 +5,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 
 import comfy.model_management as mm
 import torch
@@ -22,7 +23,7 @@ def call_for_any_batch(network: torch.nn.Module, call: Callable[[], Tensor]) -> 
 
     If the network is not compiled, torch cannot leave the size open, or the first compilation fails, call() runs as it is.
     """
-    if "_orig_mod" not in network._modules or network in _not_sharing or not _can_share_sizes():
+    if not hasattr(network, "_orig_mod") or network in _not_sharing or not _can_share_sizes():
         return call()
     import torch._inductor.config  # only here: it loads the whole compiler
 
@@ -46,7 +47,9 @@ def call_for_any_batch(network: torch.nn.Module, call: Callable[[], Tensor]) -> 
     return call()
 
 
+@cache
 def _can_share_sizes() -> bool:
+    """Whether this torch can leave a size open that several inputs share."""
     from torch._dynamo import decorators
 
     mark = getattr(decorators, "mark_unbacked", None)

@@ -68,7 +68,7 @@ def _start_sampler(executor, guider, sigmas, extra_args, callback, *args, **kwar
     if outside_times(on_host) is None:
         check_cfg(cfg, guider.model_patcher.model.model_config.defaults.cfg, _interval(guider), times, exact, options)
     if trace is not None:
-        trace.own = own
+        trace.own, trace.time = own, None
         if own or TRANSITION in options or TARGET in options:
             callback = trace.follow(times, callback)
     return executor(guider, sigmas, extra_args, callback, *args, **kwargs)

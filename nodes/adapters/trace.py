@@ -40,12 +40,12 @@ class Trace:
         """The callback for a sampler that evaluates only at `times` and calls it after each step; `callback` is called in turn."""
         self.times, self.time = times, times[0]
 
-        def follow(step: int, *args):
+        def after_step(step: int, *args):
             self.time = times[step + 1]
             if callback is not None:
                 callback(step, *args)
 
-        return follow
+        return after_step
 
     def add(self, t: Tensor, r: Tensor, x: Tensor, denoised: Tensor) -> None:
         """Records an evaluation without waiting for the device."""

@@ -191,9 +191,9 @@ def values_that_depend_on_a_file(random: Random) -> Iterator[Case]:
 def too_many_pixels(random: Random) -> Iterator[Case]:
     batch, size = random.choice([(4096, "512x512"), (300, "1024x1024"), (17, "4096x4096")])
     for name, words, named in (
-        ("sample", ("--batch", batch, "--size", size), ("--batch", batch, size, "megapixels")),
-        ("sweep", ("--steps", "1-70", "--size", "2048x2048"), ("--steps", 70, "2048x2048", "megapixels")),
-        ("evaluate", ("--batch", batch, "--size", size), ("--batch", batch, size, "megapixels")),
+        ("sample", ("--batch", batch, "--size", size), ("--batch", batch, size, "megapixels", "a smaller --batch")),
+        ("sweep", ("--steps", "1-70", "--size", "2048x2048"), ("--steps", 70, "2048x2048", "megapixels", "fewer step counts")),
+        ("evaluate", ("--batch", batch, "--size", size), ("--batch", batch, size, "megapixels", "a smaller --batch")),
     ):
         yield Case(f"{name} of too many pixels", with_options(name, *words), fails(*named))
 

@@ -171,10 +171,12 @@ def load_pipeline(args: argparse.Namespace, check_with: Callable[[Any], None] = 
     return pipe
 
 
-def check_size_of(size: tuple[int, int] | None, count: int = 1, option: str = "--batch") -> Callable[[Any], None]:
+def check_size_of(
+    size: tuple[int, int] | None, count: int = 1, option: str = "--batch", advice: str = "a smaller --batch or --size"
+) -> Callable[[Any], None]:
     """For `load_pipeline`: TimError for a size that the model cannot make, or for `count` images of it that are too many pixels.
 
-    option: what sets the count.
+    option: what sets the count. advice: what to use then.
     """
     from ..images import check_pixels
     from ..limits import check_size
@@ -184,7 +186,7 @@ def check_size_of(size: tuple[int, int] | None, count: int = 1, option: str = "-
         defaults = read_defaults(parts)
         width, height = size or (defaults.width, defaults.height)
         check_size(width, height, parts.size_multiple)
-        check_pixels(option, count, width, height, f"fewer {option.lstrip('-')}, or a smaller --size")
+        check_pixels(option, count, width, height, advice)
 
     return check
 

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
         raise TimError(f"--columns: {args.columns} is not a whole number of at least 1")
     check_separate(args.output, options.input_files(args))
     options.check_sampling(args, args.steps)
-    pipe = options.load_pipeline(args, options.check_size_of(args.size, len(args.steps), "--steps"))
+    check = options.check_size_of(args.size, len(args.steps), "--steps", "fewer step counts or a smaller --size")
+    pipe = options.load_pipeline(args, check)
     from ..images import contact_sheet, step_label
 
     pipe([args.prompt], steps=1, **options.settings(args))  # warm-up, so that the first time on the sheet is right

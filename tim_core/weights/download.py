@@ -134,7 +134,8 @@ def plan(release: str, to: str | Path | None = None, comfyui: str | Path | None 
     assets, root = _assets(release), _root(to, comfyui)
     targets = [root / (asset.place if comfyui is not None else asset.standalone) for asset in assets]
     for target in targets:
-        check_new_output(target, ())
+        if not os.path.isfile(target):  # one that is there is never written over, and its folder may be read-only
+            check_new_output(target, ())
     found = []
     for asset, target in zip(assets, targets):
         repository = _repository(asset.source, mirror)

@@ -204,7 +204,7 @@ def test_a_config_of_other_weights_is_refused(vae, tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(config))
     name, value = next(iter(change.items()))
     shown = tuple(value) if isinstance(value, list) and name != "_class_name" else value
-    assert mentions(refused(read_parts, tmp_path), tmp_path / "config.json", "VAE", name, shown, "config.json of these weights")
+    assert mentions(refused(read_parts, tmp_path), tmp_path / "config.json", name, shown, "config.json of these weights")
 
 
 def test_a_record_of_another_scale_is_refused(pair):

@@ -1,5 +1,6 @@
 """Lists and ranges of numbers as users write them."""
 
+import numpy as np
 import pytest
 
 from tests.support import mentions
@@ -53,3 +54,7 @@ def test_numbers_are_listed_once_unless_each_has_a_place():
         parse_numbers("1-8, 4", "values")
     assert mentions(str(error.value), "values", "1-8, 4", 4, "twice")
     assert parse_numbers("8, 8", "steps", distinct=False) == parse_counts("8, 8", "steps", distinct=False) == [8, 8]
+
+
+def test_whole_numbers_of_other_types_are_counts():
+    assert check_counts([np.int64(4), 2], "steps") == [4, 2] and type(check_counts([np.int64(4)], "steps")[0]) is int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from numbers import Integral
 
 from .errors import TimError
 from .limits import MAX_STEPS
@@ -43,7 +44,7 @@ def check_counts(counts: Sequence[int | float], name: str, distinct: bool = True
     """The step counts of a list of runs. TimError unless they are whole numbers of at least 1, with MAX_STEPS or fewer in all."""
     where = f" in {','.join(map(str, counts))}" if len(counts) > 1 else ""
     for count in counts:
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_STEPS:
+        if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count <= MAX_STEPS:
             raise TimError(f"{name}: {count}{where} is not a whole number from 1 to {MAX_STEPS}; use numbers such as 1,2,4")
     if not counts:
         raise TimError(f"{name}: none given; use a list such as 1,2,4")
@@ -53,7 +54,7 @@ def check_counts(counts: Sequence[int | float], name: str, distinct: bool = True
         raise TimError(f"{name}: a step count{where} occurs twice; list each once")
     if sum(counts) > MAX_STEPS:
         raise TimError(f"{name}: {sum(counts)} steps in all{where}; use at most {MAX_STEPS}")
-    return list(counts)
+    return [int(count) for count in counts]
 
 
 def _expand(name: str, first: str, last: str | None, operation: str | None, step: str | None) -> list[int | float]:

@@ -29,7 +29,7 @@ MEMORY_ADVICE = {
     "evaluate": "try a smaller --batch or --size",
     "train": "reduce loop.batch, raise loop.accumulate, or set loop.checkpointing: true",
 }
-WRITING = {errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG}  # how writing to stdout fails where it is not buffered
+WRITING = {errno.ENOSPC, errno.EBADF, errno.EFBIG}  # how writing to stdout fails where it is not buffered
 MAX_WIDTH = 78  # columns of wrapped help, on wider terminals too
 
 EXAMPLES = """\

@@ -140,7 +140,7 @@ def _check_zip(file: BinaryIO, path: Path, checksums: bool) -> None:
         reader = _Reader(io.BytesIO(_read(file, records[pickles[0]], summed)), old=False)
         end = archive.start_dir
     file.seek(0)
-    seen = torch._C.PyTorchFileReader(file)  # which may find another directory in the file than zipfile does
+    seen: Any = torch._C.PyTorchFileReader(file)  # which may find another directory in the file than zipfile does
     for name, record in records.items():
         if name.startswith(top) and seen.get_record_offset(name.removeprefix(top)) != _start(file, record):
             raise ValueError(f"record {record.filename} is in two places")

@@ -1,12 +1,15 @@
 """The tables of tests/graphs in the real ComfyUI."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.comfy_graph import BUNDLED_NAME
 from tests.graphs import conditioning, guiders, latents, patches, samplers, schedules, surgery
-from tests.graphs.case import COMPLETE, Case, Missing
+from tests.graphs.case import COMPLETE, Case, CaseGraph, Missing
 from tim_core.weights.parts import BUNDLED
 
 pytestmark = pytest.mark.comfyui
@@ -45,7 +48,14 @@ def loras(comfyui, tmp_path_factory) -> None:
     make_loras(comfyui, tmp_path_factory.mktemp("loras"))
 
 
-@pytest.mark.usefixtures("loras")
+@pytest.fixture(scope="module")
+def saved_latent(comfyui) -> None:
+    graph = CaseGraph(comfyui, BUNDLED_NAME, 1)
+    save = graph.save(latents.image(graph))
+    shutil.copyfile(comfyui.file(comfyui.run(graph.prompt)[save]["latents"][0]), comfyui.base / "input" / latents.SAVED)
+
+
+@pytest.mark.usefixtures("loras", "saved_latent")
 @pytest.mark.parametrize("case", CASES)
 def test_graph(comfyui, case: Case):
     try:

@@ -139,7 +139,7 @@ def compiled_after_failure(model, clip=None, vae=None):
 
     torch.manual_seed(0)
     conds = [[[torch.randn(1, 5, model.model.diffusion_model.config.text_dim), {}]] for _ in "ab"]
-    noise = torch.randn(1, model.model.diffusion_model.config.in_channels, 8, 8)  # what it is made for
+    noise = torch.randn(1, model.model.diffusion_model.config.in_channels, 8, 8)
     fast = model.clone()
     set_torch_compile_wrapper(model=fast, backend=backend)
 

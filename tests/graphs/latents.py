@@ -34,6 +34,8 @@ def restored(g, samples, x=0):
                   mask=g.node("InvertMask", mask=g.half_mask()))
 
 
+SAVED = "graphs.latent"  # of `image`, saved by tests/test_graphs.py
+
 CASES = [
     Case("EmptyLatentImage", lambda g: g.stock(g.node("EmptyLatentImage", width=64, height=64, batch_size=g.count)), Equals(plain)),
     Case("EmptyLatentImage, TiM Sampler", lambda g: g.tim(g.node("EmptyLatentImage", width=64, height=64, batch_size=g.count)),
@@ -108,6 +110,7 @@ CASES = [
       for width, height, cells in ((72, 56, (7, 9)), (96, 40, (5, 12)))),
     Case("a size of one cell", lambda g: g.stock(g.empty(8, 8)), Runs((1, 16, 1, 1)), (("size", "8x8"),)),
     Case("a long strip", lambda g: g.stock(g.empty(512, 16), steps=1), Runs((1, 16, 2, 64)), (("size", "512x16"),)),
+    Case("SaveLatent and LoadLatent", lambda g: g.add("LoadLatent", latent=SAVED), Equals(image, 1e-9)),
     Case("one of a batch", lambda g: g.stock(g.empty()), Equals(lambda g: g.node(
         "LatentFromBatch", samples=g.stock(), batch_index=0, length=1))),
     Case("two samplers in a row", lambda g: g.stock(g.stock(), denoise=0.25, seed=9), Draws(4)),

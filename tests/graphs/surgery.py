@@ -48,6 +48,22 @@ def encoded(g, width, height, **settings):
     return g.stock(g.node("VAEEncode", pixels=g.flat(width, height), vae=g.vae), denoise=0.5, **settings)
 
 
+def wide(g):
+    """A latent of 136x72 pixels, which no tile divides."""
+    return g.node("VAEEncode", vae=g.vae, pixels=g.node("ImageScale", image=g.node("VAEDecode", samples=g.stock(), vae=g.vae),
+                                                        upscale_method="bicubic", width=136, height=72, crop="disabled"))
+
+
+def wide_image(kind, **settings):
+    """The latent of that one's image, decoded by a node."""
+    return lambda g: g.node("VAEEncode", pixels=g.node(kind, samples=wide(g), vae=g.vae, **settings), vae=g.vae)
+
+
+def upscaled_in_tiles(tile_size):
+    return lambda g: [g.node("TiMNativeUpscale", model=g.model, vae=g.vae, positive=g.positive, negative=g.negative, latent=g.stock(),
+                             tile_size=tile_size)[0], 1]
+
+
 LORA, FOREIGN, MISSHAPEN = "graphs.safetensors", "foreign.safetensors", "misshapen.safetensors"  # made by tests/test_graphs.py
 
 CASES = [
@@ -71,6 +87,13 @@ CASES = [
     Case("VAEDecodeTiled of one tile", decoded("VAEDecodeTiled", tile_size=512), Equals(decoded("VAEDecode"))),
     Case("VAEEncodeTiled of one tile", lambda g: g.node("VAEEncodeTiled", pixels=g.flat(), vae=g.vae, tile_size=512), Equals(
         lambda g: g.node("VAEEncode", pixels=g.flat(), vae=g.vae))),
+    *(Case(f"VAEDecodeTiled in tiles of {tile}, overlap {overlap}", wide_image("VAEDecodeTiled", tile_size=tile, overlap=overlap),
+           Equals(wide_image("VAEDecode"), 0.25, 1)) for tile, overlap in ((64, 4096), (96, 32))),
+    Case("VAEDecodeTiled without overlap", wide_image("VAEDecodeTiled", tile_size=64, overlap=0), Runs((1, 16, 9, 17))),
+    Case("VAEEncodeTiled in tiles of 96", lambda g: g.node("VAEEncodeTiled", vae=g.vae, tile_size=96, overlap=32, pixels=g.node(
+        "VAEDecode", samples=wide(g), vae=g.vae)), Equals(wide_image("VAEDecode"), 0.8, 1)),
+    Case("TiM Native Upscale in tiles of the model's size", upscaled_in_tiles(64), Runs((1, 16, 16, 16))),
+    Case("TiM Native Upscale in smaller tiles", upscaled_in_tiles(32), Runs((1, 16, 16, 16)), (("tile_size", "32x32", "64x64"),)),
     Case("an image of odd size is cropped", lambda g: encoded(g, 71, 53), Runs((1, 16, 6, 8))),
     Case("an image scaled in between", lambda g: g.stock(g.node("VAEEncode", vae=g.vae, pixels=g.node(
         "ImageScale", image=g.flat(512, 512), upscale_method="area", width=64, height=64, crop="disabled")), denoise=0.5),

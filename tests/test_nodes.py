@@ -1086,7 +1086,7 @@ def test_unknown_classes_are_refused(comfyui, classes, label, said):
 def test_text_and_classes_do_not_mix(comfyui, classes):
     graph = copy(classes)
     message = refusal(comfyui, graph, graph.tim(graph.empty(64, 64)))
-    assert message.startswith("conditioning: text") and "connect TiM Class Label" in message
+    assert message.startswith("conditioning: text") and "connect TiM ImageNet Class" in message
     graph = Graph()
     message = refusal(comfyui, graph, labelled(graph, "207"))
     assert message.startswith("conditioning: a class label") and "connect CLIP Text Encode" in message

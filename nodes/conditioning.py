@@ -16,7 +16,7 @@ class TiMClassLabel(io.ComfyNode):
             display_name="TiM ImageNet Class",
             category="TiM",
             description="An ImageNet class as conditioning, for class-conditional TiM models. An empty label is the null class.",
-            search_aliases=["imagenet", "c2i", "class", "transition models"],
+            search_aliases=["class label", "imagenet", "c2i", "transition models"],
             inputs=[
                 io.String.Input(
                     "label",

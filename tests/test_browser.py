@@ -218,8 +218,9 @@ SEARCH = """word => document.querySelector('#vue-app').__vue_app__.config.global
     .nodeSearchService.searchNode(word).map(node => node.name)"""
 WORDS = {
     "imagenet": "TiMClassLabel", "few step": "TiMSampler", "hires fix": "TiMNativeUpscale", "xy plot": "TiMStepSweep",
-    "sigmas": "TiMScheduler", "aspect ratio": "TiMEmptyLatent", "transition models": "TiMCheckpointLoader",
-    "gemma": "TiMTextEncoderLoader", "dc-ae": "TiMVAELoader", "step sweep": "TiMStepSweep", "native upscale": "TiMNativeUpscale",
+    "sigmas": "TiMScheduler", "aspect ratio": "TiMEmptyLatent", "transition models": "TiMModelLoader",
+    "tim checkpoint": "TiMCheckpointLoader", "gemma": "TiMTextEncoderLoader", "dc-ae": "TiMVAELoader",
+    "step sweep": "TiMStepSweep", "native upscale": "TiMNativeUpscale",
 }
 
 

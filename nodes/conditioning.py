@@ -13,10 +13,10 @@ class TiMClassLabel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return Schema(
             node_id="TiMClassLabel",
-            display_name="TiM Class Label",
+            display_name="TiM ImageNet Class",
             category="TiM",
             description="An ImageNet class as conditioning, for class-conditional TiM models. An empty label is the null class.",
-            search_aliases=["imagenet", "c2i", "class", "transition models"],
+            search_aliases=["class label", "imagenet", "c2i", "transition models"],
             inputs=[
                 io.String.Input(
                     "label",

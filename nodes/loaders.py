@@ -19,7 +19,7 @@ class TiMCheckpointLoader(io.ComfyNode):
             display_name="Load TiM Checkpoint",
             category="TiM",
             description="Loads a text-to-image TiM model from one file, as MODEL, CLIP and VAE.",
-            search_aliases=["transition models", "tim model", "load checkpoint", "few step"],
+            search_aliases=["few step", "transition models", "tim model", "load checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
@@ -54,7 +54,7 @@ class TiMModelLoader(io.ComfyNode):
             display_name="Load TiM Model",
             category="TiM",
             description="Loads the transformer of a TiM model, text-to-image or class-conditional, without text encoder and VAE.",
-            search_aliases=["diffusion model", "transition models", "tim model", "unet loader"],
+            search_aliases=["transition models", "diffusion model", "tim model", "unet loader"],
             inputs=[
                 io.Combo.Input(
                     "model_name",

@@ -365,6 +365,30 @@ def test_a_loader_says_what_the_wrong_file_is(comfyui, tiny, tmp_path, kind, nam
         assert f"wrong-{file}.safetensors" in message and found in message and wanted in message
 
 
+@pytest.mark.parametrize("kind, name, listed, file, slot", [
+    ("TiMCheckpointLoader", "ckpt_name", "deep/damaged.safetensors", "checkpoints/deep/damaged.safetensors", "model"),
+    ("TiMModelLoader", "model_name", "damaged.safetensors", "diffusion_models/damaged.safetensors", "model"),
+    ("TiMTextEncoderLoader", "text_encoder_name", "damaged/", "text_encoders/damaged/model.safetensors", "clip"),
+    ("TiMVAELoader", "vae_name", "half.safetensors", "vae/half.safetensors", "vae"),  # found when the network is built
+])
+def test_errors_name_files_from_the_models_folder_on(comfyui, tiny, kind, name, listed, file, slot):
+    """A shared error report holds neither the user's name nor where ComfyUI is installed."""
+    damaged = comfyui.base / "models" / file
+    damaged.parent.mkdir(exist_ok=True)
+    if slot == "vae":
+        save_file({key: value for key, value in load_file(tiny).items() if key.startswith("vae.decoder")}, damaged)
+    else:
+        damaged.write_text("{")
+    if slot == "clip":
+        damaged.with_name("config.json").write_text("{}")
+    graph = Graph()
+    more = {"weight_dtype": "default"} if kind == "TiMModelLoader" else {}
+    setattr(graph, slot, graph.add(kind, **{name: listed}, **more))
+    pixels = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=0)
+    message = refusal(comfyui, graph, graph.add("VAEEncode", pixels=pixels, vae=graph.vae) if slot == "vae" else graph.tim())
+    assert message.startswith(f"{file.partition('/')[2]}: ") and str(comfyui.base) not in message, message
+
+
 # Latents
 
 
@@ -1062,7 +1086,7 @@ def test_unknown_classes_are_refused(comfyui, classes, label, said):
 def test_text_and_classes_do_not_mix(comfyui, classes):
     graph = copy(classes)
     message = refusal(comfyui, graph, graph.tim(graph.empty(64, 64)))
-    assert message.startswith("conditioning: text") and "connect TiM Class Label" in message
+    assert message.startswith("conditioning: text") and "connect TiM ImageNet Class" in message
     graph = Graph()
     message = refusal(comfyui, graph, labelled(graph, "207"))
     assert message.startswith("conditioning: a class label") and "connect CLIP Text Encode" in message

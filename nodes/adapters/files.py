@@ -1,11 +1,12 @@
 """Lists the files of ComfyUI's models folders, bundled models first, and opens one of them."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
 
-from ...tim_core.errors import TimError
+from ...tim_core.errors import TimError, escaped
 from ...tim_core.weights.parts import BUNDLED, read_parts
 
 BUNDLED_NAMES = {f"{name} (bundled)": name for name in BUNDLED}
@@ -52,9 +53,18 @@ def fingerprint(folder: str, name: str | None) -> list[tuple]:
 
 
 def open_parts(folder: str, name: str, *wanted: str):
-    """Opens a listed file or folder. TimError naming it if it is not there or lacks one of the `wanted` parts."""
+    """Opens a listed file or folder. TimError naming it if it is not there or lacks one of the `wanted` parts.
+
+    Errors name files as the lists do, from the models folder on: users share them, and the rest of a path is private.
+    """
     if (source := find_source(folder, name)) is None:
         raise TimError(f"{name}: not found in models/{folder}; choose a listed file or {', '.join(BUNDLED_NAMES)}")
-    parts = read_parts(source)
+    root = f"{Path(BUNDLED.get(source, source)).parents[len(Path(name).parts) - 1]}{os.sep}"
+    try:
+        parts = read_parts(str(Path(source)))
+    except TimError as error:
+        raise TimError(str(error).replace(escaped(root), "")) from None
+    parts.source = parts.source.replace(root, "")
+    parts.parts = {kind: replace(part, source=part.source.replace(root, "")) for kind, part in parts.parts.items()}
     parts.require(*wanted)
     return parts

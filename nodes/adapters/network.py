@@ -128,7 +128,7 @@ class TiMNetwork(TransitionTransformer):
             found = {0: "missing", 2: "a class label"}.get(width, f"text features of width {width}")
             if config.text_dim:
                 raise TimError(f"conditioning: {found}; connect CLIP Text Encode with this model's own CLIP, of width {config.text_dim}")
-            raise TimError(f"conditioning: {found}; connect TiM Class Label, this model takes classes")
+            raise TimError(f"conditioning: {found}; connect TiM ImageNet Class, this model takes classes")
         if config.text_dim:
             return
         if context.shape[1] != 1 or not torch.equal(context, context.round()):

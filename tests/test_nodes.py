@@ -1116,7 +1116,7 @@ def announced(model):
     for config.manual_cast_dtype in (saved, None):
         del config.unet_config["model_channels"]  # which get_model adds
         network = config.get_model({})
-        dtype = network.get_dtype_inference()
+        dtype = network.manual_cast_dtype or network.get_dtype()
         found[str(dtype)] = dtype.itemsize * 0.01 * 2**20 * network.memory_usage_factor
     config.manual_cast_dtype = saved
     return found

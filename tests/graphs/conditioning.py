@@ -69,7 +69,7 @@ CASES = [
     refused("SetArea, outside the image", changed("ConditioningSetArea", width=64, height=64, x=64, y=0), "area", "(64, 0)", "64x64"),
     Case("SetArea, half and nothing else", lambda g: g.stock(g.empty(128, 64), positive=g.node(
         "ConditioningSetArea", conditioning=g.positive, width=64, height=64, x=0, y=0)), Runs(),
-        (("positive", "50%", "Conditioning Combine"),)),
+        (("size", "128x64", "64x64"), ("positive", "50%", "Conditioning Combine"))),
     Case("SetAreaPercentage, a quarter over the whole", lambda g: g.stock(positive=joined(g, g.positive, g.node(
         "ConditioningSetAreaPercentage", conditioning=g.positive, width=0.5, height=0.5, x=0.0, y=0.0))), Draws(4)),
     Case("SetAreaPercentage, whole", changed("ConditioningSetAreaPercentage", width=1.0, height=1.0, x=0.0, y=0.0), Equals(plain)),

@@ -86,7 +86,10 @@ def open_template(page, server, file: Path) -> None:
     open_editor(page, server)
     page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
     page.get_by_text(FOLDER, exact=True).click()
-    card = page.get_by_test_id(f"template-workflow-{file.stem}")
+    card, cards = page.get_by_test_id(f"template-workflow-{file.stem}"), page.locator("[data-testid^=template-workflow-]")
+    cards.first.wait_for()
+    if not card.count():  # 0.3.64 makes twelve, and the rest when the last is in view
+        cards.last.scroll_into_view_if_needed()
     card.click()
     card.wait_for(state="hidden")
     page.wait_for_function("() => app.graph._nodes.length > 0")

@@ -120,6 +120,16 @@ def test_merging(tiny, adapters, tmp_path, strength):
     assert torch.equal(plain(PROMPT, **options), merged(PROMPT, **options))
 
 
+def test_a_lora_that_changes_nothing_is_named(tiny, adapters, tmp_path, caplog):
+    untrained = write(tmp_path / "untrained.safetensors", {layer: (down, torch.zeros_like(up)) for layer, (down, up) in adapters.items()})
+    tensors = load_file(write(tmp_path / "a.safetensors", adapters))
+    save_file({name: value * (not name.endswith(".alpha")) for name, value in tensors.items()}, tmp_path / "alphas.safetensors")
+    for file, said in ((untrained, True), (tmp_path / "alphas.safetensors", True), (tmp_path / "a.safetensors", False)):
+        caplog.clear()
+        Pipeline.load(tiny, "cpu", lora={file: 0.0})
+        assert [mentions(message, file, "changes nothing") for message in caplog.messages] == [True] * said
+
+
 def test_the_text_encoder_has_layers_too(tiny, tmp_path):
     name, shape = "layers.0.mlp.down_proj", load_file(tiny)["text_encoders.transformer.layers.0.mlp.down_proj.weight"].shape
     file = write(tmp_path / "a.safetensors", {name: (torch.ones(1, shape[1]), torch.ones(shape[0], 1))}, "text_encoders.transformer.")

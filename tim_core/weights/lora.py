@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TimError
+from ..errors import TimError, printable
 from ..files import user_path
 from ..finite import damaged_weight
 from ..limits import check_lora_strength
@@ -111,7 +112,7 @@ def merge_lora(lora: Lora, networks: dict[str, nn.Module | None], strength: floa
     """Adds strength * alpha / rank * B A to the weights of `networks` (by part), computed in float32 -> number of layers.
 
     TimError naming the file and the layer if a network is missing, lacks a layer or has it in another shape, or if a weight overflows; no
-    weight is changed then.
+    weight is changed then. A log line names a LoRA that changes none in any case: untrained, or with an alpha of 0.
     """
     check_lora_strength(strength, lora.source)
     targets: list[tuple[str, nn.Parameter, Adapter]] = []
@@ -130,6 +131,8 @@ def merge_lora(lora: Lora, networks: dict[str, nn.Module | None], strength: floa
         if damaged_weight({"": _merged(weight, adapter, strength)}) is not None:
             scale = f"strength {strength:g} times alpha / rank {adapter.scale:g}"
             raise TimError(f"{lora.source}: layer '{name}' becomes NaN or infinite with {scale}; use a smaller strength or another LoRA")
+    if not any(adapter.alpha != 0 and adapter.down.any() and adapter.up.any() for _, _, adapter in targets):
+        logging.warning(printable(f"{lora.source}: changes nothing: its alphas or its matrices are all 0; it may be untrained"))
     for _, weight, adapter in targets:
         weight.data = _merged(weight, adapter, strength)  # the old one may be a mapped file
     return len(targets)

@@ -166,7 +166,7 @@ def test_a_configuration_trains_what_its_command_downloads(name, tiny, tmp_path,
     assert folder == to
     downloaded(release, tiny, tmp_path / folder)
     for number in range(2):
-        place = tmp_path / "pictures" / ("" if release == "t2i" else f"class {number}")
+        place = tmp_path / "images" / ("" if release == "t2i" else f"class {number}")
         place.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64), "red").save(place / f"{number}.png")
         (place / f"{number}.txt").write_text("a red circle")

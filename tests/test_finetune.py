@@ -635,7 +635,7 @@ def test_the_bundled_model_learns_a_word_by_lora(comfyui, tmp_path):
         (place / f"{k}.txt").write_text(f"a amber {shape}")
     config = tmp_path / "amber.yaml"
     text = (Path(__file__).parent.parent / "configs" / "tim-shapes" / "lora.yaml").read_text()
-    config.write_text(text.replace("~/tim-runs/tim-shapes/lora", f"{tmp_path}/out").replace("path: pictures", f"path: {place}"))
+    config.write_text(text.replace("~/tim-runs/tim-shapes/lora", f"{tmp_path}/out").replace("path: images", f"path: {place}"))
     (made,) = run([config])
     name = comfyui.add("loras", made, "amber.safetensors")
 

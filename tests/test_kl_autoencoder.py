@@ -270,6 +270,7 @@ def test_every_file_gives_the_same_image(classes_256, vae, tmp_path, spelling, w
 
 
 def test_a_folder_makes_images_and_enlarges_them(classes_256):
+    assert read_parts(classes_256).path == str(classes_256)
     """The latent of the network is that of the VAE times 0.18215."""
     pipe = Pipeline.load(classes_256, "cpu")
     assert (pipe.defaults.width, pipe.defaults.height, pipe.size_multiple) == (256, 256, 16)

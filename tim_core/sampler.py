@@ -139,7 +139,7 @@ def check_guidance(cfg: float, guidance_interval: tuple[float, float] = (0.0, 1.
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TimError(f"{name}: {value!r} is not a number")
     if not 1 <= cfg <= MAX_CFG:
-        raise TimError(f"cfg: {cfg} is outside 1 (no guidance) to {MAX_CFG:g}")
+        raise TimError(f"cfg: {cfg:.10g} is outside 1 (no guidance) to {MAX_CFG:g}")
     low, high = guidance_interval
     for value in (low, high):
         if not math.isfinite(value) or value < 0:

@@ -113,7 +113,7 @@ def build_clip(parts: Parts) -> TiMCLIP:
     no_offload = supported_kwargs(comfy.sd.CLIP.__init__, disable_dynamic=True)
     clip = TiMCLIP(target, parameters=parameters, model_options={"dtype": dtype}, **no_offload)
     clip.patcher.__class__ = WholePatcher  # CLIP makes its patcher itself; clones keep the class
-    clip.patcher.cached_patcher_init = (_reload_clip, (parts.source,))
+    clip.patcher.cached_patcher_init = (_reload_clip, (parts.path,))
     return clip
 
 

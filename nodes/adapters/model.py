@@ -149,7 +149,7 @@ def build_model(parts: Parts, model_options: dict = {}, disable_dynamic: bool = 
         model.to(offload_device)
     model.load_model_weights(weights, "", **({"assign": True} if is_dynamic(patcher) else {}))
 
-    patcher.cached_patcher_init = (_reload_model, (parts.source, model_options))
+    patcher.cached_patcher_init = (_reload_model, (parts.path, model_options))
     return install(patcher)
 
 

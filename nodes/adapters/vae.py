@@ -67,7 +67,7 @@ class TiMVAE(comfy.sd.VAE):
             raise TimError(f"{part.source}: this is Stable Diffusion's VAE; load it with Load VAE, from a file of its own")
         with _without_warning("No VAE weights detected"):
             super().__init__(sd={})  # sets the defaults of this version
-        reload = (_reload_vae, (parts.source, device, dtype))
+        reload = (_reload_vae, (parts.path, device, dtype))
         self.device = device or mm.vae_device()
         self.working_dtypes = [torch.bfloat16, torch.float32]
         dtype = dtype or mm.vae_dtype(self.device, self.working_dtypes)

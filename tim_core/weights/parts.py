@@ -107,10 +107,14 @@ class Part:
 class Parts:
     """The parts of one or several files. `parts[kind]` is a Part; TimError naming the source if there is none."""
 
-    source: str
+    source: str  # as errors name it
     parts: dict[str, Part] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)  # the "tim" record of the file
     rest: list[str] = field(default_factory=list)  # names of tensors that belong to no part
+    path: str = ""  # what read_parts takes to read them again, by default the source
+
+    def __post_init__(self) -> None:
+        self.path = self.path or self.source
 
     def __contains__(self, kind: str) -> bool:
         return kind in self.parts
@@ -225,7 +229,7 @@ def read_parts(source, checksums: bool = True) -> Parts:
         return _gather(source, checksums)
     path = resolve(source)
     if folders := {name: path / folder for folder, name in PART_FOLDERS.items() if (path / folder).is_dir()}:
-        return replace(_gather(folders, checksums), source=str(source))
+        return replace(_gather(folders, checksums), source=str(source), path=str(source))
     tensors, metadata, folder = _open_folder(path, checksums) if path.is_dir() else (*open_state_dict(path, checksums), path.parent)
     tensors = with_layer_keys(tensors, metadata, str(source))
     parts = _take_apart(tensors, _tim_record(metadata, str(source)), str(source))

@@ -46,7 +46,7 @@ def check_cfg(cfg: float, model_cfg: float, interval, times: list[float], exact:
         say(options, f"cfg: {cfg:g} has no effect: no step starts in the guidance interval {interval.low:g} to {interval.high:g}; "
                      "widen the interval, or set cfg to 1")
     if guided and cfg > HIGH_CFG * model_cfg:
-        say(options, f"cfg: {cfg:g} is likely to give a broken image; this model is made for {model_cfg:g} and takes up to "
+        say(options, f"cfg: {cfg:g} is likely to give a broken image; this model is made for {model_cfg:g}, use at most "
                      f"{HIGH_CFG * model_cfg:g}")
     elif exact and (step := next((step for step in guided if step[0] - step[1] > LONG_STEP), None)):
         say(options, f"cfg: the step from time {step[0]:.3g} to {step[1]:.3g} is too long for guidance; use more steps, a smaller shift, "

@@ -30,7 +30,7 @@ def shifted(kind, settings, method):
 
 
 def split(g):
-    """Two samplers, the second of which goes on where the first stopped."""
+    """Two samplers; the second continues the run of the first."""
     both = g.node("SplitSigmas", sigmas=g.simple(4), step=2)
     first = g.custom(both)
     return g.custom([both[0], 1], latent=first, add_noise=False)

@@ -7,63 +7,25 @@ and a file of a few kilobytes cannot ask for gigabytes.
 from __future__ import annotations
 
 import io
-import math
-import pickle
-import pickletools
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import TimError
+from .torch_pickle import NotTensors, PickleReader, TensorStandIn
 
 CHUNK = 2**22  # bytes of a record read at a time
 MOST_PICKLE = 2**21  # bytes; 18,000 tensors have as many
 MOST_DIRECTORY = 2**23  # bytes of a zip archive's directory; 80,000 tensors have as many
-MOST_COPIED = 2**28  # bytes that the calls of a pickle may copy
 MOST_NAMES, MOST_NAME_CHARACTERS, MOST_DEPTH = 300_000, 10**8, 64
 MOST_SHARED = 16  # times that the tensors of a file may be larger than their storages, which several may share
 MAGIC = 0x1950A86A20F9469CFC6C  # of torch's old format
 
-ITEMSIZES = {
-    "Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
-    "ComplexFloat": 8, "ComplexDouble": 16,
-}
-STORAGES = {f"torch.{name}Storage": size for name, size in ITEMSIZES.items()} | {"torch.storage.UntypedStorage": 1}
-OPCODES = (  # those that torch's weights-only loader knows
-    "GLOBAL NEWOBJ REDUCE BUILD APPEND APPENDS SETITEM SETITEMS MARK TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWFALSE NEWTRUE EMPTY_TUPLE "
-    "EMPTY_LIST EMPTY_DICT EMPTY_SET BININT BININT1 BININT2 BINFLOAT BINUNICODE SHORT_BINSTRING BINPERSID BINGET LONG_BINGET BINPUT "
-    "LONG_BINPUT LONG1 PROTO STOP"
-).split()
-NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-
-
-class _NotTensors(Exception):
-    """A pickle that names code or objects; the message says which."""
-
-
-@dataclass(frozen=True)
-class _Global:
-    name: str
-
-
-@dataclass(frozen=True)
-class _Storage:
-    key: str
-    size: int  # bytes
-    itemsize: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Tensor:
-    storage: _Storage
-    size: int  # bytes
-    problem: str
 
 
 def check_torch_file(path: Path, checksums: bool = True) -> None:
@@ -81,7 +43,7 @@ def check_torch_file(path: Path, checksums: bool = True) -> None:
                 _check_old(file, path)
     except TimError:
         raise
-    except _NotTensors as error:
+    except NotTensors as error:
         raise TimError(f"{path}: contains code or objects ({error}), not tensors alone; it was not opened") from None
     except MemoryError:
         raise
@@ -137,7 +99,7 @@ def _check_zip(file: BinaryIO, path: Path, checksums: bool) -> None:
         order = records.get(f"{top}byteorder")
         if order is not None and (order.file_size > 16 or _read(file, order, summed).decode() != sys.byteorder):
             raise ValueError(f"its byte order is not {sys.byteorder}-endian")
-        reader = _Reader(io.BytesIO(_read(file, records[pickles[0]], summed)), old=False)
+        reader = PickleReader(io.BytesIO(_read(file, records[pickles[0]], summed)), old=False)
         end = archive.start_dir
     file.seek(0)
     seen: Any = torch._C.PyTorchFileReader(file)  # which may find another directory in the file than zipfile does
@@ -198,14 +160,14 @@ def _checksum(file: BinaryIO, record: zipfile.ZipInfo) -> int:
 def _check_old(file: BinaryIO, path: Path) -> None:
     """Torch's format before version 1.6: five pickles, then each storage after its number of elements."""
     limited = _Limited(file, MOST_PICKLE)
-    first = _Reader(limited, old=True).load()
+    first = PickleReader(limited, old=True).load()
     if first != MAGIC:
         raise ValueError("not a torch file")
     for _ in range(2):  # the protocol, and the byte order
-        _Reader(limited, old=True).load()
-    reader = _Reader(limited, old=True)
+        PickleReader(limited, old=True).load()
+    reader = PickleReader(limited, old=True)
     names = _check_tensors(reader.load(), reader.tensors, path)
-    keys = _Reader(limited, old=True).load()
+    keys = PickleReader(limited, old=True).load()
     if not isinstance(keys, list) or len(keys) != len(reader.storages) or not all(isinstance(key, str) for key in keys):
         raise ValueError("the storages are not those of the tensors")
     if set(keys) != reader.storages.keys():
@@ -219,9 +181,9 @@ def _check_old(file: BinaryIO, path: Path) -> None:
         file.seek(storage.size, 1)
 
 
-def _check_tensors(value: Any, tensors: list[_Tensor], path: Path) -> dict[str, str]:
+def _check_tensors(value: Any, tensors: list[TensorStandIn], path: Path) -> dict[str, str]:
     """Check that every tensor lies inside its storage -> one tensor name per storage."""
-    named = list(leaves(value, _Tensor, str(path))) if isinstance(value, Mapping) else []
+    named = list(leaves(value, TensorStandIn, str(path))) if isinstance(value, Mapping) else []
     for name, tensor in [*named, *(("a tensor", tensor) for tensor in tensors)]:
         if tensor.problem:
             raise TimError(f"{path}: {name}: {tensor.problem}; download the file again, or save it again from contiguous tensors")
@@ -248,169 +210,3 @@ class _Limited:
 
     def readline(self) -> bytes:
         return self._count(self.file.readline(self.left + 1))
-
-
-class _Reader(pickle._Unpickler):  # in Python: the one in C allocates whatever index a memo opcode names
-    """Runs a pickle with stand-ins. After `load`: `storages` by key, and all `tensors`."""
-
-    dispatch: ClassVar[dict[int, Any]]
-    stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
-
-    def __init__(self, file, old: bool):
-        super().__init__(file, encoding="utf-8")
-        self.old, self.copied = old, 0
-        self.storages: dict[str, _Storage] = {}
-        self.tensors: list[_Tensor] = []
-
-    def find_class(self, module: str, name: str) -> _Global:
-        found = f"{module}.{name}".replace("__builtin__.", "builtins.")
-        if found in STORAGES or found in CALLS or found.startswith("torch.") and found.removeprefix("torch.") in DTYPES:
-            return _Global(found)
-        raise _NotTensors(f"GLOBAL {found}"[:200])
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) != 5 + self.old or (self.old and pid[5] is not None):
-            raise ValueError("unknown kind of storage")
-        kind, type_, key, _, count = pid[:5]
-        if kind != "storage" or not isinstance(type_, _Global) or type_.name not in STORAGES or not isinstance(key, str):
-            raise ValueError("unknown kind of storage")
-        itemsize = STORAGES[type_.name]
-        storage = _Storage(key, _whole(count) * itemsize, itemsize)
-        if self.storages.setdefault(key, storage) != storage:
-            raise ValueError("a storage of two sizes")
-        return storage
-
-    def count_copy(self, value: Any) -> Any:
-        """`value`, after counting the bytes of a copy of it."""
-        self.copied += len(value) if isinstance(value, (str, bytes)) else 64 * len(value)
-        if self.copied > MOST_COPIED:
-            raise ValueError("its pickle copies without end")
-        return value
-
-    def call(self, function: Any, arguments: Any) -> Any:
-        if not isinstance(function, _Global) or function.name not in CALLS or not isinstance(arguments, tuple):
-            raise ValueError("calls something that is not a function")
-        return CALLS[function.name](self, *arguments)
-
-    def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        self.stack[-1] = self.call(self.stack[-1], arguments)
-
-    def load_build(self) -> None:
-        self.stack.pop()  # attributes: of no concern to dicts
-        if isinstance(self.stack[-1], _Tensor):
-            raise ValueError("sets the state of a tensor")
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1][_key(key)] = value
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        for key, value in zip(items[::2], items[1::2]):
-            self.stack[-1][_key(key)] = value
-
-    def refuse(self) -> None:
-        raise _NotTensors("a pickle that is none of torch.save's")
-
-
-_Reader.dispatch = {code: pickle._Unpickler.dispatch[code] if name in OPCODES else _Reader.refuse for code, name in NAMES.items()}
-_Reader.dispatch |= {ord("R"): _Reader.load_reduce, 0x81: _Reader.load_reduce, ord("b"): _Reader.load_build}
-_Reader.dispatch |= {ord("s"): _Reader.load_setitem, ord("u"): _Reader.load_setitems}
-
-
-def _key(key: Any) -> Any:
-    """A key of a dict: not a nested tuple, whose hash can take for ever."""
-    flat = key if isinstance(key, tuple) and len(key) < 100 else (key,)
-    if not all(part is None or isinstance(part, (str, int, float)) for part in flat):
-        raise ValueError(f"a dict has a key of type {type(key).__name__}")
-    return key
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
-        raise ValueError("a size that is not a whole number")
-    return value
-
-
-def _dict(reader: _Reader, items: Any = ()) -> dict:
-    reader.count_copy(items)
-    return {_key(key): value for key, value in (items.items() if isinstance(items, Mapping) else items)}
-
-
-def _set(reader: _Reader, items: Any = ()) -> None:
-    for item in reader.count_copy(items):
-        _key(item)
-
-
-def _encode(reader: _Reader, text: Any, encoding: Any) -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):  # what pickle writes for bytes; others can multiply
-        raise ValueError("an unusual encoding of bytes")
-    return reader.count_copy(text).encode("latin1")
-
-
-def _bytearray(reader: _Reader, data: Any = b"", *encoding: Any) -> bytes:
-    if not isinstance(data, bytes) or encoding:
-        raise ValueError("a bytearray that is not made of bytes")
-    return reader.count_copy(data)
-
-
-def _size(reader: _Reader, items: Any = ()) -> tuple:
-    return reader.count_copy(items)
-
-
-def _ignored(reader: _Reader, *arguments: Any) -> None:
-    if any(isinstance(value, (list, dict, bytes)) for value in arguments):
-        raise ValueError("an unusual call")
-
-
-def _tensor(reader: _Reader, storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> _Tensor:
-    return _make_tensor(reader, storage, offset, size, stride, storage.itemsize)
-
-
-def _tensor_of_dtype(reader: _Reader, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: _Global,
-                     *others: Any) -> _Tensor:
-    return _make_tensor(reader, storage, offset, size, stride, DTYPES[dtype.name.removeprefix("torch.")])
-
-
-def _make_tensor(reader: _Reader, storage: _Storage, offset: Any, size: Any, stride: Any, itemsize: int) -> _Tensor:
-    if len(size) != len(stride) or len(size) > 64 or not isinstance(storage, _Storage):
-        raise ValueError("a tensor without shape")
-    count, last = math.prod(map(_whole, size)), _whole(offset) + sum((n - 1) * _whole(step) for n, step in zip(size, stride))
-    problem = ""
-    if count and (last + 1) * itemsize > storage.size:
-        problem = f"its shape {list(size)} needs more than the {storage.size} bytes that are there"
-    elif count * itemsize > storage.size:
-        problem = f"its shape {list(size)} repeats the {storage.size} bytes that are there"
-    made = _Tensor(storage, count * itemsize, problem)
-    reader.tensors.append(made)
-    return made
-
-
-def _parameter(reader: _Reader, data: Any, *others: Any) -> _Tensor:
-    if not isinstance(data, _Tensor):
-        raise ValueError("a parameter that is not a tensor")
-    return data
-
-
-DTYPES = {
-    "float64": 8, "double": 8, "float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "int64": 8, "long": 8, "int32": 4,
-    "int": 4, "int16": 2, "short": 2, "int8": 1, "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8, "bool": 1, "complex64": 8,
-    "complex128": 16, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
-}
-CALLS: dict[str, Callable] = {  # what torch's loader may call for a state dict; it knows more
-    "collections.OrderedDict": _dict,
-    "collections.Counter": _dict,
-    "builtins.set": _set,
-    "builtins.complex": _ignored,
-    "builtins.bytearray": _bytearray,
-    "_codecs.encode": _encode,
-    "torch.Size": _size,
-    "torch.device": _ignored,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch.nn.parameter.Parameter": _parameter,
-}

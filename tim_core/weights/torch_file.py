@@ -27,7 +27,6 @@ MOST_SHARED = 16  # times that the tensors of a file may be larger than their st
 MAGIC = 0x1950A86A20F9469CFC6C  # of torch's old format
 
 
-
 def check_torch_file(path: Path, checksums: bool = True) -> None:
     """TimError naming the file, and the tensor where it can, unless all is there that torch will read.
 

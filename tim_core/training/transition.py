@@ -28,11 +28,12 @@ from ..weights import previews
 from ..weights.load import check_undamaged, load_autoencoder, load_text_encoder, load_transformer
 from ..weights.save import pack
 from .config import LoopConfig, recorded, time_shift
-from .loop import ParamGroup, Task, compile_blocks, make_ema
+from .loop import Task, compile_blocks, make_ema
 from .noise import draw_noise
 from .objectives.distillation import DistillationNoise, distillation_loss, draw_distillation_noise
 from .objectives.matching import MatchingNoise, draw_matching_noise, matching_losses
 from .objectives.transition import ObjectiveConfig, transition_loss
+from .optimizers import ParamGroup
 from .repa import ImageEncoder, check_projector, image_features
 from .resume import init_from
 from .samples import sample_grid

@@ -1,9 +1,11 @@
 """The parameters that a run trains, and their optimisers."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TimError
 from .config import LoopConfig
@@ -29,8 +31,50 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+@contextmanager
+def _flattened(parameters: Iterable[nn.Parameter], state: dict[nn.Parameter, dict[str, Tensor]]) -> Iterator[None]:
+    """Within it kernels (out, in, height, width), their gradients and Muon's state are matrices (out, in * height * width)."""
+    shapes = {p: p.shape for p in parameters if p.ndim > 2}
+
+    def reshape(p: nn.Parameter, shape: tuple[int, ...]) -> None:
+        gradient, p.grad = p.grad, None
+        p.data = p.data.view(shape)
+        p.grad = None if gradient is None else gradient.reshape(shape)
+        if p in state:
+            state[p]["momentum_buffer"] = state[p]["momentum_buffer"].view(shape)
+
+    for p in shapes:
+        reshape(p, (len(p), -1))
+    try:
+        yield
+    finally:
+        for p, shape in shapes.items():
+            reshape(p, shape)
+
+
+def muon(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Muon of torch 2.9 for matrices and convolution kernels, which it takes as matrices. TimError if torch is older."""
+    if not hasattr(torch.optim, "Muon"):
+        raise TimError(f"loop.optimizer: muon needs torch 2.9, this is {torch.__version__}; update torch, or use adamw")
+
+    class Muon(torch.optim.Muon):
+        @torch.no_grad()
+        def step(self, closure=None):
+            with _flattened((p for group in self.param_groups for p in group["params"]), self.state):
+                return super().step(closure)
+
+    with _flattened(parameters, {}):
+        return Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="original")
+
+
+def _is_inner(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon trains it: a matrix or kernel in a block or layer, but no depthwise kernel and no modulation, which is zero at first."""
+    inner = any(part in f".{name}" for part in (".blocks.", ".layers.", "_blocks."))
+    return inner and parameter.ndim >= 2 and parameter.shape[1] > 1 and "adaLN" not in name
+
+
 def optimizers(config: LoopConfig, groups: list[ParamGroup]) -> list[torch.optim.Optimizer]:
-    """For each group AdamW, or Muon (Jordan et al. 2024) for the weight matrices of blocks and layers and AdamW for the rest.
+    """For each group AdamW, or Muon (Jordan et al. 2024) for the matrices and kernels of blocks and layers and AdamW for the rest.
 
     Modulation layers use AdamW, because they are zero at first and the size of Muon's steps does not depend on the gradient.
     """
@@ -38,14 +82,11 @@ def optimizers(config: LoopConfig, groups: list[ParamGroup]) -> list[torch.optim
     for group in groups:
         matrices, rest, made = [], [], []
         for name, parameter in group.parameters.items():
-            inner = parameter.ndim == 2 and (".blocks." in f".{name}" or ".layers." in f".{name}") and "adaLN" not in name
-            (matrices if config.optimizer == "muon" and inner else rest).append(parameter)
+            (matrices if config.optimizer == "muon" and _is_inner(name, parameter) else rest).append(parameter)
         if rest:
             made.append(torch.optim.AdamW(rest, group.lr, config.betas, 1e-8, config.weight_decay, fused=True))
         if matrices:
-            if not hasattr(torch.optim, "Muon"):
-                raise TimError(f"loop.optimizer: muon needs torch 2.9, this is {torch.__version__}; update torch, or use adamw")
-            made.append(torch.optim.Muon(matrices, lr=group.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"))
+            made.append(muon(matrices, group.muon_lr, config.weight_decay))
         for options in (options for optimizer in made for options in optimizer.param_groups):
             options["base_lr"], options["start_step"] = options["lr"], group.start_step
         found += made

@@ -1,5 +1,6 @@
 """Trains a DC-AE with latents of mean 0 and variance 1, and a decoder that is robust to noise on them."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -37,8 +38,12 @@ def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
 
 def edge_map(images: Tensor) -> Tensor:
     """Contrast (B, 1, H, W) of images (B, 3, H, W): the largest range of a channel within 2 pixels, 0 where it is uniform."""
-    highest, lowest = (F.max_pool2d(signed, 5, stride=1, padding=2) for signed in (images, -images))
-    return (highest + lowest).amax(1, keepdim=True)
+    def highest(values: Tensor) -> Tensor:  # five shifted copies per axis take a tenth of max_pool2d's time on a CPU
+        for dim, padding in ((-2, (0, 0, 2, 2)), (-1, (2, 2, 0, 0))):
+            values = functools.reduce(torch.maximum, F.pad(values, padding, mode="replicate").unfold(dim, 5, 1).unbind(-1))
+        return values
+
+    return (highest(images) + highest(-images)).amax(1, keepdim=True)
 
 
 def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
@@ -63,7 +68,7 @@ class AutoencoderTask(Task[Autoencoder]):
         self.config, loop = config, config.loop
         torch.manual_seed(loop.seed)
         try:
-            self.model = Autoencoder(architecture(config)).to(memory_format=torch.channels_last)
+            self.model = Autoencoder(architecture(config))
             with torch.no_grad():
                 self.model.decode(self.model.encode(torch.zeros(1, 3, *(2 * self.model.config.factor,) * 2)))
         except (RuntimeError, ValueError, ZeroDivisionError) as error:
@@ -79,7 +84,7 @@ class AutoencoderTask(Task[Autoencoder]):
 
     def loss(self, average: Autoencoder, part: ShapesPart, step: int, shard: Shard) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
-        images = part.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        images = part.images.to(device, non_blocking=True).contiguous()
         total, factor = part.total, self.model.config.factor
         level = torch.rand(total, 1, 1, 1) * self.config.latent_noise
         noise = level * torch.randn(total, self.config.latent_channels, *(side // factor for side in images.shape[2:]))

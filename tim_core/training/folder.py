@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,14 +19,14 @@ from ..errors import TimError
 from ..files import digest, make_folder, parse_json, read_text, user_path
 from ..images import ENDINGS, image_size, open_image
 from ..processes import ALONE, Processes, Shard
+from .cached_files import damaged, read_cached, write_cached
 from .config import MOST_ITEMS, FolderConfig
-from .writing import write_tensors
 
 VERSION = "5"  # of cached files; files of another version are encoded again
 ENCODE_PIXELS = 2 * 1024 * 1024  # pixels of the images that are encoded together
 MOST_CAPTION, MOST_LIST = 2**16, 2**27  # bytes of a caption and of a .jsonl
 MOST_SKIPPED = 20  # images that are named; the rest are counted
-IMAGE_DIGEST, CONTENT_DIGEST = "image", "content"  # keys in the metadata of cached files
+IMAGE_DIGEST = "image"  # key in the metadata of cached files
 
 
 @dataclass(frozen=True)
@@ -205,24 +204,7 @@ def condition_rows(file: Path) -> int:
         with safe_open(file, "pt") as opened:
             return opened.get_slice("condition").get_shape()[0]
     except (OSError, SafetensorError, IndexError):
-        raise _damaged(file) from None
-
-
-def read_cached(file: Path) -> dict[str, Tensor]:
-    """The tensors of a cached file. TimError unless they are those that were written."""
-    try:
-        tensors = load_file(file)
-        with safe_open(file, "pt") as opened:
-            whole = (opened.metadata() or {}).get(CONTENT_DIGEST) == digest(sorted(tensors.items()))
-    except (OSError, SafetensorError):
-        whole = False
-    if not whole:
-        raise _damaged(file)
-    return tensors
-
-
-def _damaged(file: Path) -> TimError:
-    return TimError(f"{file}: cached file is damaged or missing; remove it and repeat the command to encode it again")
+        raise damaged(file) from None
 
 
 def image_digest(file: Path) -> str | None:
@@ -284,8 +266,7 @@ class Encoder:
                 if not value.isfinite().all():
                     source = {"latent": "the autoencoder's latent", "condition": "the text model's features"}.get(name, name)
                     raise TimError(f"{item.file}: {source} has values that are not finite; the weights may be damaged, download them again")
-            content = {IMAGE_DIGEST: digest([("image", images[item])]), CONTENT_DIGEST: digest(sorted(tensors.items()))}
-            write_tensors(self.cache_path(item), tensors, content)
+            write_cached(self.cache_path(item), tensors, {IMAGE_DIGEST: digest([("image", images[item])])})
 
 
 def digest_data(items: list[Item], encode: Encoder) -> str:

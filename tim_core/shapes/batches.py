@@ -53,21 +53,28 @@ class ShapesBatches(torch.utils.data.Dataset):
         return max(1, round(self.batch * reference[0] * reference[1] / (size[0] * size[1])))
 
     def __getitem__(self, step: int) -> list[ShapesPart]:
-        rng = np.random.default_rng([self.seed, step])
-        width, height = self.sizes[rng.choice(len(self.sizes), p=self.weights)]
-        count = self.count((width, height))
-        # half of the batches hold one form of prompt, so that prompts are also seen without the padding of longer neighbours
-        form = scenes.sample_training_prompt(rng, self.forms).task if rng.random() < 0.5 else None
-        prompts = [scenes.sample_prompt(rng, form, self.relations) if form
-                   else scenes.sample_training_prompt(rng, self.forms, self.relations) for _ in range(count)]
-        captions = [prompt.text for prompt in prompts]
+        (width, height), prompts = self._draw(step)
 
         def render(position: int) -> np.ndarray:
             own = np.random.default_rng([self.seed, step, position + 1])  # numpy reads [seed, step, 0] as [seed, step]
             return scenes.render(scenes.place(own, prompts[position], width, height), width, height)
 
-        images = [np.stack([render(position) for position in shard.take(range(count))]) for shard in self.shards]
+        images = [np.stack([render(position) for position in shard.take(range(len(prompts)))]) for shard in self.shards]
+        captions = [prompt.text for prompt in prompts]
         return [ShapesPart(torch.from_numpy(one).permute(0, 3, 1, 2) * 2 - 1, captions) for one in images]
+
+    def captions(self, step: int) -> list[str]:
+        """The captions of batch `step`, without its images."""
+        return [prompt.text for prompt in self._draw(step)[1]]
+
+    def _draw(self, step: int) -> tuple[tuple[int, int], list[scenes.Prompt]]:
+        """The (width, height) of the images of a batch, and what is in them."""
+        rng = np.random.default_rng([self.seed, step])
+        size = self.sizes[rng.choice(len(self.sizes), p=self.weights)]
+        # half of the batches hold one form of prompt, so that prompts are also seen without the padding of longer neighbours
+        form = scenes.sample_training_prompt(rng, self.forms).task if rng.random() < 0.5 else None
+        return size, [scenes.sample_prompt(rng, form, self.relations) if form
+                      else scenes.sample_training_prompt(rng, self.forms, self.relations) for _ in range(self.count(size))]
 
 
 def render_samples(count: int, side: int, seed: int = 0) -> Iterable[Tensor]:

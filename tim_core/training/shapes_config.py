@@ -122,6 +122,7 @@ class TransitionTraining(TransformerTraining):
     distillation: DistillationConfig | None = None   # adds distillation of guided steps of `start`
     freeze_text: bool = False                    # keep the text model of `start`
     text_dropout: FractionBelowOne = 0.1
+    cached_batches: WholeNumber = 0              # number of batches to train on again and again, as cached latents; 0: new images
     data: SizesConfig = SizesConfig()
 
     @field_validator("objective_from")
@@ -148,6 +149,8 @@ class TransitionTraining(TransformerTraining):
         if self.matching:
             require(self.matching.critic_warmup_steps < self.loop.steps, "matching.critic_warmup_steps", self.matching.critic_warmup_steps,
                     f"less than loop.steps, {self.loop.steps}")
+        require(not self.cached_batches or self.transformer.z_dim is None, "cached_batches", self.cached_batches,
+                "0 with transformer.z_dim, whose image encoder needs the images")
         require(self.start or not self.interpolate_start, "interpolate_start", self.interpolate_start, "0 without start")
         require(not self.checkpoint or self.checkpoint != self.start, "checkpoint", self.checkpoint, NOT_START)
         for name, objective in self.objectives.items():

@@ -28,6 +28,7 @@ from ..weights import previews
 from ..weights.load import check_undamaged, load_autoencoder, load_text_encoder, load_transformer
 from ..weights.save import pack
 from .config import LoopConfig, recorded, time_shift
+from .latents import CachedLatents, LatentPart
 from .loop import Task, compile_blocks, make_ema
 from .noise import draw_noise
 from .objectives.distillation import DistillationNoise, distillation_loss, draw_distillation_noise
@@ -133,8 +134,7 @@ class TransitionTask(Task[TextToImage]):
     def __init__(self, config: TransitionTraining, image_encoder: ImageEncoder | None):
         self.config, self.image_encoder = config, image_encoder
         loop = config.loop
-        self.autoencoder: Autoencoder = load_autoencoder(
-            user_path(config.autoencoder), dtype=torch.float32).to(memory_format=torch.channels_last)
+        self.autoencoder: Autoencoder = load_autoencoder(user_path(config.autoencoder), dtype=torch.float32)
         check_undamaged(self.autoencoder, config.autoencoder)
         self.factor, self.channels = self.autoencoder.config.factor, self.autoencoder.config.latent_channels
         torch.manual_seed(loop.seed)
@@ -158,7 +158,9 @@ class TransitionTask(Task[TextToImage]):
         config.data.check_multiples(self.factor * config.transformer.patch_size)
         self.coder = copy.deepcopy(self.autoencoder)  # moved to the device of the run; `autoencoder` stays on the CPU for the export
         self.folder, self.settings = user_path(config.output), recorded(config)
-        self.batches = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
+        self.batches: torch.utils.data.Dataset = ShapesBatches(config.data, loop.batch, loop.seed, find_processes().shards(loop.accumulate))
+        if config.cached_batches:
+            self.batches = CachedLatents(self.batches, config.cached_batches, self.autoencoder, self.folder / "latents", loop.autocast)
 
     def param_groups(self, config: LoopConfig) -> list[ParamGroup]:
         """The critic has learning rates of its own, and the rest waits until its warm-up is over."""
@@ -174,10 +176,12 @@ class TransitionTask(Task[TextToImage]):
     def networks(self, model: TextToImage) -> list[nn.Module]:
         return [model.transformer, *([model.critic] if model.critic is not None else []), model.text.transformer]
 
-    def loss(self, average: TextToImage, part: ShapesPart, step: int, shard: Shard) -> dict[str, Tensor]:
-        config, objective, total, (height, width) = self.config, self.config.objective_at(step), part.total, part.images.shape[2:]
+    def loss(self, average: TextToImage, part: ShapesPart | LatentPart, step: int, shard: Shard) -> dict[str, Tensor]:
+        config, objective, total = self.config, self.config.objective_at(step), part.total
         device = next(self.model.parameters()).device
-        shape = (total, self.channels, height // self.factor, width // self.factor)
+        pixels, latents = self.encode_images(part, device)
+        shape = (total, *latents.shape[1:])
+        height, width = (side * self.factor for side in latents.shape[2:])
         drawn = draw_noise(shape, config.text_dropout, self.transport, objective, time_shift(height, width, config.shift_base))
         jumps = trajectories = None
         if config.matching:
@@ -191,8 +195,6 @@ class TransitionTask(Task[TextToImage]):
             prompts = ["" if drop else caption for drop, caption in zip(drawn.dropped, part.captions)]
             conditions = self.encode_prompts(
                 shard.take(prompts), self.model.max_tokens(prompts), bool(objective.enhance_target or jumps or trajectories))
-            pixels = part.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            latents = self.encode_images(pixels)
             losses = transition_loss(
                 self.model.transformer, latents, own.noise, conditions.y, transport=self.transport, config=objective,
                 times=(own.t, own.r, own.n_diffusion), transitions=drawn.n_diffusion < total, between=own.between,
@@ -220,11 +222,15 @@ class TransitionTask(Task[TextToImage]):
         return Conditions(y, y_null, teacher)
 
     @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents of images (B, 3, H, W)."""
-        return self.coder.to(pixels.device).encode(pixels).float()
+    def encode_images(self, part: ShapesPart | LatentPart, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """The images (B, 3, H, W) of a shard, None if its latents are cached, and its latents in float32."""
+        if isinstance(part, LatentPart):
+            return None, part.latents.to(device, torch.float32)
+        pixels = part.images.to(device, non_blocking=True).contiguous()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.loop.autocast):
+            return pixels, self.coder.to(device).encode(pixels).float()
 
-    def target_inputs(self, objective: ObjectiveConfig, average: TextToImage, conditions: Conditions, pixels: Tensor,
+    def target_inputs(self, objective: ObjectiveConfig, average: TextToImage, conditions: Conditions, pixels: Tensor | None,
                       latents: Tensor) -> dict[str, Any]:
         """The arguments of `transition_loss` that only some objectives need."""
         found: dict[str, Any] = {}
@@ -235,7 +241,7 @@ class TransitionTask(Task[TextToImage]):
         if objective.target == "teacher":
             y = conditions.teacher[0] if conditions.teacher else conditions.y
             found["teacher"] = lambda x_t, t, r: self.teacher.transformer(x_t, t, r, y)
-        if self.image_encoder is not None:
+        if self.image_encoder is not None and pixels is not None:
             found["h_target"] = image_features(self.image_encoder, pixels, latents, self.model.transformer.config)
         return found
 

@@ -1,0 +1,57 @@
+"""Batches of coloured shapes as cached latents: drawn and encoded once, then trained on again and again."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import TimError
+from ..files import digest, make_folder
+from ..models.autoencoder import Autoencoder
+from ..shapes.batches import ShapesBatches
+from .cached_files import read_cached, write_cached
+
+
+class LatentPart(NamedTuple):
+    """A shard of a batch: its latents (B, C, h, w) float16, and the captions of the whole batch."""
+
+    latents: Tensor
+    captions: list[str]
+
+    @property
+    def total(self) -> int:
+        """The number of items in the whole batch."""
+        return len(self.captions)
+
+
+class CachedLatents(torch.utils.data.Dataset):
+    """batches[k]: the shards of batch k modulo `count`, which are encoded when they are first asked for and kept in `folder`."""
+
+    def __init__(self, batches: ShapesBatches, count: int, autoencoder: Autoencoder, folder: Path, autocast: bool = False):
+        """A file's name changes with the autoencoder, the images of its batch and its shard, so that no run reads another's.
+
+        autocast: encode in bfloat16 where autocast does.
+        """
+        self.batches, self.count, self.autoencoder, self.folder, self.autocast = batches, count, autoencoder, folder, autocast
+        drawn = batches.sizes, batches.weights, batches.forms, batches.relations, batches.batch, batches.seed
+        self.identity = f"{digest(autoencoder.state_dict().items())} {autoencoder.config} {autocast} {drawn}"
+        make_folder(folder)
+
+    def __getitem__(self, step: int) -> list[LatentPart]:
+        index = step % self.count
+        files = [self._file(index, position) for position in range(len(self.batches.shards))]
+        try:
+            kept = [read_cached(file)["latents"] for file in files]
+        except TimError:  # missing or damaged
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                kept = [self.autoencoder.encode(part.images.contiguous()).half() for part in self.batches[index]]
+            for file, latents in zip(files, kept):
+                write_cached(file, {"latents": latents})
+        captions = self.batches.captions(index)
+        return [LatentPart(latents, captions) for latents in kept]
+
+    def _file(self, index: int, position: int) -> Path:
+        name = hashlib.sha256(f"{self.identity} {index} {self.batches.shards[position]}".encode()).hexdigest()
+        return self.folder / f"{name[:32]}.safetensors"

@@ -37,7 +37,7 @@ class ShapesBatches(torch.utils.data.Dataset):
 
     def __init__(self, sizes: SizesConfig, batch: int, seed: int, shards: Sequence[Shard] = (Shard(),)):
         """TimError if a batch of some size would have fewer images than shards, or more than MOST_PIXELS in all."""
-        self.sizes, self.weights = sizes.table()
+        (self.sizes, self.weights), self.native_size = sizes.table(), sizes.native_size
         self.forms, self.relations, self.batch, self.seed, self.shards = sizes.forms, sizes.relations, batch, seed, shards
         for (width, height), count in zip(self.sizes, map(self.count, self.sizes)):
             if count * width * height > MOST_PIXELS:
@@ -49,8 +49,8 @@ class ShapesBatches(torch.utils.data.Dataset):
 
     def count(self, size: tuple[int, int]) -> int:
         """The number of images in a batch. Batches of all sizes have about as many tokens."""
-        reference = self.sizes[int(np.argmax(self.weights))]
-        return max(1, round(self.batch * reference[0] * reference[1] / (size[0] * size[1])))
+        width, height = self.native_size
+        return max(1, round(self.batch * width * height / (size[0] * size[1])))
 
     def __getitem__(self, step: int) -> list[ShapesPart]:
         (width, height), prompts = self._draw(step)

@@ -48,6 +48,12 @@ class SizesConfig:
         sides = (size.split("x") for size in self.sizes)
         return [(int(width), int(height)) for width, height in sides], [weight / total for weight in self.sizes.values()]
 
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """The most frequent (width, height)."""
+        sizes, weights = self.table()
+        return sizes[weights.index(max(weights))]
+
     def misfit(self, pixels: int) -> str | None:
         """The first size whose sides are not multiples of `pixels`, the side of a latent cell or of a patch."""
         return next((size for size, sides in zip(self.sizes, self.table()[0]) if any(side % pixels for side in sides)), None)

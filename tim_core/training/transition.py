@@ -267,11 +267,11 @@ class TransitionTask(Task[TextToImage]):
         return {"distillation": loss.sum() * shard.count / total}
 
     def sample(self, average: TextToImage, step: int) -> Image.Image:
-        """A prompt of each form, at the first image size."""
+        """A prompt of each form, at the most frequent size."""
         loop = self.config.loop
         rng = np.random.default_rng([loop.seed, 1])
         prompts = [scenes.sample_prompt(rng, form).text for form in scenes.TRAINING_FORMS]
-        width, height = self.config.data.table()[0][0]
+        width, height = self.config.data.native_size
         noise = torch.randn(len(prompts), self.channels, height // self.factor, width // self.factor,
                             generator=torch.Generator().manual_seed(loop.seed))
         device = next(average.parameters()).device
@@ -291,7 +291,7 @@ class TransitionTask(Task[TextToImage]):
                  for name, value in average.items()}
         init_from(made, mixed, "the averaged weights", optional={name for name, _ in made.named_buffers()})
         metadata = {"latent_factor": self.factor, "scaling_factor": self.autoencoder.config.scaling_factor, "escape_prompts": False,
-                    "preview": self.preview, "training": record}
+                    "native_size": list(config.data.native_size), "preview": self.preview, "training": record}
         return pack(
             {"transformer": made.transformer, "text_encoder": made.text, "vae": self.autoencoder},
             config.export_path(record["step"]), dtype=torch.bfloat16, metadata=metadata, keep_projector=True, vae_dtype=torch.bfloat16)

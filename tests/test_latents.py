@@ -14,8 +14,10 @@ from tim_core.shapes.config import SizesConfig
 from tim_core.training import run
 from tim_core.training.config import read
 from tim_core.training.latents import CachedLatents
+from tim_core.weights.defaults import read_defaults
 from tim_core.weights.load import load_autoencoder
 from tim_core.weights.open import open_state_dict
+from tim_core.weights.parts import read_parts
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,8 @@ def test_a_run_on_cached_latents_continues_as_if_nothing_happened(tmp_path, monk
         path.write_text("cached_batches: 3\n" + path.read_text())
     (made,) = run([whole])
     assert len(list((tmp_path / "tim" / "latents").glob("*.safetensors"))) == 3
+    made_for = read_defaults(read_parts(made))
+    assert (made_for.width, made_for.height) == (32, 32)
     killed(monkeypatch, resumed, "save", at=4)
     a, b = (open_state_dict(file)[0] for file in (made, run([resumed])[0]))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

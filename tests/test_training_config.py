@@ -2,7 +2,6 @@
 
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -11,6 +10,7 @@ import yaml
 
 from tim_core.errors import TimError
 from tim_core.models.attention import BACKENDS
+from tim_core.training.autoencoder import architecture
 from tim_core.training.config import FineTuning, FolderConfig, TransformerTraining, read, recorded
 from tim_core.training.yaml_file import read_values
 
@@ -270,21 +270,29 @@ def test_the_ready_configurations_are_read():
     assert baseline.objective.diffusion_ratio == 1
 
 
-RECIPE = {"1-autoencoder": "tim-shapes-autoencoder", "2-decoder": "tim-shapes-decoder", "3-transitions": "tim-shapes",
-          "4-composed": "tim-shapes-flow", "5-matching": "tim-shapes-sharp"}
+RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-transitions", "5-matching")
 
 
-def test_the_recipe_has_the_values_of_recorded_runs():
-    files, outputs = ("output", "checkpoint", "autoencoder", "start"), []
-    for stage, run in RECIPE.items():
-        ours = asdict(read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml"))
-        recorded_run = asdict(read(ROOT / "docs" / "research" / "configs" / f"{run}.yaml"))
-        assert {name: value for name, value in ours.items() if name not in files} == {
-            name: value for name, value in recorded_run.items() if name not in files}
-        assert ours.get("checkpoint") is None  # the bundled model stays as it is
+def test_every_stage_of_the_recipe_starts_from_one_before_it():
+    stages, results = [read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml") for stage in RECIPE], []
+    for stage, config in zip(RECIPE, stages):
+        assert config.checkpoint is None  # the bundled model stays as it is
         for name in ("autoencoder", "start"):
-            assert ours.get(name) is None or os.path.dirname(ours[name]) in outputs, f"{stage}: {name}"
-        outputs.append(ours["output"])
+            needed = getattr(config, name, None)
+            assert needed is None or needed in results, f"{stage}: {name}"
+        results.append(f"{config.output}/{config.export_name}")
+    assert stages[-1].autoencoder == results[1] and stages[-1].start == results[3]
+
+
+def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
+    stages = [read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml") for stage in RECIPE]
+    assert stages[1].freeze_encoder and architecture(stages[0]) == architecture(stages[1])
+    assert architecture(stages[0]).factor == 32
+    for config in stages:
+        assert "320x320" not in config.data.sizes and config.data.native_size == (256, 256) and config.data.misfit(32) is None
+    for config in stages[2:]:
+        assert config.transformer == stages[2].transformer and config.text == stages[2].text
+        assert config.shift_base == 256 and config.data == stages[2].data
 
 
 def test_missing_file_is_one_line(tmp_path):

@@ -28,7 +28,7 @@ class LoopConfig:
 
     steps: Count = 10_000
     batch: Annotated[int, Field(ge=1, le=MOST_ITEMS)] = 64
-    optimizer: Literal["adamw", "muon"] = "adamw"    # Muon, of torch 2.9, is for the weight matrices of blocks; AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"    # Muon, of torch 2.9, is for matrices and kernels of blocks; AdamW for the rest
     lr: Rate = 1e-3
     muon_lr: Rate = 0.01
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)

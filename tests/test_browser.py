@@ -172,6 +172,8 @@ def test_templates_hide_nothing(comfyui, page, nodes_2):
     found = {}
     try:
         open_editor(page, comfyui)
+        if nodes_2 and page.evaluate("() => app.ui.settings.settingsLookup['Comfy.VueNodes.Enabled'].type") == "hidden":
+            pytest.skip("Nodes 2.0 is hidden in this version's settings")
         for file in sorted((ROOT / "workflows").glob("*.json")):
             page.evaluate("graph => app.loadGraphData(graph, true, true, 'shown')", json.loads(file.read_text(encoding="utf-8")))
             page.evaluate(FIT)

@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.upscale import edges, width
+from benchmarks.sharpness import circle_overlaps, edge_width
 from tim_core.files import atomic_write  # noqa: E402
 from tim_core.shapes import scenes  # noqa: E402
-from tim_core.shapes.detector import detect, is_correct  # noqa: E402
+from tim_core.shapes.detector import is_correct  # noqa: E402
 from tim_core.training.samples import grid  # noqa: E402
 from tim_core.weights.load import load_autoencoder  # noqa: E402
 
@@ -37,43 +37,11 @@ def truth(task: str, n: int, seed: int, size: tuple[int, int]) -> list[tuple[sce
     return [(prompt, scenes.render(scenes.place(rng, prompt, *size), *size)) for prompt in prompts]
 
 
-def circle_overlaps(image: np.ndarray) -> list[float]:
-    """Soft intersection over union of every detected circle with the ideal one in its bounding box.
-
-    The best of a search of half a pixel, as the detector does it: 0.97 for the renderer's circles of radius 15.
-    """
-    found, (height, width) = [], image.shape[:2]
-    for thing in detect(image):
-        if thing.shape != "circle":
-            continue
-        way = np.float32(scenes.COLORS[thing.color]) - np.float32(scenes.BACKGROUND)
-        reach = thing.radius + 2.5
-        x0, y0 = max(0, int(thing.x - reach)), max(0, int(thing.y - reach))
-        part = image[y0 : min(height, int(thing.y + reach) + 1), x0 : min(width, int(thing.x + reach) + 1)]
-        alpha = np.clip((part * 255 - np.float32(scenes.BACKGROUND)) @ way / (way @ way), 0, 1)
-        best = 0.0
-        for radius in (thing.radius - 0.5, thing.radius, thing.radius + 0.5):
-            for dy in (-0.5, 0.0, 0.5):
-                ideal = scenes.coverage("circle", thing.x - x0, thing.y + dy - y0, radius, alpha.shape[1], alpha.shape[0])
-                best = max(best, float(np.minimum(alpha, ideal).sum() / np.maximum(alpha, ideal).sum()))
-        found.append(best)
-    return found
-
-
 def accuracy(correct: dict[str, list[bool]]) -> dict:
     """Accuracy per task, their mean and its standard error, sqrt(sum p (1 - p) / n) / tasks."""
     tasks = {task: float(np.mean(found)) for task, found in correct.items()}
     variance = sum(p * (1 - p) / len(correct[task]) for task, p in tasks.items())
     return {"mean": float(np.mean(list(tasks.values()))), "stderr": variance**0.5 / len(tasks), "tasks": tasks}
-
-
-def edge_width(images: list[np.ndarray]) -> float | None:
-    """10-90 % width in pixels over the edges of all images; None where there are none or their profile never falls so far."""
-    lines = [line for image in images for line in edges(image)]
-    try:
-        return float(width(lines)) if lines else None
-    except TypeError:  # the profile crosses one of the two levels nowhere
-        return None
 
 
 @torch.no_grad()

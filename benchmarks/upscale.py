@@ -9,76 +9,20 @@ the second.
 """
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tim_core import Pipeline
+from benchmarks.sharpness import edges, line_width, width
+from tim_core import Pipeline  # noqa: E402
 from tim_core.evaluation.curve import eval_samples  # noqa: E402
-from tim_core.shapes import detector, scenes  # noqa: E402
+from tim_core.shapes import detector  # noqa: E402
 from tim_core.upscale import enlarge  # noqa: E402
 
 BATCH = 16
-
-
-def edges(image: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Lines across the edges that lie along the axes (the sides of squares and circles, the base of triangles).
-
-    Each is (offsets in pixels from where it falls through 50 %, values from 1 on the object to 0 on the background).
-    """
-    found = []
-    background = np.array(scenes.BACKGROUND) / 255
-    for thing in detector.detect(image):
-        if thing.shape is None or thing.color is None:
-            continue
-        way = np.array(scenes.COLORS[thing.color]) / 255 - background
-        reach = int(0.8 * thing.radius)
-        x, y = int(thing.x), int(thing.y)
-        across = (image[y] - background) @ way / (way @ way)
-        down = (image[:, x] - background) @ way / (way @ way)
-        lines = [(down, thing.y + thing.radius)]
-        if thing.shape != "triangle":
-            lines += [(across[::-1], image.shape[1] - thing.x + thing.radius), (across, thing.x + thing.radius)]
-        for line, edge in lines:
-            low, high = max(0, int(edge - reach)), min(len(line), int(edge + reach) + 1)
-            falling = line[low:high]
-            if (middle := crossing(falling, 0.5)) is not None:
-                found.append((np.arange(len(falling)) - middle, falling))
-    return found
-
-
-def crossing(line: np.ndarray, level: float) -> float | None:
-    """Where a line that falls from 1 to 0 goes below the level for the first time, between pixels."""
-    below = np.flatnonzero(line < level)
-    if not len(below) or below[0] == 0:
-        return None
-    i = int(below[0])
-    return i - 1 + (line[i - 1] - level) / (line[i - 1] - line[i])
-
-
-def width(lines: list[tuple[np.ndarray, np.ndarray]], cell: float = 0.125, reach: float = 8.0) -> float:
-    """10-90 % width in pixels of the edge profile that the lines together sample finer than a pixel, as in ISO 12233."""
-    offsets, values = (np.concatenate(parts) for parts in zip(*lines))
-    cells = np.round(offsets / cell).astype(int)
-    used = [k for k in range(int(-reach / cell), int(reach / cell) + 1) if (cells == k).any()]
-    profile = np.array([np.median(values[cells == k]) for k in used])
-
-    def at(level: float) -> float:
-        place = crossing(profile, level)
-        return cell * (used[int(place)] + place % 1 * (used[int(place) + 1] - used[int(place)]))
-
-    return at(0.1) - at(0.9)
-
-
-def line_width(lines: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """The median over lines of each one's own 10-90 % width, between pixels: an edge narrower than a pixel looks up to twice as wide."""
-    places = [(crossing(line, 0.1), crossing(line, 0.9)) for _, line in lines]
-    return statistics.median(ten - ninety for ten, ninety in places if ten is not None and ninety is not None)
 
 
 def main() -> None:

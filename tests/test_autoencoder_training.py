@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import autoencoder as benchmark
+from benchmarks.sharpness import circle_overlaps
 from tim_core.errors import TimError
 from tim_core.shapes import scenes
 from tim_core.training.autoencoder import edge_map, losses
@@ -99,9 +100,9 @@ def test_overlap_of_a_lumpy_circle_is_smaller():
     angle = np.arctan2(np.arange(64)[:, None] + 0.5 - circle.y, np.arange(64) + 0.5 - circle.x)
     distance = np.hypot(np.arange(64) + 0.5 - circle.x, np.arange(64)[:, None] + 0.5 - circle.y)
     lumpy[(np.cos(8 * angle) < 0) & (distance > 13.5)] = np.array(scenes.BACKGROUND) / 255
-    (perfect,), (worse,) = benchmark.circle_overlaps(image), benchmark.circle_overlaps(lumpy)
+    (perfect,), (worse,) = circle_overlaps(image), circle_overlaps(lumpy)
     assert perfect > 0.97 and worse < perfect - 0.04
-    assert benchmark.circle_overlaps(scenes.render([scenes.Placed("square", "blue", 32, 32, 15)], 64, 64)) == []
+    assert circle_overlaps(scenes.render([scenes.Placed("square", "blue", 32, 32, 15)], 64, 64)) == []
 
 
 def test_standard_error_is_that_of_the_mean_over_tasks():

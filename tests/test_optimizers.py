@@ -34,6 +34,29 @@ def test_a_kernel_moves_like_the_matrix_that_it_is():
         assert torch.equal(kernel.flatten(1), matrix)
 
 
+def test_a_kernel_in_channels_last_moves_like_others():
+    torch.manual_seed(0)
+    kernel, gradient = torch.randn(2, 8, 4, 3, 3)
+    moved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        parameter = nn.Parameter(kernel.clone(memory_format=layout))
+        (optimizer,) = make({"up_blocks.0.conv.weight": parameter})
+        parameter.grad = gradient.clone(memory_format=layout)
+        optimizer.step()
+        moved.append(parameter.detach())
+    assert torch.equal(*moved) and not torch.equal(moved[0], kernel)
+
+
+def test_a_failed_step_leaves_kernels_in_their_shape(monkeypatch):
+    kernel = nn.Parameter(torch.randn(8, 4, 3, 3))
+    (optimizer,) = make({"up_blocks.0.conv.weight": kernel})
+    kernel.grad = gradient = torch.randn_like(kernel)
+    monkeypatch.setattr(torch.optim.Muon, "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    assert kernel.shape == (8, 4, 3, 3) and torch.equal(kernel.grad, gradient)
+
+
 def test_a_kernel_without_a_gradient_stays():
     kernel = nn.Parameter(torch.randn(8, 4, 3, 3))
     before, (optimizer,) = kernel.detach().clone(), make({"up_blocks.0.conv.weight": kernel})

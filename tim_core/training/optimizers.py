@@ -15,7 +15,7 @@ from .config import LoopConfig
 class ParamGroup:
     """Trained parameters, by name, with learning rates of their own; their gradients are clipped together.
 
-    norm: the name of their gradient norm in metrics.csv. muon_lr: with loop.optimizer muon, for the weight matrices of blocks and layers.
+    norm: the name of their gradient norm in metrics.csv. muon_lr: with loop.optimizer muon, for matrices and kernels of blocks and layers.
     start_step: the step of their first update and of the start of their warm-up.
     """
 
@@ -38,7 +38,7 @@ def _flattened(parameters: Iterable[nn.Parameter], state: dict[nn.Parameter, dic
 
     def reshape(p: nn.Parameter, shape: tuple[int, ...]) -> None:
         gradient, p.grad = p.grad, None
-        p.data = p.data.view(shape)
+        p.data = p.data.reshape(shape)
         p.grad = None if gradient is None else gradient.reshape(shape)
         if p in state:
             state[p]["momentum_buffer"] = state[p]["momentum_buffer"].view(shape)

@@ -48,6 +48,12 @@ def test_edge_map_is_the_contrast_within_two_pixels():
     torch.testing.assert_close(found[0, 0], near.expand(16, 16))
 
 
+def test_edge_map_holds_in_both_directions_and_at_borders():
+    images = torch.randn(2, 3, 9, 14)
+    highest, lowest = (nn.functional.max_pool2d(signed, 5, 1, 2) for signed in (images, -images))
+    assert torch.equal(edge_map(images), (highest + lowest).amax(1, keepdim=True))
+
+
 @pytest.mark.parametrize("column, weight", [(8, 1 + 2 * 1.5), (0, 1)])
 def test_edge_weight_counts_errors_near_edges_more(column, weight):
     image = step_image()

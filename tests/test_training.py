@@ -124,6 +124,12 @@ def test_a_batch_has_an_image_for_every_shard():
         ShapesBatches(sizes, 4, 0, [Shard(0, 3)])
 
 
+def test_a_batch_is_for_the_most_frequent_size():
+    sizes = SizesConfig({"32x64": 0.3, "32x32": 0.7})
+    batches = ShapesBatches(sizes, 4, 0)
+    assert sizes.native_size == (32, 32) and batches.count((32, 32)) == 4 and batches.count((32, 64)) == 2
+
+
 def test_relations_may_be_chosen():
     chosen = ShapesBatches(SizesConfig(forms={"position": 1.0}, relations=("above", "below")), 16, 0)
     ((_, captions),) = chosen[0]

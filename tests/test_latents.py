@@ -1,6 +1,7 @@
 """Training on cached latents of coloured shapes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,31 @@ def test_other_images_or_weights_are_not_taken_from_the_cache(autoencoder, tmp_p
     other_weights = CachedLatents(draw(), 1, changed, tmp_path)[0][0].latents
     assert not torch.equal(first, other_weights) and (first.shape != other_images.shape or not torch.equal(first, other_images))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_whatever_changes_a_batch_changes_its_file(autoencoder, tmp_path):
+    def cached(weight=1.0, forms=("single", "two"), relations=("above", "below"), batch=4, seed=0, shard=Shard(), encoder=autoencoder,
+               autocast=False):
+        sizes = SizesConfig({"32x32": 1.0, "32x64": weight}, dict.fromkeys(forms, 1.0), relations)
+        return CachedLatents(ShapesBatches(sizes, batch, seed, [shard]), 2, encoder, tmp_path, autocast)
+
+    scaled = copy.deepcopy(autoencoder)
+    scaled.config = replace(scaled.config, scaling_factor=0.5)
+    for number, change in enumerate([{}, {"weight": 2.0}, {"forms": ("single",)}, {"relations": ("above",)}, {"batch": 8}, {"seed": 1},
+                                     {"shard": Shard(0, 2)}, {"shard": Shard(1, 2)}, {"encoder": scaled}, {"autocast": True}], 1):
+        cached(**change)[0]
+        assert len(list(tmp_path.iterdir())) == number, change
+    cached()[1]
+    assert len(list(tmp_path.iterdir())) == number + 1
+
+
+def test_latents_that_float16_does_not_hold_are_not_cached(autoencoder, tmp_path):
+    large = copy.deepcopy(autoencoder)
+    with torch.no_grad():
+        large.encoder.conv_out.weight.mul_(1e7)
+    with pytest.raises(TimError, match="cached_batches.*batch 0.*float16"):
+        CachedLatents(draw(), 1, large, tmp_path)[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_file_is_encoded_again(autoencoder, tmp_path):

@@ -45,12 +45,20 @@ class CachedLatents(torch.utils.data.Dataset):
         try:
             kept = [read_cached(file)["latents"] for file in files]
         except TimError:  # missing or damaged
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-                kept = [self.autoencoder.encode(part.images.contiguous()).half() for part in self.batches[index]]
+            kept = self._encode(index)
             for file, latents in zip(files, kept):
                 write_cached(file, {"latents": latents})
         captions = self.batches.captions(index)
         return [LatentPart(latents, captions) for latents in kept]
+
+    def _encode(self, index: int) -> list[Tensor]:
+        """The latents of the shards of a batch. TimError if float16 does not hold them."""
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            encoded = [self.autoencoder.encode(part.images.contiguous()).half() for part in self.batches[index]]
+        if not all(bool(latents.isfinite().all()) for latents in encoded):
+            raise TimError(f"cached_batches: latents of batch {index} are not finite in float16; train the autoencoder to latents of "
+                           "variance 1, or set cached_batches: 0")
+        return encoded
 
     def _file(self, index: int, position: int) -> Path:
         name = hashlib.sha256(f"{self.identity} {index} {self.batches.shards[position]}".encode()).hexdigest()

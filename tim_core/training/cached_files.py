@@ -1,4 +1,4 @@
-"""Safetensors files of encoded training data, which know whether they are whole."""
+"""Safetensors files of encoded training data, with a hash that shows damage."""
 
 from pathlib import Path
 

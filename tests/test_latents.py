@@ -71,19 +71,18 @@ def test_other_images_or_weights_are_not_taken_from_the_cache(autoencoder, tmp_p
 
 
 def test_whatever_changes_a_batch_changes_its_file(autoencoder, tmp_path):
-    def cached(weight=1.0, forms=("single", "two"), relations=("above", "below"), batch=4, seed=0, shard=Shard(), encoder=autoencoder,
-               autocast=False):
+    def encode(weight=1.0, forms=("single", "two"), relations=("above", "below"), shard=Shard(), batch=4, seed=0, index=0, **more):
         sizes = SizesConfig({"32x32": 1.0, "32x64": weight}, dict.fromkeys(forms, 1.0), relations)
-        return CachedLatents(ShapesBatches(sizes, batch, seed, [shard]), 2, encoder, tmp_path, autocast)
+        arguments = {"autoencoder": autoencoder, **more}
+        CachedLatents(ShapesBatches(sizes, batch, seed, [shard]), 2, folder=tmp_path, **arguments)[index]
 
     scaled = copy.deepcopy(autoencoder)
     scaled.config = replace(scaled.config, scaling_factor=0.5)
-    for number, change in enumerate([{}, {"weight": 2.0}, {"forms": ("single",)}, {"relations": ("above",)}, {"batch": 8}, {"seed": 1},
-                                     {"shard": Shard(0, 2)}, {"shard": Shard(1, 2)}, {"encoder": scaled}, {"autocast": True}], 1):
-        cached(**change)[0]
+    changes = [{}, {"weight": 2.0}, {"forms": ("single",)}, {"relations": ("above",)}, {"batch": 8}, {"seed": 1}, {"index": 1}]
+    changes += [{"shard": Shard(0, 2)}, {"shard": Shard(1, 2)}, {"autoencoder": scaled}, {"autocast": True}]
+    for number, change in enumerate(changes, 1):
+        encode(**change)
         assert len(list(tmp_path.iterdir())) == number, change
-    cached()[1]
-    assert len(list(tmp_path.iterdir())) == number + 1
 
 
 def test_latents_that_float16_does_not_hold_are_not_cached(autoencoder, tmp_path):

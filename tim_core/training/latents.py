@@ -56,8 +56,10 @@ class CachedLatents(torch.utils.data.Dataset):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             encoded = [self.autoencoder.encode(part.images.contiguous()).half() for part in self.batches[index]]
         if not all(bool(latents.isfinite().all()) for latents in encoded):
-            raise TimError(f"cached_batches: latents of batch {index} are not finite in float16; train the autoencoder to latents of "
-                           "variance 1, or set cached_batches: 0")
+            raise TimError(
+                f"cached_batches: latents of batch {index} are not finite in float16; train the autoencoder to latents of "
+                "variance 1, or set cached_batches: 0"
+            )
         return encoded
 
     def _file(self, index: int, position: int) -> Path:

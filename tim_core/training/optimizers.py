@@ -70,7 +70,8 @@ def muon(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torc
 def _is_inner(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon trains it: a matrix or kernel in a block or layer, but no depthwise kernel and no modulation, which is zero at first."""
     inner = any(part in f".{name}" for part in (".blocks.", ".layers.", "_blocks."))
-    return inner and parameter.ndim >= 2 and parameter.shape[1] > 1 and "adaLN" not in name
+    is_matrix = parameter.ndim == 2 or parameter.ndim > 2 and parameter.shape[1] > 1
+    return inner and is_matrix and "adaLN" not in name
 
 
 def optimizers(config: LoopConfig, groups: list[ParamGroup]) -> list[torch.optim.Optimizer]:

@@ -145,7 +145,7 @@ class TiMNativeUpscale(io.ComfyNode):
             interval, callback = (guidance_low, guidance_high), progress(sum(counts[:stage]))
             start, times = {"samples": samples, **places}, time_grid(model, counts[stage], float(times[0]))
             if mask is not None:
-                start["noise_mask"] = crop_mask(mask, *sizes[stage])[:, None]
+                start["noise_mask"] = crop_mask(mask, size, *sizes[stage])[:, None]
             return sample_latent(
                 model, positive, negative, start, seed, cfg, times, interval, stochasticity, callback=callback
             )["samples"]

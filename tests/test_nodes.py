@@ -592,6 +592,23 @@ def test_upscale_equals_the_nodes_it_is_made_of(comfyui, tmp_path):
     assert redrawn[:62].max() <= 1 < redrawn[66:].min()  # the right half
 
 
+def test_masks_of_another_batch_and_shape_equal_the_nodes_it_is_made_of(comfyui):
+    """Two masks, half as high as wide, for three square images."""
+    graph = Graph()
+    small = graph.add("VAEDecode", samples=graph.tim(graph.empty(batch_size=3)), vae=graph.vae)
+    black, white = (graph.add("SolidMask", value=value, width=64, height=32) for value in (0.0, 1.0))
+    halves = [graph.add("MaskComposite", destination=white, source=black, x=x, y=y, operation="multiply") for x, y in ((32, 0), (0, 16))]
+    shown = [graph.add("MaskToImage", mask=half) for half in halves]
+    mask = graph.add("ImageToMask", image=graph.add("ImageBatch", image1=shown[0], image2=shown[1]), channel="red")
+    node = upscaled(graph, image=small, steps=2, strength=0.6, mask=mask)
+    image, latent = by_hand(graph, small, [(128, 128)], mask=mask)
+    saves = [graph.add("SaveImage", images=each, filename_prefix="masks")[0] for each in (node, image)]
+    latents = [graph.save(each) for each in ([node[0], 1], latent)]
+    outputs = comfyui.run(graph.prompt)
+    close(*(latent_of(comfyui, outputs, each) for each in latents))
+    assert (images_of(comfyui, outputs, saves[0]) - images_of(comfyui, outputs, saves[1])).abs().max() <= 1
+
+
 def test_the_mask_of_an_upscale_keeps_the_enlargement(comfyui):
     graph = Graph()
     small = graph.add("VAEDecode", samples=graph.tim(), vae=graph.vae)

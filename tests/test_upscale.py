@@ -91,7 +91,23 @@ def test_a_mask_pastes_what_is_redrawn():
     assert images.shape == (1, 32, 32, 3) and images[:, :, :8].abs().max() == 0 and images[:, :, 24:].min() == 1
     below, above = torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8, 3)
     assert torch.equal(paste(below, above, torch.full((1, 2, 2), 0.25)), torch.full((1, 8, 8, 3), 0.25))
-    assert crop_mask(torch.ones(1, 64, 32), 64, 64).shape == (1, 32, 32)  # as the image is cropped
+    assert crop_mask(torch.ones(1, 64, 32), (32, 64), 64, 64).shape == (1, 32, 32)  # as the image is cropped
+
+
+def test_a_mask_of_another_shape_is_stretched_over_the_image():
+    rows = torch.arange(12).view(1, 12, 1).expand(1, 12, 8)
+    assert torch.equal(crop_mask(rows, (96, 48), 192, 96), rows)  # the whole image is kept
+    assert crop_mask(rows, (96, 48), 192, 48)[0, :, 0].tolist() == list(range(3, 9))  # the middle half of its height
+    assert crop_mask(rows, (96, 48), 24, 48).shape == (1, 12, 2)
+    assert crop_mask(torch.ones(1, 1, 1), (96, 48), 96, 8).shape == (1, 1, 1)
+
+
+@pytest.mark.parametrize("images, masks, used", [(1, 2, [0]), (2, 1, [0, 0]), (3, 2, [0, 1, 0]), (2, 3, [0, 1])])
+def test_images_take_the_masks_of_a_batch_in_turn(images, masks, used):
+    mask = torch.linspace(0.25, 0.75, masks).view(-1, 1, 1).expand(masks, 4, 4)
+    made, _ = upscale(torch.zeros(images, 8, 8, 3), [(16, 16)], [1], 0.5, encode=lambda x: x, sample=lambda x, *_: x, mask=mask,
+                      decode=torch.ones_like)
+    assert torch.equal(made[:, 0, 0, 0], mask[used, 0, 0]) and made.shape == (images, 16, 16, 3)
 
 
 def test_tiles_cover_the_image_evenly():

@@ -117,10 +117,12 @@ def enlarge(images: Tensor, width: int, height: int, method: str = "bicubic") ->
     return F.interpolate(images.movedim(-1, 1).float(), (height, width), mode=method).movedim(1, -1)
 
 
-def crop_mask(mask: Tensor, width: int, height: int) -> Tensor:
-    """The part of a mask (B, h, w) that `enlarge` keeps of its image for this size."""
-    rows, columns = _crop(mask.shape[1], mask.shape[2], height, width)
-    return mask[:, rows, columns]
+def crop_mask(mask: Tensor, size: tuple[int, int], width: int, height: int) -> Tensor:
+    """The part of a mask (B, h, w) that `enlarge` keeps for width x height of an image of `size`, over which the mask is stretched."""
+    rows, columns = _crop(size[1], size[0], height, width)
+    top = min(round(rows.start * mask.shape[1] / size[1]), (mask.shape[1] - 1) // 2)
+    left = min(round(columns.start * mask.shape[2] / size[0]), (mask.shape[2] - 1) // 2)
+    return mask[:, top : mask.shape[1] - top, left : mask.shape[2] - left]
 
 
 def _crop(old_height: int, old_width: int, height: int, width: int) -> tuple[slice, slice]:
@@ -133,7 +135,11 @@ def _crop(old_height: int, old_width: int, height: int, width: int) -> tuple[sli
 
 
 def paste(below: Tensor, above: Tensor, mask: Tensor) -> Tensor:
-    """`above` where the mask (B, h, w), resized to them, is 1, and `below` where it is 0; both are (B, H, W, 3)."""
+    """`above` where the mask (b, h, w), resized to them, is 1, and `below` where it is 0; both are (B, H, W, 3).
+
+    Masks for fewer images are repeated in order, those beyond B are left out, as in ComfyUI.
+    """
+    mask = mask[[i % len(mask) for i in range(len(below))]]
     mask = F.interpolate(mask[:, None].float(), below.shape[1:3], mode="bilinear").movedim(1, -1).to(below)
     return above.to(below) * mask + below * (1 - mask)
 
@@ -187,15 +193,15 @@ def upscale(
     """Run images (B, h, w, 3) in [0, 1] through the stages -> images of the last size, and their latents.
 
     encode: images -> clean latents. sample(latents, times, stage): adds noise up to times[0] and samples to times[-1] = 0. decode:
-    latents -> images. resize(images, width, height) enlarges. mask (B, h, w) of the given images: what is 0 shows the enlarged image.
+    latents -> images. resize(images, width, height) enlarges. mask (b, h, w) of the given images: what is 0 shows the enlarged image.
     strength is times[0]; all steps run, whatever it is. TimError unless it is above 0 and at most 1.
     """
     check_strength(strength)
-    latents = torch.empty(0)
+    latents, size = torch.empty(0), (images.shape[2], images.shape[1])
     for stage, ((width, height), count) in enumerate(zip(sizes, steps, strict=True)):
         enlarged = resize(images, width, height)
         latents = sample(encode(enlarged), schedule.uniform(count, strength), stage)
         images = decode(latents)
         if mask is not None:
-            images = paste(enlarged, images, crop_mask(mask, width, height))
+            images = paste(enlarged, images, crop_mask(mask, size, width, height))
     return images, latents

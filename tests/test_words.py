@@ -176,6 +176,43 @@ def test_every_page_is_translated_whole(node, language):
             assert sorted(re.findall(r"`[^`]+`", text)) == sorted(re.findall(r"`[^`]+`", other)), other_head
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_pages_call_our_nodes_by_their_names(language):
+    """What is bold and speaks of TiM is the name of a node."""
+    names = {WORDS[language][node].get("display_name", name) for node, name in NAMES.items()}
+    bold = {" ".join(text.split()) for node in SCHEMAS for text in re.findall(r"\*\*(.+?)\*\*", page(node, language), re.S)}
+    found = {text for text in bold if "TiM" in text}
+    assert len(found) > 8 and found <= names
+
+
+def messages() -> list[list[str]]:
+    """The constant parts of every text in our code, without digits; those of an f-string that begins with a value begin with ""."""
+    found = []
+    for file in (*(ROOT / "nodes").rglob("*.py"), *(ROOT / "tim_core").rglob("*.py")):
+        for text in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            values = text.values if isinstance(text, ast.JoinedStr) else [text]
+            parts = [part.value if isinstance(part, ast.Constant) else "" for part in values]
+            if isinstance(text, (ast.JoinedStr, ast.Constant)) and isinstance(parts[0], str):
+                found.append([re.sub(r"\d", "", part) for part in parts])
+    return found
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_pages_quote_errors_that_there_are(language):
+    """A quote is a message with ... for its values; a name or an ending may be a value in the code."""
+    known, quotes = messages(), set()
+    for node in SCHEMAS:
+        quotes |= set(re.findall(r"(?<!\*)\*([a-z][a-z_, ]*: [^*]+)\*(?!\*)", page(node, language)))
+
+    def says(parts: list[str], quote: str) -> bool:
+        name, *rest = (piece.strip() for piece in re.split(r"\.\.\.|\d+(?:\.\d+)?", quote))
+        begins = not parts[0] or parts[0].startswith(name) or len(parts) > 1 and len(parts[0]) > 8 and name.startswith(parts[0])
+        return begins and all(any(piece in part for part in parts) for piece in rest)
+
+    assert len(quotes) > 10
+    assert {quote for quote in quotes if not any(says(parts, quote) for parts in known if parts)} == set()
+
+
 @pytest.mark.parametrize("node", SCHEMAS)
 def test_the_page_for_other_languages_is_the_english_one(node):
     assert (DOCS / f"{node}.md").read_text(encoding="utf-8") == page(node, "en")

@@ -289,10 +289,11 @@ def released_files(comfyui, class_files, tmp_path_factory) -> dict[str, Path]:
 
 def to_api(workflow: dict, object_info: dict) -> dict:
     """A workflow as the editor saves it -> the prompt that the editor queues. No subgraphs, reroutes or bypassed nodes."""
-    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    primitives = {node["id"]: node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "PrimitiveNode"}  # editor's own
+    sources = {link[0]: primitives.get(link[1], [str(link[1]), link[2]]) for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] in ("Note", "MarkdownNote"):
+        if node["type"] in ("Note", "MarkdownNote", "PrimitiveNode"):
             continue
         info = object_info[node["type"]]
         values, inputs = list(node.get("widgets_values", [])), {}

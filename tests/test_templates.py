@@ -156,6 +156,7 @@ def lora(run: Template, pipe: Pipeline, server) -> dict:
     prompt, node = run.inputs["Positive"]["text"], run.inputs["LoraLoaderModelOnly"]
     patched = Pipeline.load("tim-shapes", device="cpu", lora={server.base / "models" / "loras" / node["lora_name"]: node["strength_model"]})
     made = {"TiM-lora": (patched, "With the LoRA"), "TiM-plain": (pipe, "Without")}
+    assert run.settings("With the LoRA") == run.settings("Without")
     images = {prefix: model(prompt, steps=run.inputs[title]["steps"], **run.settings(title)) for prefix, (model, title) in made.items()}
     assert (images["TiM-lora"] - images["TiM-plain"]).abs().max() > 0.05
     return images

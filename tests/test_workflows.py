@@ -50,3 +50,13 @@ def test_workflow(file):
         assert word in note
     assert re.search(r"\d+ (equal )?steps|steps \"?\d", note) and re.search(r"cfg \d", note)
     assert "`" not in note  # inline code is hard to read in the notes of Nodes 2.0
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_second_run_makes_other_images(file):
+    """The seed changes after the first run, which is the one of the thumbnail; samplers to compare share one."""
+    workflow = json.loads(file.read_text())
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert any("randomize" in node.get("widgets_values", []) for node in nodes.values())
+    pairs = [(nodes[source], nodes[target]) for _, source, _, target, _, _ in workflow["links"]]
+    assert all(source["widgets_values"][0] == target["widgets_values"][0] for source, target in pairs if source["type"] == "PrimitiveNode")

@@ -1,6 +1,8 @@
 """The pack in the real ComfyUI, over HTTP, against tim_core: the common ways, core's own nodes, memory, errors."""
 
+import json
 import os
+import re
 import subprocess
 import time
 import urllib.error
@@ -87,6 +89,15 @@ def test_help_is_served(comfyui, name, language):
     inputs = info["input"]["required"] | info["input"].get("optional", {})
     assert all(f"| {key} |" in page or f"(`{key}`)" in page for key in inputs)
     assert comfyui.read(f"{folder}/{name}/graph.jpg").startswith(b"\xff\xd8\xff") and f"({name}/graph.jpg)" in page
+
+
+def test_notes_and_help_call_nodes_as_the_editor_does(comfyui):
+    notes = [node["widgets_values"][0] for file in (ROOT / "workflows").glob("*.json") for node in json.loads(file.read_text())["nodes"]
+             if node["type"] == "MarkdownNote"]
+    pages = [file.read_text(encoding="utf-8") for file in (ROOT / "web" / "docs").glob("*/en.md")]
+    words = {" ".join(word.split()) for text in (*notes, *pages) for word in re.findall(r"\*+([^*]+)\*+", text)}
+    shown = {name: info["display_name"] or name for name, info in comfyui.object_info.items()}
+    assert words & {*shown.values()} and {word: shown[word] for word in words & shown.keys() if shown[word] != word} == {}
 
 
 # The same picture as tim_core

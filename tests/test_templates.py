@@ -197,7 +197,10 @@ def test_template(comfyui, pipe, class_files, lora_file, stem):
     shown = SHOWN | {"TiM-after": SHOWN_AFTER.get(stem)}
     for prefix in run.pictures.keys() & shown.keys():
         assert shown[prefix].text in [node.get("text") for node in run.inputs.values()]
-        assert is_correct(shown[prefix], run.pictures[prefix][0].numpy() / 255), prefix
+        picture = run.pictures[prefix][0]
+        assert is_correct(shown[prefix], picture.numpy() / 255), prefix
+        edges = torch.cat([picture[[0, -1]].flatten(), picture[:, [0, -1]].flatten()])
+        assert edges.max() < 100, f"{prefix}: a shape is cut off"
 
 
 @pytest.mark.parametrize("stem", OWN_IMAGE)

@@ -73,7 +73,7 @@ def test_node_pack(home, tree):
     rooms = {name.split("/")[0] for name in names}
     assert not rooms & {"tests", "benchmarks", ".ci", ".github"}
     wanted = [ROOT / name for name in ("__init__.py", "pyproject.toml", "README.md", "LICENSE")]
-    for room in ("nodes", "tim_core", "workflows", "locales", "web", "docs"):
+    for room in ("nodes", "tim_core", "workflows", "locales", "web", "docs", "configs"):
         wanted += [file for file in (ROOT / room).rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     wanted = [file for file in wanted if file.parent != ROOT / "docs" or file.suffix != ".py"]  # makes the images, for developers
     assert {file.relative_to(ROOT).as_posix() for file in wanted} <= set(names)

@@ -28,7 +28,7 @@ from tim_core.models.config import AutoencoderConfig, StageConfig, TransformerCo
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.processes import ALONE, Processes, Shard
 from tim_core.shapes import detector, scenes
-from tim_core.training import finetune, loop, run
+from tim_core.training import cached_files, finetune, loop, run
 from tim_core.training import folder as image_folder
 from tim_core.training.config import FineTuning, FolderConfig, LoraConfig
 from tim_core.training.config import read as read_config
@@ -539,8 +539,8 @@ def test_a_shard_loads_only_its_own_files(tmp_path, data, monkeypatch):
     encode = image_folder.Encoder(tmp_path, "none", lambda images: {"latent": images[:, :, ::8, ::8]}, encode_captions)
     items = [Item(data / f"{k}.png", str(k), 64, 64) for k in range(5)]
     encode.keep(items)
-    loaded, load = [], image_folder.load_file
-    monkeypatch.setattr(image_folder, "load_file", lambda file: loaded.append(file) or load(file))
+    loaded, load = [], cached_files.load_file
+    monkeypatch.setattr(cached_files, "load_file", lambda file: loaded.append(file) or load(file))
 
     def batches(shards):
         return image_folder.FolderBatches(FolderConfig("x", base_pixels=64 * 64), items, encode, batch=7, seed=0, shards=shards)

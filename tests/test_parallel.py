@@ -286,7 +286,7 @@ def lora_yaml(folder, place, name, more=""):
             (images / f"{k}.txt").write_text(f"image {k}")
     path = place / f"{name}.yaml"
     path.write_text(
-        f"kind: finetune\noutput: {place / name}\nmodel: {folder / 'start.safetensors'}\ndata: {{path: {images}}}\n"
+        f"kind: finetune\noutput: {place / name}\nmodel: {folder / 'start.safetensors'}\ndata: {{path: {images}, base_pixels: 4096}}\n"
         "lora: {rank: 2}\nshift_base: 64\n"
         f"loop: {{steps: 6, batch: 4, save_every: 3, keep: 9, log_every: 1, workers: 0, warmup: 1, autocast: false{more}}}\n")
     return path

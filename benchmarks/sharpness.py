@@ -1,12 +1,9 @@
 """How sharp the edges of coloured shapes are, and how round their circles."""
 
 import statistics
-import sys
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tim_core.shapes import scenes
 from tim_core.shapes.detector import detect
 
@@ -80,14 +77,14 @@ def circle_overlaps(image: np.ndarray) -> list[float]:
 
     The best of a search of half a pixel, as the detector does it: 0.97 for the renderer's circles of radius 15.
     """
-    found, (height, width) = [], image.shape[:2]
+    found, (rows, columns) = [], image.shape[:2]
     for thing in detect(image):
         if thing.shape != "circle":
             continue
         way = np.float32(scenes.COLORS[thing.color]) - np.float32(scenes.BACKGROUND)
         reach = thing.radius + 2.5
         x0, y0 = max(0, int(thing.x - reach)), max(0, int(thing.y - reach))
-        part = image[y0 : min(height, int(thing.y + reach) + 1), x0 : min(width, int(thing.x + reach) + 1)]
+        part = image[y0 : min(rows, int(thing.y + reach) + 1), x0 : min(columns, int(thing.x + reach) + 1)]
         alpha = np.clip((part * 255 - np.float32(scenes.BACKGROUND)) @ way / (way @ way), 0, 1)
         best = 0.0
         for radius in (thing.radius - 0.5, thing.radius, thing.radius + 0.5):

@@ -23,7 +23,7 @@ from tim_core.models.attention import eager  # noqa: E402
 from tim_core.training.objectives.transition import ObjectiveConfig, transition_loss  # noqa: E402
 from tim_core.transport import OTFM  # noqa: E402
 from tim_core.weights.load import load_transformer  # noqa: E402
-from tim_core.weights.parts import read_parts  # noqa: E402
+from tim_core.weights.read import read_parts  # noqa: E402
 
 KINDS = {
     "flow matching": ObjectiveConfig(diffusion_ratio=1.0, consistency_ratio=0.0),

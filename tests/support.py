@@ -7,7 +7,8 @@ from typing import Any
 
 from tim_core.models.config import TransformerConfig
 from tim_core.weights.load import load_autoencoder, load_text_encoder, load_transformer
-from tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER, read_parts
+from tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER
+from tim_core.weights.read import read_parts
 
 
 def mentions(text: str, *parts: object) -> bool:

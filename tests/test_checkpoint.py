@@ -37,7 +37,8 @@ from tim_core.shapes.tokenizer import VOCABULARY_SIZE, shapes_tokenizer
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_autoencoder, load_text_encoder, load_transformer
 from tim_core.weights.open import flatten, open_state_dict
-from tim_core.weights.parts import BUNDLED, CONFIG_KEYS, Parts, read_parts, resolve
+from tim_core.weights.parts import BUNDLED, CONFIG_KEYS, Parts
+from tim_core.weights.read import read_parts, resolve
 from tim_core.weights.save import convert, pack
 from tim_core.weights.write import json_tensor
 

@@ -17,8 +17,9 @@ from tim_core.errors import TimError
 from tim_core.pipeline import Pipeline
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_text_encoder, load_transformer
-from tim_core.weights.parts import BUNDLED, read_parts
+from tim_core.weights.parts import BUNDLED
 from tim_core.weights.quantized import is_large
+from tim_core.weights.read import read_parts
 from tim_core.weights.save import convert, pack
 from tim_core.weights.write import DTYPES, Entry, entry, write_safetensors
 

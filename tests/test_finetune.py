@@ -37,7 +37,8 @@ from tim_core.training.folder import Item, native_size, scan
 from tim_core.training.lora import LoraLinear, add_lora
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_transformer
-from tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, read_parts
+from tim_core.weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER
+from tim_core.weights.read import read_parts
 from tim_core.weights.save import pack
 
 

@@ -19,7 +19,7 @@ from tim_core.models.transformer import TransitionTransformer
 from tim_core.shapes.tokenizer import VOCABULARY_SIZE, shapes_tokenizer
 from tim_core.weights.describe import ONE_FILE, PLACES, describe
 from tim_core.weights.load import load_text_encoder
-from tim_core.weights.parts import read_parts
+from tim_core.weights.read import read_parts
 from tim_core.weights.save import convert, pack
 
 ROOT = Path(__file__).parents[1]
@@ -237,6 +237,6 @@ def test_sizes_and_records_are_checked_before_weights_are_loaded(model, tmp_path
     assert mentions(capsys.readouterr().err, "size", size, "64x64")
     bad = read_parts(source)
     bad.parts["transformer"].record["steps"] = 0
-    monkeypatch.setattr("tim_core.weights.parts.read_parts", lambda source: bad)
+    monkeypatch.setattr("tim_core.weights.read.read_parts", lambda source: bad)
     assert main(command) == 1
     assert mentions(capsys.readouterr().err, "steps", "0", "1000")

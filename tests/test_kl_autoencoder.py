@@ -14,7 +14,7 @@ from tim_core.models.released import SD_VAE
 from tim_core.pipeline import Pipeline
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_autoencoder
-from tim_core.weights.parts import read_parts
+from tim_core.weights.read import read_parts
 from tim_core.weights.save import convert, pack
 
 diffusers = pytest.importorskip("diffusers")

@@ -18,7 +18,7 @@ from tim_core.training.latents import CachedLatents
 from tim_core.weights.defaults import read_defaults
 from tim_core.weights.load import load_autoencoder
 from tim_core.weights.open import open_state_dict
-from tim_core.weights.parts import read_parts
+from tim_core.weights.read import read_parts
 
 
 @pytest.fixture(scope="module")

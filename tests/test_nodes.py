@@ -16,7 +16,7 @@ from tests.support import mentions, sd_vae_names_of_2022
 from tim_core import Pipeline, schedule
 from tim_core.models.transformer import peak_bytes
 from tim_core.weights.load import load_text_encoder
-from tim_core.weights.parts import read_parts
+from tim_core.weights.read import read_parts
 from tim_core.weights.save import convert, pack
 
 pytestmark = pytest.mark.comfyui

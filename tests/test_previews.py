@@ -15,7 +15,8 @@ from tim_core.imagenet import NULL_CLASS, class_number, names
 from tim_core.shapes.batches import render_samples
 from tim_core.weights import previews
 from tim_core.weights.load import load_autoencoder, load_transformer
-from tim_core.weights.parts import BUNDLED, read_parts
+from tim_core.weights.parts import BUNDLED
+from tim_core.weights.read import read_parts
 from tim_core.weights.save import convert
 
 

@@ -10,9 +10,9 @@ from tests.comfy_graph import Graph, close, latent_of, run_images, run_latents, 
 from tests.comfy_support import probe
 from tests.test_convert import PREFIX, PROMPT, write_fp8
 from tim_core.pipeline import Pipeline
-from tim_core.weights.parts import read_parts
 from tim_core.weights.precision import Losses
 from tim_core.weights.quantized import quantize
+from tim_core.weights.read import read_parts
 from tim_core.weights.save import convert
 
 pytestmark = pytest.mark.comfyui

@@ -32,7 +32,7 @@ from tim_core.training.transition import TransitionTask
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_autoencoder
 from tim_core.weights.open import open_state_dict
-from tim_core.weights.parts import read_parts
+from tim_core.weights.read import read_parts
 
 ROOT = Path(__file__).parent.parent
 START = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")

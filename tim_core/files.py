@@ -159,6 +159,14 @@ def parse_json(data: str | bytes, name: str, most: int = MOST_TEXT):
         raise TimError(f"{name}: not valid JSON ({one_line(error)})") from None
 
 
+def parse_object(data: str | bytes, name: str) -> dict:
+    """A JSON object. TimError naming the source for any other JSON value, and as `parse_json`."""
+    value = parse_json(data, name)
+    if not isinstance(value, dict):
+        raise TimError(f"{name}: holds a JSON {type(value).__name__}; it must be an object")
+    return value
+
+
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
     """Calls write(tmp) and renames the result to `path`; a failure leaves the old file as it was. TimError for an OSError.
 

@@ -28,7 +28,8 @@ from .upscale import check_images, stage_sizes, stage_steps, target_size, upscal
 from .weights.defaults import Defaults, find_defaults, read_defaults
 from .weights.load import load_autoencoder, load_text_encoder, load_transformer
 from .weights.lora import Lora, list_loras, merge_lora, read_lora
-from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts, read_parts
+from .weights.parts import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, Parts
+from .weights.read import read_parts
 
 
 class Pipeline:

@@ -15,7 +15,8 @@ from ...tim_core.models.text_encoder import TextEncoder
 from ...tim_core.models.tokenizer import MAX_LENGTH
 from ...tim_core.prompts import take_off_syntax
 from ...tim_core.weights.load import load_text_encoder
-from ...tim_core.weights.parts import Parts, read_parts
+from ...tim_core.weights.parts import Parts
+from ...tim_core.weights.read import read_parts
 from ...tim_core.weights.write import json_tensor
 from .compat import supported_kwargs
 from .model import WholePatcher

@@ -7,7 +7,8 @@ from pathlib import Path
 import folder_paths
 
 from ...tim_core.errors import TimError, escaped
-from ...tim_core.weights.parts import BUNDLED, read_parts
+from ...tim_core.weights.parts import BUNDLED
+from ...tim_core.weights.read import read_parts
 
 BUNDLED_NAMES = {f"{name} (bundled)": name for name in BUNDLED}
 

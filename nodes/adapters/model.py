@@ -17,7 +17,8 @@ from ...tim_core.models.released import find_release
 from ...tim_core.models.transformer import TransitionTransformer, peak_bytes
 from ...tim_core.weights.defaults import Defaults, read_defaults
 from ...tim_core.weights.load import check_tensors
-from ...tim_core.weights.parts import TRANSFORMER, Parts, read_parts
+from ...tim_core.weights.parts import TRANSFORMER, Parts
+from ...tim_core.weights.read import read_parts
 from ...tim_core.weights.write import json_tensor
 from .compiling import call_for_any_batch
 from .log import SAID

@@ -16,8 +16,9 @@ from ...tim_core.models.autoencoder import Autoencoder
 from ...tim_core.models.config import AutoencoderConfig
 from ...tim_core.models.tiles import STRIDE, TILE
 from ...tim_core.weights.load import check_tensors, note_damage
-from ...tim_core.weights.parts import AUTOENCODER, Parts, read_parts
+from ...tim_core.weights.parts import AUTOENCODER, Parts
 from ...tim_core.weights.precision import Losses, cast
+from ...tim_core.weights.read import read_parts
 from ...tim_core.weights.write import json_tensor
 from .checks import check_latent
 from .model import WholePatcher, is_dynamic, patcher_class

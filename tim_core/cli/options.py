@@ -159,7 +159,7 @@ def load_pipeline(args: argparse.Namespace, check_with: Callable[[Any], None] = 
     """Load --model with --lora and --tile. check_with(parts) and the check of the tile come before the weights are loaded."""
     from ..limits import check_tile
     from ..pipeline import Pipeline
-    from ..weights.parts import read_parts
+    from ..weights.read import read_parts
 
     parts = read_parts(args.model)
     check_with(parts)

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
     from ..shapes.batches import render_samples
     from ..weights import previews
     from ..weights.load import load_autoencoder
-    from ..weights.parts import TRANSFORMER, read_parts
+    from ..weights.parts import TRANSFORMER
+    from ..weights.read import read_parts
     from ..weights.save import check_output_path, convert
 
     check_output_path(args.file)

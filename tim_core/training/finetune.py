@@ -19,7 +19,8 @@ from ..transport import OTFM
 from ..weights.defaults import read_defaults
 from ..weights.detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER
 from ..weights.load import check_undamaged, load_autoencoder, load_text_encoder, load_transformer
-from ..weights.parts import Parts, read_parts
+from ..weights.parts import Parts
+from ..weights.read import read_parts
 from ..weights.save import pack
 from .config import FineTuning, recorded, time_shift
 from .folder import VERSION, Encoder, FolderBatches, FolderPart, class_folders, digest_data, prepare

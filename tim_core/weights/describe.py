@@ -17,7 +17,8 @@ from .detect import AUTOENCODER, KL_AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORM
 from .load import check_loads
 from .lora import Lora, read_lora
 from .open import open_state_dict
-from .parts import BUNDLED, PART_FOLDERS, NoPart, Part, Parts, read_parts, resolve
+from .parts import BUNDLED, Part, Parts
+from .read import PART_FOLDERS, NoPart, read_parts, resolve
 
 
 @dataclass(frozen=True)

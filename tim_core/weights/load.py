@@ -13,8 +13,9 @@ from ..models.tiles import TiledAutoencoder
 from ..models.tokenizer import Tokenizer, check_ids
 from .detect import AUTOENCODER, TEXT_ENCODER, TRANSFORMER
 from .open import StateDict
-from .parts import Part, naming, read_parts
+from .parts import Part, naming
 from .precision import Losses, cast, main_dtype
+from .read import read_parts
 
 
 def load_transformer(source, operations=torch.nn, attention=None, dtype=None, device="cpu", projector=False):

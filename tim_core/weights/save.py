@@ -18,9 +18,10 @@ from .detect import AUTOENCODER, TEXT_ENCODER, TITLES, TRANSFORMER, is_lora
 from .load import check_loads
 from .lora import Lora, read_lora
 from .open import open_state_dict
-from .parts import BUNDLED, CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts, read_parts
+from .parts import BUNDLED, CONFIG_KEYS, FORMAT, PREFIXES, Part, Parts
 from .precision import Losses, cast
 from .quantized import FP8, Quantization, is_large, quantize
+from .read import read_parts
 from .write import Entry, Report, entry, json_tensor, write_safetensors
 
 STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -6,18 +6,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import autoencoder as benchmark
 from benchmarks.sharpness import circle_overlaps
 from tim_core.errors import TimError
 from tim_core.shapes import scenes
-from tim_core.training import run
 from tim_core.training.autoencoder import edge_map, losses
 from tim_core.training.config import read
 from tim_core.training.shapes_config import AutoencoderTraining
-from tim_core.weights.load import load_autoencoder
 
 SIZE = (96, 64)
 
@@ -28,12 +25,6 @@ class Blur(nn.Module):
     def __init__(self, side=1):
         super().__init__()
         self.side = side
-
-    def encoder(self, images):
-        return images
-
-    def decoder(self, latent):
-        return self.decode(latent)
 
     def encode(self, images):
         return images
@@ -79,32 +70,6 @@ def test_edge_weight_counts_errors_near_edges_more(column, weight):
     assert "edge" not in plain
     torch.testing.assert_close(weighted["loss"], plain["loss"] * weight)
     torch.testing.assert_close(weighted["l1"], plain["l1"])
-
-
-def train(folder, more: str):
-    folder.mkdir()
-    (folder / "config.yaml").write_text(
-        f"kind: autoencoder\noutput: {folder}\nencoder_widths: [8, 8, 8, 16]\ndecoder_widths: [8, 8, 8, 16]\nhead_dim: 8\n"
-        "latent_channels: 4\ndata: {sizes: {32x32: 1}}\nloop: {steps: 2, batch: 2, workers: 0, log_every: 1, warmup: 1}\n" + more)
-    (file,) = run([folder / "config.yaml"])
-    return file
-
-
-def test_a_scaling_factor_changes_the_latents_and_nothing_else(tmp_path):
-    plain, scaled = train(tmp_path / "plain", ""), train(tmp_path / "scaled", "scaling_factor: 0.25\n")
-    first, second = load_file(plain), load_file(scaled)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    one, other = load_autoencoder(plain), load_autoencoder(scaled)
-    image = torch.rand(1, 3, 32, 32) * 2 - 1
-    with torch.no_grad():
-        torch.testing.assert_close(other.encode(image), one.encode(image) / 4)
-        torch.testing.assert_close(other.decode(other.encode(image)), one.decode(one.encode(image)))
-
-
-def test_a_start_of_another_scaling_factor_is_refused(tmp_path):
-    start = train(tmp_path / "start", "scaling_factor: 0.25\n")
-    with pytest.raises(TimError, match=r"scaling_factor: 1, but .*start.* has 0.25"):
-        train(tmp_path / "next", f"start: {start}\nfreeze_encoder: true\n")
 
 
 def test_negative_edge_weight_names_the_key(tmp_path):

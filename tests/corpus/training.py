@@ -128,7 +128,6 @@ TOO_MUCH = {  # a right type, but more than anyone can mean
     ("autoencoder", "head_dim"): [16_385, 10**9],
     ("autoencoder", "encoder_widths"): ["[16385, 32, 64, 128]", "[1000000000, 1, 1, 16]", "[" + "16, " * 9 + "16]"],
     ("autoencoder", "latent_noise"): [1e20, -1],
-    ("autoencoder", "scaling_factor"): [0, 1e-9, 1e20],
     ("autoencoder", "data.forms"): ["{single: 1e308, two: 1e308}", "{none: 1}", "{}"],
 }
 

@@ -1,4 +1,4 @@
-"""Trains a DC-AE whose latents have mean 0 and a chosen variance, and whose decoder is robust to noise on them."""
+"""Trains a DC-AE with latents of mean 0 and variance 1, and a decoder that is robust to noise on them."""
 
 import functools
 import json
@@ -33,8 +33,7 @@ def architecture(config: AutoencoderTraining) -> AutoencoderConfig:
 
     return AutoencoderConfig(
         stages(config.encoder_widths, config.encoder_layers), stages(config.decoder_widths, config.decoder_layers),
-        latent_channels=config.latent_channels, head_dim=config.head_dim, downsample="pixel_unshuffle", upsample="pixel_shuffle",
-        scaling_factor=config.scaling_factor)
+        latent_channels=config.latent_channels, head_dim=config.head_dim, downsample="pixel_unshuffle", upsample="pixel_shuffle")
 
 
 def edge_map(images: Tensor) -> Tensor:
@@ -48,9 +47,9 @@ def edge_map(images: Tensor) -> Tensor:
 
 
 def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
-    """L1 error of the decoded noisy latent, plus the distance of the shard's unscaled latents from mean 0 and variance 1 per channel."""
-    latent = model.encoder(images).contiguous().float()
-    decoded = model.decoder(latent + noise.to(latent)).float()
+    """L1 error of the decoded noisy latent, plus the distance of the shard's latents from mean 0 and variance 1 per channel."""
+    latent = model.encode(images).float()
+    decoded = model.decode(latent + noise.to(latent)).float()
     difference = (decoded - images).abs()
     error = difference.mean()
     mean, var = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
@@ -78,8 +77,6 @@ class AutoencoderTask(Task[Autoencoder]):
         if config.start:
             start = load_autoencoder(user_path(config.start), dtype=torch.float32)
             init_from(self.model, start.state_dict(), config.start)
-            if (scale := start.config.scaling_factor) != config.scaling_factor:
-                raise TimError(f"scaling_factor: {config.scaling_factor:g}, but {config.start} has {scale:g}; use the same")
             self.fixed = digest(start.state_dict().items())
         self.model.encoder.requires_grad_(not config.freeze_encoder)
         self.folder, self.settings = user_path(config.output), recorded(config)

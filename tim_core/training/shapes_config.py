@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import TimError
-from ..models.config import MIN_SCALE, TransformerConfig
+from ..models.config import TransformerConfig
 from ..settings import CONFIG, Depth, FractionBelowOne, NotNegative, Size, Text, WholeNumber, require
 from ..shapes.config import SizesConfig
 from ..shapes.tokenizer import WORDS
@@ -17,7 +17,6 @@ from .objectives.transition import ObjectiveConfig
 
 Widths = Annotated[tuple[Size, ...], Field(min_length=1, max_length=8)]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0, le=64)], ...], Field(min_length=1, max_length=8)]
-Scale = Annotated[float, Field(ge=MIN_SCALE, le=1 / MIN_SCALE)]
 NOT_START = "another file than start, whose weights are needed to resume the run"
 
 
@@ -34,9 +33,8 @@ class AutoencoderTraining(RunConfig):
     attention_stages: WholeNumber = 1  # the deepest ones are EfficientViT blocks
     head_dim: Size = 16
     latent_channels: Size = 16
-    scaling_factor: Scale = 1.0                  # standard deviation of the latents; the smaller, the earlier noise hides them
-    latent_noise: NotNegative = 0.3              # maximal noise added to latents before decoding, in standard deviations of theirs
-    latent_weight: NotNegative = 0.05            # weight of the distance from mean 0 and variance 1 per channel, before scaling
+    latent_noise: NotNegative = 0.3              # maximal standard deviation of the noise added to latents before decoding
+    latent_weight: NotNegative = 0.05            # weight of the distance from mean 0 and variance 1 per channel
     edge_weight: NotNegative = 0.0               # weight of the error near edges, times their contrast; 0 counts all pixels alike
     data: SizesConfig = SizesConfig()
 

@@ -17,21 +17,24 @@ from .parts import Part, autoencoder_config, naming
 WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 
 
-def open_folder(folder: Path, checksums: bool) -> tuple[StateDict, dict[str, str], Path]:
-    """The weights of a folder in Hugging Face layout: one file, or the shards that an index names."""
+def open_folder(folder: Path, checksums: bool) -> tuple[StateDict, dict[str, str]]:
+    """The tensors and metadata of a folder in Hugging Face layout: of one file, or of the shards that an index names, without metadata.
+
+    checksums: as for `read_parts`. TimError naming the folder or the file if there are no weights, several candidates, or a bad index.
+    """
     for index in sorted(folder.glob("*.index.json")):
         weight_map = parse_object(read_bytes(index), str(index)).get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TimError(f"{index}: weight_map must map names of tensors to file names; download the index again")
         if weight_map:
-            return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()}), checksums), {}, folder
+            return _open_shards(folder, sorted({Path(shard).name for shard in weight_map.values()}), checksums), {}
     files = [folder / f"{stem}{end}" for stem in WEIGHT_FILES for end in (".safetensors", ".bin")]
     files = [file for file in files if is_file(file)] or sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if len(files) > 1 and files[0].stem not in WEIGHT_FILES:
         raise TimError(f"{folder}: holds {len(files)} weight files; name one ({', '.join(f.name for f in files[:3])}, ...)")
     if not files:
         raise TimError(f"{folder}: no weights in this folder; it needs model.safetensors or another file of the Hugging Face layout")
-    return (*open_state_dict(files[0], checksums), folder)
+    return open_state_dict(files[0], checksums)
 
 
 def _open_shards(folder: Path, names: list[str], checksums: bool) -> StateDict:
@@ -45,8 +48,8 @@ def _open_shards(folder: Path, names: list[str], checksums: bool) -> StateDict:
     return tensors
 
 
-def with_neighbours(part: Part, folder: Path) -> Part:
-    """The part with what its file lacks: a record from config.json, and the tokenizer, of the same folder."""
+def complete_from_folder(part: Part, folder: Path) -> Part:
+    """The part with what its file lacks: a record from config.json, and the tokenizer, of the same folder. TimError naming a bad file."""
     file, record, tokenizer = folder / "config.json", part.record, part.tokenizer
     if part.kind == TEXT_ENCODER and record.keys() <= {"escape_prompts"} and is_file(file):
         config = parse_object(read_bytes(file), str(file))
@@ -82,6 +85,7 @@ def _record_of_config(config: AutoencoderConfig | KLAutoencoderConfig, tensors: 
 
 
 def not_empty(data: bytes, name: str) -> bytes:
+    """The data. TimError naming the source if there is nothing but white space in it."""
     if not data.strip():
         raise TimError(f"{name}: is empty; download it again")
     return data

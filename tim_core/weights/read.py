@@ -17,7 +17,7 @@ from ..files import parse_object, user_path
 from ..models.config import AutoencoderConfig
 from ..models.kl_autoencoder import KLAutoencoderConfig, diffusers_names
 from .detect import AUTOENCODER, BYTE_KEYS, TEXT_ENCODER, TITLES, TRANSFORMER, describe_unknown, find_copies, find_part, other_model
-from .folders import not_empty, open_folder, with_neighbours
+from .folders import complete_from_folder, not_empty, open_folder
 from .open import StateDict, flatten, open_state_dict
 from .parts import BUNDLED, FORMAT, Part, Parts, autoencoder_config, naming
 from .quantized import MARKER, separate, with_layer_keys
@@ -62,13 +62,14 @@ def read_parts(source, checksums: bool = True) -> Parts:
     path = resolve(source)
     if folders := {name: path / folder for folder, name in PART_FOLDERS.items() if (path / folder).is_dir()}:
         return replace(_gather(folders, checksums), source=str(source), path=str(source))
-    tensors, metadata, folder = open_folder(path, checksums) if path.is_dir() else (*open_state_dict(path, checksums), path.parent)
+    tensors, metadata = (open_folder if path.is_dir() else open_state_dict)(path, checksums)
     tensors = with_layer_keys(tensors, metadata, str(source))
     parts = _take_apart(tensors, _tim_record(metadata, str(source)), str(source))
     if not parts.parts or _is_of_another_model(parts):
         wanted = " or ".join(TITLES.values())
         raise NoPart(f"{source}: no {wanted} in it; this is {describe_unknown(tensors)}")
-    parts.parts = {kind: with_neighbours(part, folder) for kind, part in parts.parts.items()}
+    folder = path if path.is_dir() else path.parent
+    parts.parts = {kind: complete_from_folder(part, folder) for kind, part in parts.parts.items()}
     return parts
 
 

@@ -4,7 +4,9 @@
 
 Renders n scenes per task and size, encodes and decodes them, without noise and with Gaussian noise of `--noise` standard deviations of
 the latents, and scores the result as samples are scored. Also printed, without noise, for the reconstruction and for the rendered truth:
-the 10-90 % width of edges in pixels, and the overlap (intersection over union) of circles with the ideal circle in their bounding box.
+the 10-90 % width of edges in pixels, and the overlap (intersection over union) of circles with the ideal circle in their bounding box;
+and whether latents depend on their own patch alone: the share of the colours' variance that a linear map of them explains, and the
+variance of latents in plain background, as a share of that of all (0: background has one latent everywhere).
 
 The bar: accuracy of at least 0.97 in every task, 0.95 with noise, edges at most 1.5 times as wide as the renderer's, at every size.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,6 +26,7 @@ from benchmarks.sharpness import circle_overlaps, edge_width
 from tim_core.files import atomic_write  # noqa: E402
 from tim_core.shapes import scenes  # noqa: E402
 from tim_core.shapes.detector import is_correct  # noqa: E402
+from tim_core.training.autoencoder import unexplained_colors  # noqa: E402
 from tim_core.training.samples import grid  # noqa: E402
 from tim_core.weights.load import load_autoencoder  # noqa: E402
 
@@ -44,17 +48,30 @@ def accuracy(correct: dict[str, list[bool]]) -> dict:
     return {"mean": float(np.mean(list(tasks.values()))), "stderr": variance**0.5 / len(tasks), "tasks": tasks}
 
 
+def locality(latents: torch.Tensor, images: torch.Tensor) -> dict:
+    """Of latents (B, C, h, w) of rendered images (B, 3, H, W): what linear maps explain, and how much plain background varies.
+
+    A latent is of plain background if nothing else is in its patch and the eight around it.
+    """
+    background = torch.tensor(scenes.BACKGROUND).view(3, 1, 1) / 127.5 - 1
+    drawn = F.adaptive_max_pool2d(((images - background).abs() > 0.01).any(1, keepdim=True).float(), latents.shape[2:])
+    plain = F.max_pool2d(drawn, 3, 1, 1)[:, 0] == 0
+    tokens = latents.permute(0, 2, 3, 1)
+    share = float(tokens[plain].var(0).sum() / latents.var((0, 2, 3)).sum()) if plain.sum() > 1 else None
+    return {"colors_explained": 1 - float(unexplained_colors(latents, images)), "background_variance": share}
+
+
 @torch.no_grad()
 def measure(model, size: tuple[int, int], n: int, noise: float, seed: int) -> tuple[dict, list[np.ndarray]]:
     """The scores of one (width, height), and rows of images to look at: truth, reconstruction, reconstruction from a noised latent."""
     generator = torch.Generator().manual_seed(seed)
     items = [(task, *item) for task in scenes.TASKS for item in truth(task, n, seed, size)]
     correct: dict[str, dict[str, list[bool]]] = {kind: {task: [] for task in scenes.TASKS} for kind in ("clean", "noised")}
+    truths = torch.from_numpy(np.stack([image for _, _, image in items])).permute(0, 3, 1, 2) * 2 - 1
     reconstructed, noised, latents = [], [], []
     step = max(1, BATCH_PIXELS // (size[0] * size[1]))
     for i in tqdm(range(0, len(items), step), desc="x".join(map(str, size)), leave=False):
-        images = torch.from_numpy(np.stack([image for _, _, image in items[i : i + step]])).permute(0, 3, 1, 2) * 2 - 1
-        latents.append(model.encode(images))
+        latents.append(model.encode(truths[i : i + step]))
         reconstructed += decoded(model, latents[-1])
     latent = torch.cat(latents)
     spread = float(latent.std())
@@ -67,7 +84,8 @@ def measure(model, size: tuple[int, int], n: int, noise: float, seed: int) -> tu
     widths = edge_width(rendered), edge_width(reconstructed)
     circles = [[overlap for image in images for overlap in circle_overlaps(image)] for images in (rendered, reconstructed)]
     found = {
-        "n": n, "latent_std": spread, "clean": accuracy(correct["clean"]), "noised": accuracy(correct["noised"]),
+        "n": n, "latent_std": spread, **locality(latent, truths),
+        "clean": accuracy(correct["clean"]), "noised": accuracy(correct["noised"]),
         "edge_width": {"truth": widths[0], "reconstructed": widths[1], "ratio": widths[1] / widths[0] if widths[1] else None},
         "circle_overlap": {"truth": float(np.mean(circles[0])), "n_truth": len(circles[0]),
                            "reconstructed": float(np.mean(circles[1])) if circles[1] else None, "n_reconstructed": len(circles[1])},
@@ -109,7 +127,7 @@ def main() -> None:
     found: dict[str, dict] = {}
     print(f"{args.model}: n = {args.n} per task, seed {args.seed}, noise {args.noise}")
     names = " ".join(f"{task:>11}" for task in scenes.TASKS)
-    print(f"size     | mean          | noised        | {names} | edges (px, ratio) | circles (truth)")
+    print(f"size     | mean          | noised        | {names} | edges (px, ratio) | circles (truth) | colours | background")
     for size in args.sizes.split(","):
         width, height = map(int, size.split("x"))
         scores, rows = measure(model, (width, height), args.n, args.noise, args.seed)
@@ -122,7 +140,9 @@ def main() -> None:
         means = " | ".join(f"{score['mean']:.3f} ± {score['stderr']:.3f}" for score in (clean, noised))
         edges_found = f"{edge['reconstructed']:10.2f} {edge['ratio']:6.2f}" if edge["ratio"] else f"{'-':>17}"
         circles_found = f"{circle['reconstructed']:.3f}" if circle["n_reconstructed"] else "-"
-        print(f"{size:8} | {means} | {tasks} | {edges_found} | {circles_found} ({circle['truth']:.3f})", flush=True)
+        background = "-" if scores["background_variance"] is None else f"{scores['background_variance']:.3f}"
+        local = f"{scores['colors_explained']:7.3f} | {background}"
+        print(f"{size:8} | {means} | {tasks} | {edges_found} | {circles_found} ({circle['truth']:.3f}) | {local}", flush=True)
     wrong = failures(found)
     print("\n".join(wrong) if wrong else "passes the bar")
     if args.json:

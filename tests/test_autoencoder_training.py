@@ -12,7 +12,7 @@ from benchmarks import autoencoder as benchmark
 from benchmarks.sharpness import circle_overlaps
 from tim_core.errors import TimError
 from tim_core.shapes import scenes
-from tim_core.training.autoencoder import edge_map, losses
+from tim_core.training.autoencoder import edge_map, losses, unexplained_colors
 from tim_core.training.config import read
 from tim_core.training.shapes_config import AutoencoderTraining
 
@@ -72,6 +72,44 @@ def test_edge_weight_counts_errors_near_edges_more(column, weight):
     torch.testing.assert_close(weighted["l1"], plain["l1"])
 
 
+def latents_of_colors(images, channels):
+    """(B, channels, H/8, W/8), a random linear map of the mean colours of 2 x 2 pixels."""
+    colours = nn.functional.pixel_unshuffle(nn.functional.avg_pool2d(images, 2), 4)
+    return nn.functional.conv2d(colours, torch.randn(channels, colours.shape[1], 1, 1) / 7)
+
+
+def test_colors_are_explained_by_latents_linear_in_them():
+    images = torch.randn(16, 3, 64, 48)
+    assert unexplained_colors(latents_of_colors(images, 64), images) < 0.02
+    half = unexplained_colors(latents_of_colors(images, 24), images)
+    assert 0.4 < half < 0.6
+    assert unexplained_colors(torch.randn(16, 24, 8, 6), images) > 0.95
+    assert unexplained_colors(torch.randn(2, 8, 8, 6), torch.ones(2, 3, 64, 48)) == 0
+
+
+def test_the_share_of_unexplained_colors_has_no_unit():
+    images = torch.randn(4, 3, 64, 64)
+    latents = latents_of_colors(images, 24) + 0.1 * torch.randn(4, 24, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(unexplained_colors(latents, images), unexplained_colors(latents + 3, 0.1 * images + 0.5))
+
+
+def test_color_weight_moves_latents_to_explain_colors():
+    images, config = torch.rand(4, 3, 64, 64) * 2 - 1, AutoencoderTraining(output="x", color_weight=1.0, latent_weight=0.0)
+    latents = nn.Parameter(torch.randn(4, 24, 8, 8))
+    model = Blur()
+    model.encode, model.decode = lambda images: latents, lambda latent: images.clone()
+    optimizer = torch.optim.Adam([latents], 0.05)
+    found = []
+    for _ in range(20):
+        found.append(losses(model, images, torch.zeros(4, 24, 8, 8), config))
+        optimizer.zero_grad()
+        found[-1]["loss"].backward()
+        optimizer.step()
+    assert found[0]["loss"] == found[0]["color"] > 0.8 and found[-1]["color"] < 0.6
+    assert "color" not in losses(model, images, torch.zeros(4, 24, 8, 8), AutoencoderTraining(output="x"))
+
+
 def test_negative_edge_weight_names_the_key(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("kind: autoencoder\noutput: x\nedge_weight: -1\n")
@@ -86,8 +124,18 @@ def test_lossless_autoencoder_passes_the_bar():
     circle = found["circle_overlap"]
     assert circle["n_truth"] == circle["n_reconstructed"] > 4
     assert circle["reconstructed"] == pytest.approx(circle["truth"], abs=1e-4) and circle["truth"] > 0.96
+    assert found["colors_explained"] == pytest.approx(1, abs=0.01) and found["background_variance"] == pytest.approx(0, abs=1e-4)
     assert benchmark.failures({"96x64": found}) == []
     assert [row.shape for row in rows] == [(12, 64, 96, 3)] * 3
+
+
+def test_latents_that_vary_over_plain_background_are_seen():
+    images = torch.from_numpy(np.stack([image for _, image in benchmark.truth("two", 4, 1, SIZE)])).permute(0, 3, 1, 2) * 2 - 1
+    colors = nn.functional.avg_pool2d(images, 8)
+    position = torch.linspace(-5, 5, colors.shape[3]).expand_as(colors[:, :1])
+    found = benchmark.locality(torch.cat((colors, position), 1), images)
+    assert found["background_variance"] > 0.5
+    assert found["colors_explained"] == pytest.approx(benchmark.locality(colors, images)["colors_explained"], abs=0.05)
 
 
 def test_blurred_edges_and_noise_fail_the_bar():

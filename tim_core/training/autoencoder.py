@@ -1,4 +1,4 @@
-"""Trains a DC-AE with latents of mean 0 and variance 1, and a decoder that is robust to noise on them."""
+"""Trains a DC-AE with latents of mean 0, variance 1 on average, and a decoder that is robust to noise on them."""
 
 import functools
 import json
@@ -46,15 +46,40 @@ def edge_map(images: Tensor) -> Tensor:
     return (highest(images) + highest(-images)).amax(1, keepdim=True)
 
 
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
+def unexplained_colors(latent: Tensor, images: Tensor, cells: int = 4) -> Tensor:
+    """The share, 0 to 1, of the variance of an image's colours that no linear map of its latent explains.
+
+    latent: (B, C, h, w) float32; images: (B, 3, H, W). The colours of a token are the means in `cells` x `cells` parts of its patch. The
+    map is fitted to the shard by least squares.
+    """
+    _, channels, height, width = latent.shape
+    x = latent.permute(0, 2, 3, 1).flatten(0, 2)
+    colors = F.pixel_unshuffle(F.adaptive_avg_pool2d(images.float(), (height * cells, width * cells)), cells)
+    y = colors.permute(0, 2, 3, 1).flatten(0, 2)
+    x, y = x - x.mean(0), y - y.mean(0)
+    ridge = 1e-3 * len(x) * torch.eye(channels, device=x.device)  # for channels that are still constant
+    fitted = x @ torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+    return (y - fitted).square().sum() / y.square().sum().clamp_min(1e-6)
+
+
 def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
-    """L1 error of the decoded noisy latent, plus the distance of the shard's latents from mean 0 and variance 1 per channel."""
+    """L1 error of the decoded noisy latent, plus the distance of the shard's latents from mean 0 per channel and variance 1 on average.
+
+    config.color_weight makes latents local: without it, most of their variance need not depend on what is in their patch.
+    """
     latent = model.encode(images).float()
-    decoded = model.decode(latent + noise.to(latent)).float()
+    noisy = latent + noise.to(latent)
+    decoded = model.decode(noisy).float()
     difference = (decoded - images).abs()
     error = difference.mean()
-    mean, var = latent.mean((0, 2, 3)), latent.var((0, 2, 3))
-    prior = (mean.square() + (var - 1).square()).mean()
+    mean, var = latent.mean((0, 2, 3)), latent.var((0, 2, 3)).mean()
+    prior = mean.square().mean() + (var - 1).square()
     found = {"loss": error + config.latent_weight * prior, "l1": error, "prior": prior}
+    if config.color_weight:
+        found["color"] = unexplained_colors(noisy, images)
+        found["loss"] = found["loss"] + config.color_weight * found["color"]
     if config.edge_weight:
         found["edge"] = (difference * edge_map(images)).mean()
         found["loss"] = found["loss"] + config.edge_weight * found["edge"]

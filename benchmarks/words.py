@@ -2,8 +2,9 @@
 
     python benchmarks/words.py [--model M] [--n 64] [--times 0.75,0.8,0.85,0.9] [--seed 0] [--device cuda]
 
-For every word, n images of captions with it are noised to --times. Printed: the fraction of images whose error is smaller with the word
-than with its replacement (0.5 where the network does not read the word), and the mean difference of the errors, ± one standard error.
+For every word, n images of the model's native size, of captions with it, are noised to --times. Printed: the fraction of images whose
+error is smaller with the word than with its replacement (0.5 where the network does not read the word), and the mean difference of the
+errors, ± one standard error.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def gaps(pipe: Pipeline, word: str, n: int, times: list[float], seed: int = 0) -
     while len(prompts) < n:
         prompt = scenes.sample_prompt(rng, form)
         prompts += [prompt] if f" {word} " in f" {prompt.text} " else []
-    images = np.stack([scenes.render(scenes.place(rng, prompt)) for prompt in prompts])
+    size = pipe.defaults.width, pipe.defaults.height
+    images = np.stack([scenes.render(scenes.place(rng, prompt, *size), *size) for prompt in prompts])
     latents = pipe.encode(torch.from_numpy(images))
     captions = [prompt.text for prompt in prompts], [prompt.text.replace(word, other) for prompt in prompts]
     total = torch.zeros(n)

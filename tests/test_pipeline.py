@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -653,6 +654,18 @@ def test_every_relation_is_read(shapes, relation):
     from benchmarks.words import gaps
 
     assert (gaps(shapes, relation, 48, [0.75, 0.8, 0.85, 0.9]) > 0).mean() >= 0.7
+
+
+def test_words_are_measured_at_the_native_size():
+    from benchmarks.words import gaps
+
+    sizes = []
+    latents = torch.zeros(2, 4, 2, 3)
+    pipe = SimpleNamespace(
+        defaults=SimpleNamespace(width=96, height=64), device="cpu", dtype=torch.float32, transformer=lambda x, *rest: x,
+        encode=lambda images: sizes.append(tuple(images.shape)) or latents,
+        text_encoder=SimpleNamespace(conditioning=lambda texts: (torch.zeros(len(texts), 1, 1), None)))
+    assert not gaps(pipe, "red", 2, [0.5]).any() and sizes == [(2, 64, 96, 3)]
 
 
 def test_the_report_and_the_model_card_are_of_this_file():

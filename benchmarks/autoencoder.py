@@ -5,8 +5,8 @@
 Renders n scenes per task and size, encodes and decodes them, without noise and with Gaussian noise of `--noise` standard deviations of
 the latents, and scores the result as samples are scored. Also printed, without noise, for the reconstruction and for the rendered truth:
 the 10-90 % width of edges in pixels, and the overlap (intersection over union) of circles with the ideal circle in their bounding box;
-and whether latents depend on their own patch alone: the share of the colours' variance that a linear map of them explains, and the
-variance of latents in plain background, as a share of that of all (0: background has one latent everywhere).
+and two fractions that show how local latents are: of the colours' variance, what a linear map of them explains, and of their variance, what
+is found in plain background (0: background has one latent everywhere).
 
 The bar: accuracy of at least 0.97 in every task, 0.95 with noise, edges at most 1.5 times as wide as the renderer's, at every size.
 """
@@ -48,17 +48,19 @@ def accuracy(correct: dict[str, list[bool]]) -> dict:
     return {"mean": float(np.mean(list(tasks.values()))), "stderr": variance**0.5 / len(tasks), "tasks": tasks}
 
 
-def locality(latents: torch.Tensor, images: torch.Tensor) -> dict:
-    """Of latents (B, C, h, w) of rendered images (B, 3, H, W): what linear maps explain, and how much plain background varies.
+def background(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, h, w) for images (B, 3, H, W) in [-1, 1]: whether a latent's patch and the eight around it are plain background. size: (h, w)."""
+    color = torch.tensor(scenes.BACKGROUND).view(3, 1, 1) / 127.5 - 1
+    drawn = F.adaptive_max_pool2d(((images - color).abs() > 0.01).any(1, keepdim=True).float(), size)
+    return F.max_pool2d(drawn, 3, 1, 1)[:, 0] == 0
 
-    A latent is of plain background if nothing else is in its patch and the eight around it.
-    """
-    background = torch.tensor(scenes.BACKGROUND).view(3, 1, 1) / 127.5 - 1
-    drawn = F.adaptive_max_pool2d(((images - background).abs() > 0.01).any(1, keepdim=True).float(), latents.shape[2:])
-    plain = F.max_pool2d(drawn, 3, 1, 1)[:, 0] == 0
-    tokens = latents.permute(0, 2, 3, 1)
-    share = float(tokens[plain].var(0).sum() / latents.var((0, 2, 3)).sum()) if plain.sum() > 1 else None
-    return {"colors_explained": 1 - float(unexplained_colors(latents, images)), "background_variance": share}
+
+def locality(latents: torch.Tensor, colors: torch.Tensor, plain: torch.Tensor) -> dict:
+    """Of latents (B, C, h, w): the fraction of the variance of colours (B, 3, 4h, 4w) that a linear map of them explains, and their
+    variance where `plain` (B, h, w), as a fraction of that of all: None if less than two are."""
+    found = latents.permute(0, 2, 3, 1)[plain]
+    fraction = float(found.var(0).sum() / latents.var((0, 2, 3)).sum()) if len(found) > 1 else None
+    return {"colors_explained": 1 - float(unexplained_colors(latents, colors)), "background_variance_fraction": fraction}
 
 
 @torch.no_grad()
@@ -67,11 +69,14 @@ def measure(model, size: tuple[int, int], n: int, noise: float, seed: int) -> tu
     generator = torch.Generator().manual_seed(seed)
     items = [(task, *item) for task in scenes.TASKS for item in truth(task, n, seed, size)]
     correct: dict[str, dict[str, list[bool]]] = {kind: {task: [] for task in scenes.TASKS} for kind in ("clean", "noised")}
-    truths = torch.from_numpy(np.stack([image for _, _, image in items])).permute(0, 3, 1, 2) * 2 - 1
-    reconstructed, noised, latents = [], [], []
+    reconstructed, noised, latents, colors, plain = [], [], [], [], []
     step = max(1, BATCH_PIXELS // (size[0] * size[1]))
     for i in tqdm(range(0, len(items), step), desc="x".join(map(str, size)), leave=False):
-        latents.append(model.encode(truths[i : i + step]))
+        images = torch.from_numpy(np.stack([image for _, _, image in items[i : i + step]])).permute(0, 3, 1, 2) * 2 - 1
+        latents.append(model.encode(images))
+        height, width = latents[-1].shape[2:]
+        colors.append(F.adaptive_avg_pool2d(images, (4 * height, 4 * width)))
+        plain.append(background(images, (height, width)))
         reconstructed += decoded(model, latents[-1])
     latent = torch.cat(latents)
     spread = float(latent.std())
@@ -84,7 +89,7 @@ def measure(model, size: tuple[int, int], n: int, noise: float, seed: int) -> tu
     widths = edge_width(rendered), edge_width(reconstructed)
     circles = [[overlap for image in images for overlap in circle_overlaps(image)] for images in (rendered, reconstructed)]
     found = {
-        "n": n, "latent_std": spread, **locality(latent, truths),
+        "n": n, "latent_std": spread, **locality(latent, torch.cat(colors), torch.cat(plain)),
         "clean": accuracy(correct["clean"]), "noised": accuracy(correct["noised"]),
         "edge_width": {"truth": widths[0], "reconstructed": widths[1], "ratio": widths[1] / widths[0] if widths[1] else None},
         "circle_overlap": {"truth": float(np.mean(circles[0])), "n_truth": len(circles[0]),
@@ -140,8 +145,8 @@ def main() -> None:
         means = " | ".join(f"{score['mean']:.3f} ± {score['stderr']:.3f}" for score in (clean, noised))
         edges_found = f"{edge['reconstructed']:10.2f} {edge['ratio']:6.2f}" if edge["ratio"] else f"{'-':>17}"
         circles_found = f"{circle['reconstructed']:.3f}" if circle["n_reconstructed"] else "-"
-        background = "-" if scores["background_variance"] is None else f"{scores['background_variance']:.3f}"
-        local = f"{scores['colors_explained']:7.3f} | {background}"
+        fraction = scores["background_variance_fraction"]
+        local = f"{scores['colors_explained']:7.3f} | " + ("-" if fraction is None else f"{fraction:.3f}")
         print(f"{size:8} | {means} | {tasks} | {edges_found} | {circles_found} ({circle['truth']:.3f}) | {local}", flush=True)
     wrong = failures(found)
     print("\n".join(wrong) if wrong else "passes the bar")

@@ -74,11 +74,12 @@ def test_edge_weight_counts_errors_near_edges_more(column, weight):
 
 def latents_of_colors(images, channels):
     """(B, channels, H/8, W/8), a random linear map of the mean colours of 2 x 2 pixels."""
-    colours = nn.functional.pixel_unshuffle(nn.functional.avg_pool2d(images, 2), 4)
-    return nn.functional.conv2d(colours, torch.randn(channels, colours.shape[1], 1, 1) / 7)
+    colors = nn.functional.pixel_unshuffle(nn.functional.avg_pool2d(images, 2), 4)
+    return nn.functional.conv2d(colors, torch.randn(channels, colors.shape[1], 1, 1) / 7)
 
 
 def test_colors_are_explained_by_latents_linear_in_them():
+    torch.manual_seed(0)
     images = torch.randn(16, 3, 64, 48)
     assert unexplained_colors(latents_of_colors(images, 64), images) < 0.02
     half = unexplained_colors(latents_of_colors(images, 24), images)
@@ -87,27 +88,60 @@ def test_colors_are_explained_by_latents_linear_in_them():
     assert unexplained_colors(torch.randn(2, 8, 8, 6), torch.ones(2, 3, 64, 48)) == 0
 
 
-def test_the_share_of_unexplained_colors_has_no_unit():
+def test_unexplained_colors_ignore_offsets_and_the_scale_of_images():
+    torch.manual_seed(0)
     images = torch.randn(4, 3, 64, 64)
     latents = latents_of_colors(images, 24) + 0.1 * torch.randn(4, 24, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(unexplained_colors(latents, images), unexplained_colors(latents + 3, 0.1 * images + 0.5))
 
 
+class Fixed(Blur):
+    """An autoencoder with given latents, which decodes without error."""
+
+    def __init__(self, images, latents):
+        super().__init__()
+        self.images, self.latents = images, latents
+
+    def encode(self, images):
+        return self.latents
+
+    def decode(self, latent):
+        return self.images
+
+
 def test_color_weight_moves_latents_to_explain_colors():
+    torch.manual_seed(0)
     images, config = torch.rand(4, 3, 64, 64) * 2 - 1, AutoencoderTraining(output="x", color_weight=1.0, latent_weight=0.0)
     latents = nn.Parameter(torch.randn(4, 24, 8, 8))
-    model = Blur()
-    model.encode, model.decode = lambda images: latents, lambda latent: images.clone()
     optimizer = torch.optim.Adam([latents], 0.05)
     found = []
     for _ in range(20):
-        found.append(losses(model, images, torch.zeros(4, 24, 8, 8), config))
+        found.append(losses(Fixed(images, latents), images, torch.zeros(4, 24, 8, 8), config))
         optimizer.zero_grad()
         found[-1]["loss"].backward()
         optimizer.step()
     assert found[0]["loss"] == found[0]["color"] > 0.8 and found[-1]["color"] < 0.6
-    assert "color" not in losses(model, images, torch.zeros(4, 24, 8, 8), AutoencoderTraining(output="x"))
+    assert "color" not in losses(Fixed(images, latents), images, torch.zeros(4, 24, 8, 8), AutoencoderTraining(output="x"))
+
+
+def test_colors_that_noise_hides_are_unexplained():
+    torch.manual_seed(0)
+    images, config = torch.randn(16, 3, 64, 64), AutoencoderTraining(output="x", color_weight=1.0)
+    latents = latents_of_colors(images, 64)
+    noises = torch.zeros_like(latents), 0.5 * torch.randn_like(latents)
+    clear, noised = (float(losses(Fixed(images, latents), images, noise, config)["color"]) for noise in noises)
+    assert clear < 0.02 and noised > clear + 0.1
+
+
+@pytest.mark.parametrize("variances, expected", [((2, 0), 0), ((1, 1), 0), ((2, 2), 1), ((0.5, 0.5), 0.25)])
+def test_the_prior_is_variance_1_on_average(variances, expected):
+    values = torch.tensor([-1.0, 1.0]).repeat(500).view(1, 1, 50, 20)
+    latents = torch.cat([values * variance**0.5 for variance in variances], 1)
+    images, config = torch.zeros(1, 3, 8, 8), AutoencoderTraining(output="x")
+    assert float(losses(Fixed(images, latents), images, torch.zeros(1), config)["prior"]) == pytest.approx(expected, abs=0.01)
+    shifted = losses(Fixed(images, latents + 1), images, torch.zeros(1), config)["prior"]
+    assert float(shifted) == pytest.approx(expected + 1, abs=0.01)
 
 
 def test_negative_edge_weight_names_the_key(tmp_path):
@@ -124,18 +158,19 @@ def test_lossless_autoencoder_passes_the_bar():
     circle = found["circle_overlap"]
     assert circle["n_truth"] == circle["n_reconstructed"] > 4
     assert circle["reconstructed"] == pytest.approx(circle["truth"], abs=1e-4) and circle["truth"] > 0.96
-    assert found["colors_explained"] == pytest.approx(1, abs=0.01) and found["background_variance"] == pytest.approx(0, abs=1e-4)
+    assert found["colors_explained"] == pytest.approx(1, abs=0.01) and found["background_variance_fraction"] == pytest.approx(0, abs=1e-4)
     assert benchmark.failures({"96x64": found}) == []
     assert [row.shape for row in rows] == [(12, 64, 96, 3)] * 3
 
 
 def test_latents_that_vary_over_plain_background_are_seen():
     images = torch.from_numpy(np.stack([image for _, image in benchmark.truth("two", 4, 1, SIZE)])).permute(0, 3, 1, 2) * 2 - 1
-    colors = nn.functional.avg_pool2d(images, 8)
-    position = torch.linspace(-5, 5, colors.shape[3]).expand_as(colors[:, :1])
-    found = benchmark.locality(torch.cat((colors, position), 1), images)
-    assert found["background_variance"] > 0.5
-    assert found["colors_explained"] == pytest.approx(benchmark.locality(colors, images)["colors_explained"], abs=0.05)
+    colors, plain = nn.functional.avg_pool2d(images, 2), benchmark.background(images, (8, 12))
+    latents = nn.functional.avg_pool2d(colors, 4)
+    position = torch.linspace(-5, 5, 12).expand_as(latents[:, :1])
+    local, varying = (benchmark.locality(found, colors, plain) for found in (latents, torch.cat((latents, position), 1)))
+    assert local["background_variance_fraction"] == pytest.approx(0, abs=1e-4) and varying["background_variance_fraction"] > 0.5
+    assert varying["colors_explained"] == pytest.approx(local["colors_explained"], abs=0.05)
 
 
 def test_blurred_edges_and_noise_fail_the_bar():

@@ -46,28 +46,28 @@ def edge_map(images: Tensor) -> Tensor:
     return (highest(images) + highest(-images)).amax(1, keepdim=True)
 
 
-@torch.autocast("cpu", enabled=False)
-@torch.autocast("cuda", enabled=False)
 def unexplained_colors(latent: Tensor, images: Tensor, cells: int = 4) -> Tensor:
-    """The share, 0 to 1, of the variance of an image's colours that no linear map of its latent explains.
+    """The fraction, 0 to 1, of the variance of images' colours that the best linear map of their latents leaves unexplained.
 
-    latent: (B, C, h, w) float32; images: (B, 3, H, W). The colours of a token are the means in `cells` x `cells` parts of its patch. The
-    map is fitted to the shard by least squares.
+    latent: (B, C, h, w) float32; images: (B, 3, H, W). The colours of a latent's patch are the means of its `cells` x `cells` parts. The
+    map is a ridge regression for latents of variance about 1. N patches should be many more than C: about C / N is explained by chance.
     """
     _, channels, height, width = latent.shape
     x = latent.permute(0, 2, 3, 1).flatten(0, 2)
     colors = F.pixel_unshuffle(F.adaptive_avg_pool2d(images.float(), (height * cells, width * cells)), cells)
     y = colors.permute(0, 2, 3, 1).flatten(0, 2)
     x, y = x - x.mean(0), y - y.mean(0)
-    ridge = 1e-3 * len(x) * torch.eye(channels, device=x.device)  # for channels that are still constant
-    fitted = x @ torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+    with torch.autocast(x.device.type, enabled=False):
+        ridge = 1e-3 * len(x) * torch.eye(channels, device=x.device)  # some channels may be constant
+        fitted = x @ torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     return (y - fitted).square().sum() / y.square().sum().clamp_min(1e-6)
 
 
 def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
     """L1 error of the decoded noisy latent, plus the distance of the shard's latents from mean 0 per channel and variance 1 on average.
 
-    config.color_weight makes latents local: without it, most of their variance need not depend on what is in their patch.
+    config.color_weight favours local latents: a linear map of the noised latent must give the colours of its patch, so what noise hides
+    does not count.
     """
     latent = model.encode(images).float()
     noisy = latent + noise.to(latent)

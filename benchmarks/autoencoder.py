@@ -5,8 +5,8 @@
 Renders n scenes per task and size, encodes and decodes them, without noise and with Gaussian noise of `--noise` standard deviations of
 the latents, and scores the result as samples are scored. Also printed, without noise, for the reconstruction and for the rendered truth:
 the 10-90 % width of edges in pixels, and the overlap (intersection over union) of circles with the ideal circle in their bounding box;
-and two fractions that show how local latents are: of the colours' variance, what a linear map of them explains, and of their variance, what
-is found in plain background (0: background has one latent everywhere).
+and how local latents are: the fraction of the colours' variance that a linear map of the latents explains, and the ratio of the latents'
+variance within plain background to that of all latents (0: background has one latent everywhere).
 
 The bar: accuracy of at least 0.97 in every task, 0.95 with noise, edges at most 1.5 times as wide as the renderer's, at every size.
 """
@@ -56,11 +56,11 @@ def background(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def locality(latents: torch.Tensor, colors: torch.Tensor, plain: torch.Tensor) -> dict:
-    """Of latents (B, C, h, w): the fraction of the variance of colours (B, 3, 4h, 4w) that a linear map of them explains, and their
-    variance where `plain` (B, h, w), as a fraction of that of all: None if less than two are."""
+    """Of latents (B, C, h, w): the fraction of the variance of colours (B, 3, 4h, 4w) that a linear map of them explains, and the ratio of
+    their variance where `plain` (B, h, w) to that of all: None if fewer than two are plain."""
     found = latents.permute(0, 2, 3, 1)[plain]
-    fraction = float(found.var(0).sum() / latents.var((0, 2, 3)).sum()) if len(found) > 1 else None
-    return {"colors_explained": 1 - float(unexplained_colors(latents, colors)), "background_variance_fraction": fraction}
+    ratio = float(found.var(0).sum() / latents.var((0, 2, 3)).sum()) if len(found) > 1 else None
+    return {"colors_explained": 1 - float(unexplained_colors(latents, colors)), "background_variance_ratio": ratio}
 
 
 @torch.no_grad()
@@ -145,8 +145,8 @@ def main() -> None:
         means = " | ".join(f"{score['mean']:.3f} ± {score['stderr']:.3f}" for score in (clean, noised))
         edges_found = f"{edge['reconstructed']:10.2f} {edge['ratio']:6.2f}" if edge["ratio"] else f"{'-':>17}"
         circles_found = f"{circle['reconstructed']:.3f}" if circle["n_reconstructed"] else "-"
-        fraction = scores["background_variance_fraction"]
-        local = f"{scores['colors_explained']:7.3f} | " + ("-" if fraction is None else f"{fraction:.3f}")
+        ratio = scores["background_variance_ratio"]
+        local = f"{scores['colors_explained']:7.3f} | " + ("-" if ratio is None else f"{ratio:.3f}")
         print(f"{size:8} | {means} | {tasks} | {edges_found} | {circles_found} ({circle['truth']:.3f}) | {local}", flush=True)
     wrong = failures(found)
     print("\n".join(wrong) if wrong else "passes the bar")

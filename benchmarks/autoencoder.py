@@ -5,8 +5,9 @@
 Renders n scenes per task and size, encodes and decodes them, without noise and with Gaussian noise of `--noise` standard deviations of
 the latents, and scores the result as samples are scored. Also printed, without noise, for the reconstruction and for the rendered truth:
 the 10-90 % width of edges in pixels, and the overlap (intersection over union) of circles with the ideal circle in their bounding box;
-and how local latents are: the fraction of the colours' variance that a linear map of the latents explains, and the ratio of the latents'
-variance within plain background to that of all latents (0: background has one latent everywhere).
+and how local latents are: the fraction of the colours' variance that a linear map of the latents explains, the ratio of the latents'
+variance within plain background to that of all latents (0: background has one latent everywhere), and the mean squared difference between
+the latents of the central half of an image with and without the rest of it, over that variance (0: they do not depend on the rest).
 
 The bar: accuracy of at least 0.97 in every task, 0.95 with noise, edges at most 1.5 times as wide as the renderer's, at every size.
 """
@@ -26,7 +27,7 @@ from benchmarks.sharpness import circle_overlaps, edge_width
 from tim_core.files import atomic_write  # noqa: E402
 from tim_core.shapes import scenes  # noqa: E402
 from tim_core.shapes.detector import is_correct  # noqa: E402
-from tim_core.training.autoencoder import unexplained_colors  # noqa: E402
+from tim_core.training.autoencoder import crop_error, unexplained_colors  # noqa: E402
 from tim_core.training.samples import grid  # noqa: E402
 from tim_core.weights.load import load_autoencoder  # noqa: E402
 
@@ -69,7 +70,7 @@ def measure(model, size: tuple[int, int], n: int, noise: float, seed: int) -> tu
     generator = torch.Generator().manual_seed(seed)
     items = [(task, *item) for task in scenes.TASKS for item in truth(task, n, seed, size)]
     correct: dict[str, dict[str, list[bool]]] = {kind: {task: [] for task in scenes.TASKS} for kind in ("clean", "noised")}
-    reconstructed, noised, latents, colors, plain = [], [], [], [], []
+    reconstructed, noised, latents, colors, plain, crop = [], [], [], [], [], 0.0
     step = max(1, BATCH_PIXELS // (size[0] * size[1]))
     for i in tqdm(range(0, len(items), step), desc="x".join(map(str, size)), leave=False):
         images = torch.from_numpy(np.stack([image for _, _, image in items[i : i + step]])).permute(0, 3, 1, 2) * 2 - 1
@@ -77,6 +78,7 @@ def measure(model, size: tuple[int, int], n: int, noise: float, seed: int) -> tu
         height, width = latents[-1].shape[2:]
         colors.append(F.adaptive_avg_pool2d(images, (4 * height, 4 * width)))
         plain.append(background(images, (height, width)))
+        crop += float(crop_error(model, images, latents[-1], (0.5, 0.5))) * len(images) / len(items)
         reconstructed += decoded(model, latents[-1])
     latent = torch.cat(latents)
     spread = float(latent.std())
@@ -90,6 +92,7 @@ def measure(model, size: tuple[int, int], n: int, noise: float, seed: int) -> tu
     circles = [[overlap for image in images for overlap in circle_overlaps(image)] for images in (rendered, reconstructed)]
     found = {
         "n": n, "latent_std": spread, **locality(latent, torch.cat(colors), torch.cat(plain)),
+        "crop_error": crop / float(latent.var((0, 2, 3)).mean()),
         "clean": accuracy(correct["clean"]), "noised": accuracy(correct["noised"]),
         "edge_width": {"truth": widths[0], "reconstructed": widths[1], "ratio": widths[1] / widths[0] if widths[1] else None},
         "circle_overlap": {"truth": float(np.mean(circles[0])), "n_truth": len(circles[0]),
@@ -132,7 +135,7 @@ def main() -> None:
     found: dict[str, dict] = {}
     print(f"{args.model}: n = {args.n} per task, seed {args.seed}, noise {args.noise}")
     names = " ".join(f"{task:>11}" for task in scenes.TASKS)
-    print(f"size     | mean          | noised        | {names} | edges (px, ratio) | circles (truth) | colours | background")
+    print(f"size     | mean          | noised        | {names} | edges (px, ratio) | circles (truth) | colours | background | crop")
     for size in args.sizes.split(","):
         width, height = map(int, size.split("x"))
         scores, rows = measure(model, (width, height), args.n, args.noise, args.seed)
@@ -146,7 +149,7 @@ def main() -> None:
         edges_found = f"{edge['reconstructed']:10.2f} {edge['ratio']:6.2f}" if edge["ratio"] else f"{'-':>17}"
         circles_found = f"{circle['reconstructed']:.3f}" if circle["n_reconstructed"] else "-"
         ratio = scores["background_variance_ratio"]
-        local = f"{scores['colors_explained']:7.3f} | " + ("-" if ratio is None else f"{ratio:.3f}")
+        local = f"{scores['colors_explained']:7.3f} | " + ("-" if ratio is None else f"{ratio:.3f}") + f" | {scores['crop_error']:.3f}"
         print(f"{size:8} | {means} | {tasks} | {edges_found} | {circles_found} ({circle['truth']:.3f}) | {local}", flush=True)
     wrong = failures(found)
     print("\n".join(wrong) if wrong else "passes the bar")

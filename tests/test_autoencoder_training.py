@@ -12,7 +12,7 @@ from benchmarks import autoencoder as benchmark
 from benchmarks.sharpness import circle_overlaps
 from tim_core.errors import TimError
 from tim_core.shapes import scenes
-from tim_core.training.autoencoder import edge_map, losses, unexplained_colors
+from tim_core.training.autoencoder import crop_error, edge_map, losses, unexplained_colors
 from tim_core.training.config import read
 from tim_core.training.shapes_config import AutoencoderTraining
 
@@ -134,6 +134,48 @@ def test_colors_that_noise_hides_are_unexplained():
     assert clear < 0.02 and noised > clear + 0.1
 
 
+class Shrinking(nn.Module):
+    """An autoencoder of factor 8 with latents of mean colours, plus `spread` times the mean colour of the whole image."""
+
+    def __init__(self, spread):
+        super().__init__()
+        self.spread = nn.Parameter(torch.tensor(float(spread)))
+
+    def encode(self, images):
+        return nn.functional.avg_pool2d(images, 8) + self.spread * images.mean((2, 3), keepdim=True)
+
+    def decode(self, latent):
+        return nn.functional.interpolate(latent, scale_factor=8)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (40, 24), (64, 64)])
+@pytest.mark.parametrize("corner", [(0.0, 0.0), (1.0, 0.0), (0.3, 0.8)])
+def test_local_latents_have_no_crop_error(size, corner):
+    images = torch.randn(2, 3, *size)
+    model = Shrinking(0)
+    assert crop_error(model, images, model.encode(images), corner) < 1e-12
+
+
+def test_crop_error_is_what_the_rest_of_the_image_changes():
+    images = torch.zeros(1, 3, 32, 32)
+    images[..., 16:, 16:] = 1.0  # a quarter of the image, and all of the crop in the corner (1, 1)
+    model = Shrinking(2)
+    found = [crop_error(model, images, model.encode(images), corner) for corner in ((0.0, 0.0), (1.0, 1.0))]
+    torch.testing.assert_close(torch.stack(found), torch.tensor([(2 * 0.25) ** 2, (2 * 0.75) ** 2]))
+
+
+def test_crop_weight_makes_latents_local():
+    torch.manual_seed(0)
+    images, model = torch.rand(4, 3, 64, 64) * 2 - 1, Shrinking(1)
+    config = AutoencoderTraining(output="x", crop_weight=1.0, latent_weight=0.0)
+    plain = losses(model, images, torch.zeros(1), AutoencoderTraining(output="x", latent_weight=0.0))
+    found = losses(model, images, torch.zeros(1), config, corner=(0.0, 1.0))
+    assert "crop" not in plain and found["crop"] > 0
+    torch.testing.assert_close(found["loss"], plain["loss"] + found["crop"])
+    found["crop"].backward()
+    assert model.spread.grad > 0
+
+
 @pytest.mark.parametrize("variances, expected", [((2, 0), 0), ((1, 1), 0), ((2, 2), 1), ((0.5, 0.5), 0.25)])
 def test_the_prior_is_variance_1_on_average(variances, expected):
     values = torch.tensor([-1.0, 1.0]).repeat(500).view(1, 1, 50, 20)
@@ -159,6 +201,7 @@ def test_lossless_autoencoder_passes_the_bar():
     assert circle["n_truth"] == circle["n_reconstructed"] > 4
     assert circle["reconstructed"] == pytest.approx(circle["truth"], abs=1e-4) and circle["truth"] > 0.96
     assert found["colors_explained"] == pytest.approx(1, abs=0.01) and found["background_variance_ratio"] == pytest.approx(0, abs=1e-4)
+    assert found["crop_error"] == 0
     assert benchmark.failures({"96x64": found}) == []
     assert [row.shape for row in rows] == [(12, 64, 96, 3)] * 3
 
@@ -180,6 +223,18 @@ def test_blurred_edges_and_noise_fail_the_bar():
     noised, _ = benchmark.measure(Blur(), SIZE, n=2, noise=1.0, seed=1)
     assert noised["clean"]["mean"] == 1 and noised["noised"]["mean"] < 0.5
     assert [line for line in benchmark.failures({"96x64": noised}) if "noised" in line]
+
+
+def test_latents_that_depend_on_the_whole_image_have_a_crop_error():
+    class Spread(Blur):
+        def encode(self, images):
+            return images - images.mean((2, 3), keepdim=True)
+
+        def decode(self, latent):
+            return latent
+
+    found, _ = benchmark.measure(Spread(), SIZE, n=1, noise=0.0, seed=1)
+    assert 0.01 < found["crop_error"] < 1
 
 
 def test_overlap_of_a_lumpy_circle_is_smaller():

@@ -63,11 +63,26 @@ def unexplained_colors(latent: Tensor, images: Tensor, cells: int = 4) -> Tensor
     return (y - fitted).square().sum() / y.square().sum().clamp_min(1e-6)
 
 
-def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderTraining) -> dict[str, Tensor]:
+def crop_error(model: nn.Module, images: Tensor, latent: Tensor, corner: tuple[float, float]) -> Tensor:
+    """The mean squared difference between a crop of images' latents and the latents of the same crop of the images: 0 if they are local.
+
+    images: (B, 3, H, W); latent: (B, C, h, w) of them. corner: where the crop, half as high and wide, lies, 0 (top, left) to 1.
+    """
+    height, width = latent.shape[2:]
+    factor = images.shape[-1] // width
+    sides = (height + 1) // 2, (width + 1) // 2
+    top, left = (round(place * (whole - part)) for place, whole, part in zip(corner, (height, width), sides))
+    rows, columns = slice(top, top + sides[0]), slice(left, left + sides[1])
+    pixel_rows, pixel_columns = (slice(part.start * factor, part.stop * factor) for part in (rows, columns))
+    return (model.encode(images[..., pixel_rows, pixel_columns]).float() - latent[..., rows, columns]).square().mean()
+
+
+def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderTraining,
+           corner: tuple[float, float] = (0.5, 0.5)) -> dict[str, Tensor]:
     """L1 error of the decoded noisy latent, plus the distance of the shard's latents from mean 0 per channel and variance 1 on average.
 
-    config.color_weight favours local latents: a linear map of the noised latent must give the colours of its patch, so what noise hides
-    does not count.
+    config.color_weight and crop_weight favour local latents: a linear map of the noised latent must give the colours of its patch, so what
+    noise hides does not count; and the crop at `corner` of `crop_error` must have the same latents without the rest of the image.
     """
     latent = model.encode(images).float()
     noisy = latent + noise.to(latent)
@@ -80,6 +95,9 @@ def losses(model: nn.Module, images: Tensor, noise: Tensor, config: AutoencoderT
     if config.color_weight:
         found["color"] = unexplained_colors(noisy, images)
         found["loss"] = found["loss"] + config.color_weight * found["color"]
+    if config.crop_weight:
+        found["crop"] = crop_error(model, images, latent, corner)
+        found["loss"] = found["loss"] + config.crop_weight * found["crop"]
     if config.edge_weight:
         found["edge"] = (difference * edge_map(images)).mean()
         found["loss"] = found["loss"] + config.edge_weight * found["edge"]
@@ -114,7 +132,7 @@ class AutoencoderTask(Task[Autoencoder]):
         level = torch.rand(total, 1, 1, 1) * self.config.latent_noise
         noise = level * torch.randn(total, self.config.latent_channels, *(side // factor for side in images.shape[2:]))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.loop.autocast):
-            found = losses(self.model, images, shard.take(noise), self.config)
+            found = losses(self.model, images, shard.take(noise), self.config, corner=tuple(torch.rand(2).tolist()))
         return {name: value * shard.loss_weight(total) for name, value in found.items()}
 
     def sample(self, average: Autoencoder, step: int) -> Image.Image:

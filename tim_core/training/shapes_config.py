@@ -36,6 +36,7 @@ class AutoencoderTraining(RunConfig):
     latent_noise: NotNegative = 0.3              # maximal standard deviation of the noise added to latents before decoding
     latent_weight: NotNegative = 0.05            # weight of the distance from mean 0 per channel and variance 1 on average
     color_weight: NotNegative = 0.0              # weight of the part of the colours that no linear map of the noised latent explains
+    crop_weight: NotNegative = 0.0               # weight of the difference between a crop's latents with and without the rest of the image
     edge_weight: NotNegative = 0.0               # weight of the error near edges, times their contrast; 0 counts all pixels alike
     data: SizesConfig = SizesConfig()
 

@@ -7,7 +7,8 @@ the latents, and scores the result as samples are scored. Also printed, without 
 the 10-90 % width of edges in pixels, and the overlap (intersection over union) of circles with the ideal circle in their bounding box;
 and how local latents are: the fraction of the colours' variance that a linear map of the latents explains, the ratio of the latents'
 variance within plain background to that of all latents (0: background has one latent everywhere), and the mean squared difference between
-the latents of the central half of an image with and without the rest of it, over that variance (0: they do not depend on the rest).
+the latents of the central crop, half as high and wide, with and without the rest of the image, over the variance of all latents (0: they
+do not depend on the rest).
 
 The bar: accuracy of at least 0.97 in every task, 0.95 with noise, edges at most 1.5 times as wide as the renderer's, at every size.
 """

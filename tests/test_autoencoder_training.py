@@ -12,6 +12,7 @@ from benchmarks import autoencoder as benchmark
 from benchmarks.sharpness import circle_overlaps
 from tim_core.errors import TimError
 from tim_core.shapes import scenes
+from tim_core.training import run
 from tim_core.training.autoencoder import crop_error, edge_map, losses, unexplained_colors
 from tim_core.training.config import read
 from tim_core.training.shapes_config import AutoencoderTraining
@@ -167,13 +168,32 @@ def test_crop_error_is_what_the_rest_of_the_image_changes():
 def test_crop_weight_makes_latents_local():
     torch.manual_seed(0)
     images, model = torch.rand(4, 3, 64, 64) * 2 - 1, Shrinking(1)
-    config = AutoencoderTraining(output="x", crop_weight=1.0, latent_weight=0.0)
+    images[..., :32, 32:] += 1
+    config = AutoencoderTraining(output="x", crop_weight=2.0, latent_weight=0.0)
     plain = losses(model, images, torch.zeros(1), AutoencoderTraining(output="x", latent_weight=0.0))
     found = losses(model, images, torch.zeros(1), config, corner=(0.0, 1.0))
-    assert "crop" not in plain and found["crop"] > 0
-    torch.testing.assert_close(found["loss"], plain["loss"] + found["crop"])
+    assert "crop" not in plain and found["crop"] == crop_error(model, images, model.encode(images), (0.0, 1.0))
+    assert found["crop"] > 2 * crop_error(model, images, model.encode(images), (1.0, 0.0))
+    torch.testing.assert_close(found["loss"], plain["loss"] + 2 * found["crop"])
     found["crop"].backward()
     assert model.spread.grad > 0
+
+
+def test_each_step_draws_its_crop(tmp_path, monkeypatch):
+    corners = []
+
+    def spy(model, images, latent, corner):
+        corners.append(corner)
+        return latent.square().mean()
+
+    monkeypatch.setattr("tim_core.training.autoencoder.crop_error", spy)
+    path = tmp_path / "config.yaml"
+    path.write_text(f"kind: autoencoder\noutput: {tmp_path}/out\ncrop_weight: 1.0\nlatent_channels: 8\n"
+                    "encoder_widths: [8, 8]\nencoder_layers: [0, 1]\ndecoder_widths: [8, 8]\ndecoder_layers: [0, 1]\n"
+                    "head_dim: 8\ndata: {sizes: {64x64: 1}}\n"
+                    "loop: {steps: 3, batch: 2, workers: 0, warmup: 1}\n")
+    run([path])
+    assert len(set(corners)) == 3 and all(0 <= place <= 1 for corner in corners for place in corner)
 
 
 @pytest.mark.parametrize("variances, expected", [((2, 0), 0), ((1, 1), 0), ((2, 2), 1), ((0.5, 0.5), 0.25)])
@@ -233,8 +253,12 @@ def test_latents_that_depend_on_the_whole_image_have_a_crop_error():
         def decode(self, latent):
             return latent
 
-    found, _ = benchmark.measure(Spread(), SIZE, n=1, noise=0.0, seed=1)
-    assert 0.01 < found["crop_error"] < 1
+    class Scaled(Spread):
+        def encode(self, images):
+            return 10 * super().encode(images)
+
+    found, scaled = (benchmark.measure(model, SIZE, n=1, noise=0.0, seed=1)[0]["crop_error"] for model in (Spread(), Scaled()))
+    assert 0.01 < found < 1 and scaled == pytest.approx(found, rel=1e-4)
 
 
 def test_overlap_of_a_lumpy_circle_is_smaller():

@@ -295,6 +295,7 @@ def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
         assert config.transformer == stages[2].transformer and config.text == stages[2].text
         assert config.shift_base == 256 and config.data.forms == stages[2].data.forms
         assert config.data.sizes.keys() == stages[2].data.sizes.keys()
+    assert stages[3].data.sizes == stages[4].data.sizes
     assert {"above", "below"}.isdisjoint(stages[2].data.relations) and stages[3].add_embedding == {"above": "left", "below": "right"}
     assert all(set(config.data.relations) == set(scenes.RELATIONS) for config in stages[3:])
 

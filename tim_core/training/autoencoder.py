@@ -66,7 +66,8 @@ def unexplained_colors(latent: Tensor, images: Tensor, cells: int = 4) -> Tensor
 def crop_error(model: nn.Module, images: Tensor, latent: Tensor, corner: tuple[float, float]) -> Tensor:
     """The mean squared difference between a crop of images' latents and the latents of the same crop of the images: 0 if they are local.
 
-    images: (B, 3, H, W); latent: (B, C, h, w) of them. corner: where the crop, half as high and wide, lies, 0 (top, left) to 1.
+    images: (B, 3, H, W); latent: (B, C, h, w) of them, float32. corner: where the crop lies, from 0 (top, left) to 1. It is half as high
+    and wide, rounded up to whole cells.
     """
     height, width = latent.shape[2:]
     factor = images.shape[-1] // width

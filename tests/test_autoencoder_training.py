@@ -135,7 +135,7 @@ def test_colors_that_noise_hides_are_unexplained():
     assert clear < 0.02 and noised > clear + 0.1
 
 
-class Shrinking(nn.Module):
+class Averaging(nn.Module):
     """An autoencoder of factor 8 with latents of mean colours, plus `spread` times the mean colour of the whole image."""
 
     def __init__(self, spread):
@@ -153,21 +153,21 @@ class Shrinking(nn.Module):
 @pytest.mark.parametrize("corner", [(0.0, 0.0), (1.0, 0.0), (0.3, 0.8)])
 def test_local_latents_have_no_crop_error(size, corner):
     images = torch.randn(2, 3, *size)
-    model = Shrinking(0)
+    model = Averaging(0)
     assert crop_error(model, images, model.encode(images), corner) < 1e-12
 
 
 def test_crop_error_is_what_the_rest_of_the_image_changes():
     images = torch.zeros(1, 3, 32, 32)
     images[..., 16:, 16:] = 1.0  # a quarter of the image, and all of the crop in the corner (1, 1)
-    model = Shrinking(2)
+    model = Averaging(2)
     found = [crop_error(model, images, model.encode(images), corner) for corner in ((0.0, 0.0), (1.0, 1.0))]
     torch.testing.assert_close(torch.stack(found), torch.tensor([(2 * 0.25) ** 2, (2 * 0.75) ** 2]))
 
 
 def test_crop_weight_makes_latents_local():
     torch.manual_seed(0)
-    images, model = torch.rand(4, 3, 64, 64) * 2 - 1, Shrinking(1)
+    images, model = torch.rand(4, 3, 64, 64) * 2 - 1, Averaging(1)
     images[..., :32, 32:] += 1
     config = AutoencoderTraining(output="x", crop_weight=2.0, latent_weight=0.0)
     plain = losses(model, images, torch.zeros(1), AutoencoderTraining(output="x", latent_weight=0.0))

@@ -819,7 +819,11 @@ def test_another_architecture_is_one_line_that_names_the_file(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     real = training_autoencoder.losses
-    monkeypatch.setattr(training_autoencoder, "losses", lambda *a: {name: value * float("nan") for name, value in real(*a).items()})
+
+    def no_numbers(*args, **options):
+        return {name: value * float("nan") for name, value in real(*args, **options).items()}
+
+    monkeypatch.setattr(training_autoencoder, "losses", no_numbers)
     with pytest.raises(TimError, match="loss is nan at step 2"):
         run([autoencoder_yaml(tmp_path)])
     assert not list((tmp_path / "autoencoder").glob("step-*.pt"))

@@ -709,5 +709,8 @@ def test_a_fingerprint_is_of_the_weights_and_not_of_their_file(tiny, tmp_path):
     again.escape = True
     assert again.fingerprint() != encoder.fingerprint()
     assert Pipeline.load(tiny, device="cpu", dtype="bfloat16").fingerprint() != pipe.fingerprint()
+    grid = Pipeline.load(tiny, device="cpu")
+    grid.transformer.config = replace(grid.transformer.config, positions="grid")
+    assert grid.fingerprint() != pipe.fingerprint()
     pipe.transformer.blocks[1].attn.qkv.weight.data[-1, -1] += 1
     assert Pipeline.load(tiny, device="cpu").fingerprint() != pipe.fingerprint()

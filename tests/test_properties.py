@@ -11,7 +11,7 @@ from tim_core import schedule
 from tim_core.errors import TimError
 from tim_core.limits import MAX_SHIFT, MAX_STAGES, MIN_SHIFT
 from tim_core.models.autoencoder import Autoencoder
-from tim_core.models.config import CONDITIONS, AutoencoderConfig, StageConfig, TransformerConfig
+from tim_core.models.config import CONDITIONS, POSITIONS, AutoencoderConfig, StageConfig, TransformerConfig
 from tim_core.models.transformer import TransitionTransformer
 from tim_core.sampler import fresh_noise, sample
 from tim_core.upscale import enlarge, stage_sizes
@@ -217,7 +217,7 @@ def configs(draw):
         null_class=draw(st.booleans()) or text, qk_norm=draw(st.booleans()), new_condition=draw(st.sampled_from(CONDITIONS)),
         use_new_embed=draw(st.booleans()), distance_aware=draw(st.booleans()), lora_hidden_size=draw(st.integers(1, 8)),
         encoder_depth=draw(st.integers(1, depth)) if z_dim else min(8, depth), projector_dim=draw(st.integers(1, 8)) if z_dim else 2048,
-        z_dim=z_dim, mlp_hidden_size=draw(st.none() | st.integers(1, 40)),
+        z_dim=z_dim, mlp_hidden_size=draw(st.none() | st.integers(1, 40)), positions=draw(st.sampled_from(POSITIONS)),
     )
 
 

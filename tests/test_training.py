@@ -490,6 +490,18 @@ def test_a_made_file_does_not_name_the_home_of_its_maker(tmp_path, monkeypatch):
     assert str(tmp_path) not in str(made.metadata)
 
 
+def test_positions_are_recorded_and_those_of_the_start_are_kept(tmp_path):
+    run([autoencoder_yaml(tmp_path)])
+    first = tim_yaml(tmp_path, "adamw")
+    first.write_text(first.read_text().replace("depth: 2,", "depth: 2, positions: grid,").replace("steps: 6", "steps: 1"))
+    made = run([first])[0]
+    assert read_parts(made)["transformer"].config.positions == "grid"
+    more = tim_yaml(tmp_path, "adamw", "more")
+    more.write_text(f"start: {made}\n{more.read_text()}")
+    with pytest.raises(TimError, match="transformer.positions is 'official'; .*model.safetensors was trained with 'grid', use that"):
+        run([more])
+
+
 def test_the_embedding_of_another_word_is_added(tmp_path):
     first = run([autoencoder_yaml(tmp_path), tim_yaml(tmp_path)])[1]
     config = tim_yaml(tmp_path, "adamw", "add_embedding")

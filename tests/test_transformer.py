@@ -131,6 +131,14 @@ def test_positions_follow_the_official_order():
     assert not torch.allclose(model(x.transpose(2, 3), t, r, y).transpose(2, 3), square, atol=1e-4)
 
 
+def test_positions_on_the_grid_are_column_and_row():
+    assert rope.positions(2, 3, order="grid").tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 1, 1]]
+    official, grid = build(), build(replace(TEXT, positions="grid"))
+    square, oblong = inputs(height=4, width=4), inputs(height=2, width=3)
+    assert torch.equal(grid(*square), official(*square))
+    assert not torch.allclose(grid(*oblong), official(*oblong), atol=1e-4)
+
+
 def test_the_rotary_table_outlives_inference_mode_but_not_a_function_transform():
     model, arguments = build(), inputs()
     with sdpa_kernel(SDPBackend.MATH):
@@ -186,19 +194,20 @@ def test_attention_by_name(monkeypatch):
         replace(TEXT, use_new_embed=False, distance_aware=False, lora_hidden_size=7),
         replace(TEXT, z_dim=6, projector_dim=10, encoder_depth=2),
         replace(CLASS, null_class=False, new_condition="t,r"),
+        replace(TEXT, positions="grid"),
     ],
-    ids=["text", "class", "patch", "plain", "repa", "no_null"],
+    ids=["text", "class", "patch", "plain", "repa", "no_null", "grid"],
 )
 def test_the_configuration_is_read_from_the_weights(config):
     weights = TransitionTransformer(config, device="meta").state_dict()
-    hints = {"num_heads": 2, "new_condition": config.new_condition, "encoder_depth": config.encoder_depth, "null_class": config.null_class}
+    hints = {"encoder_depth": config.encoder_depth, **config.record()}
     assert TransformerConfig.from_state_dict(weights, hints) == replace(config, lora_hidden_size=config.modulation_rank)
 
 
 def test_what_weights_cannot_tell_has_the_official_default():
     weights = TransitionTransformer(replace(TEXT, hidden_size=64, qk_norm=False), device="meta").state_dict()
     read = TransformerConfig.from_state_dict(weights)
-    assert (read.num_heads, read.new_condition, read.encoder_depth) == (16, "t-r", 2)
+    assert (read.num_heads, read.new_condition, read.encoder_depth, read.positions) == (16, "t-r", 2, "official")
     # Where qk-norm tells the heads, metadata does not.
     assert TransformerConfig.from_state_dict(TransitionTransformer(TEXT, device="meta").state_dict(), {"num_heads": 8}).num_heads == 2
     assert len(CONDITIONS) == 6
@@ -206,6 +215,8 @@ def test_what_weights_cannot_tell_has_the_official_default():
         TransformerConfig.from_state_dict(weights, {"num_heads": "many"})
     with pytest.raises(TimError, match="new_condition is 't'"):
         TransformerConfig.from_state_dict(weights, {"new_condition": "t"})
+    with pytest.raises(TimError, match="positions is 'rows'; use one of 'official', 'grid'"):
+        TransformerConfig.from_state_dict(weights, {"positions": "rows"})
 
 
 def _without(name):

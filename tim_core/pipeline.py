@@ -129,7 +129,9 @@ class Pipeline:
         """sha256 of all that images depend on: the weights in their present dtypes, and the configurations; not of file names."""
         networks = ((network.config, digest(network.state_dict().items())) for network in (self.transformer, self.autoencoder))
         text = None if self.text_encoder is None else self.text_encoder.fingerprint()
-        return hashlib.sha256(repr((*networks, text, self.factor)).encode()).hexdigest()
+        positions = self.transformer.config.positions
+        unofficial = () if positions == "official" else (positions,)
+        return hashlib.sha256(repr((*networks, text, self.factor, *unofficial)).encode()).hexdigest()
 
     @torch.no_grad()
     def __call__(

@@ -23,6 +23,7 @@ ABSURD = {  # by part and key: values to choose from
     "transformer": {
         "num_heads": NO_COUNTS,
         "new_condition": ["", "t+r", 3, [], {}, True, "x" * 10**5],
+        "positions": ["", "rows", 3, [], {}, True, "x" * 10**5],
         "null_class": NO_FLAGS,
         "latent_factor": [*NO_COUNTS, 257, 2, 8, 10**30],
         "native_size": [

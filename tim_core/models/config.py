@@ -13,6 +13,8 @@ from .released import DC_AE_CHANNELS, DC_AE_SCALE
 
 # How the interval is embedded: as a sum of embeddings, the last through its own embedder.
 CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
+# Positions of the tokens in oblong images, see `rope.positions`.
+POSITIONS = ("official", "grid")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class TransformerConfig:
     encoder_depth: int = 8  # the block, counted from 1, whose output the projector reads
     projector_dim: int = 2048
     z_dim: int | None = None  # width of the projected features (REPA); None for no projector
-    # width of the gated MLP; None: that of the official mlp_ratio, 4. Not in the repr, from which fingerprints are made
-    mlp_hidden_size: int | None = field(default=None, repr=False)
+    # Later fields are not in the repr, from which fingerprints are made.
+    mlp_hidden_size: int | None = field(default=None, repr=False)  # width of the gated MLP; None: that of the official mlp_ratio, 4
+    positions: str = field(default="official", repr=False)
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "patch_size"):
@@ -53,6 +56,9 @@ class TransformerConfig:
         if self.new_condition not in CONDITIONS:
             known = ", ".join(map(repr, CONDITIONS))
             raise TimError(f"TiM configuration: new_condition is {self.new_condition!r}; use one of {known}")
+        if self.positions not in POSITIONS:
+            known = ", ".join(map(repr, POSITIONS))
+            raise TimError(f"TiM configuration: positions is {self.positions!r}; use one of {known}")
         if self.z_dim is not None and not 1 <= self.encoder_depth <= self.depth:
             raise TimError(f"TiM configuration: encoder_depth is {self.encoder_depth}; it must be from 1 to depth, {self.depth}")
 
@@ -70,14 +76,16 @@ class TransformerConfig:
 
     def record(self) -> dict[str, Any]:
         """The settings that tensor shapes do not determine, as from_state_dict takes them in metadata."""
-        names = ("num_heads", "new_condition", "null_class") + (("encoder_depth",) if self.z_dim is not None else ())
+        names = ["num_heads", "new_condition", "null_class"]
+        names += ["encoder_depth"] if self.z_dim is not None else []
+        names += ["positions"] if self.positions != "official" else []
         return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> TransformerConfig:
         """Reads the architecture from key names and shapes.
 
-        metadata: settings that these do not determine: num_heads (without qk-norm), new_condition, null_class, encoder_depth.
+        metadata: settings that these do not determine: num_heads (without qk-norm), new_condition, null_class, encoder_depth, positions.
         TimError naming the tensor or key if this is not a TiM transformer.
         """
         metadata = {name: value for name, value in (metadata or {}).items() if value is not None}
@@ -156,6 +164,7 @@ class TransformerConfig:
             projector_dim=projector_dim,
             z_dim=shape("projector.4.weight", None, projector_dim)[0] if has_projector else None,
             mlp_hidden_size=None if mlp_width == 4 * hidden * 2 // 3 else mlp_width,
+            positions=metadata.get("positions", "official"),
         )
 
 

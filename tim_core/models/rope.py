@@ -1,4 +1,4 @@
-"""Two-dimensional axial rotary positions (theta 10000), in the order the released weights were trained with."""
+"""Two-dimensional axial rotary positions (theta 10000)."""
 
 from __future__ import annotations
 
@@ -17,33 +17,39 @@ def inverse_frequencies(head_dim: int, device: torch.device | str | None = None)
     return 1.0 / THETA ** (torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
 
 
-def positions(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+def positions(height: int, width: int, device: torch.device | str | None = None, order: str = "official") -> Tensor:
     """The two positions of each token of a height x width grid, tokens in row-major order -> (2, height * width) int64.
 
-    Token n, in row n // width, gets (n % height, n // height): the official code flattens a transposed grid. On a square this swaps the
-    axes; on other grids it is not the position of the token. The released weights were trained so and need it.
+    "grid": token n gets its column and its row, (n % width, n // width). "official": (n % height, n // height), as the official code
+    flattens a transposed grid. The two are equal on squares; on other grids, official positions are not the places of the tokens, but the
+    released weights were trained with them and need them.
     """
     n = torch.arange(height * width, device=device)
-    return torch.stack((n % height, torch.div(n, height, rounding_mode="floor")))
+    length = width if order == "grid" else height
+    return torch.stack((n % length, torch.div(n, length, rounding_mode="floor")))
 
 
-def angles(head_dim: int, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+def angles(
+    head_dim: int, height: int, width: int, device: torch.device | str | None = None, order: str = "official"
+) -> Tensor:
     """Angles of the channel pairs, in float32: first position in the first half, second in the second -> (N, head_dim / 2)."""
     frequencies = inverse_frequencies(head_dim, device)
-    first, second = positions(height, width, device).float()
+    first, second = positions(height, width, device, order).float()
     return torch.cat((first[:, None] * frequencies, second[:, None] * frequencies), dim=-1)
 
 
-def rotary_table(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def rotary_table(
+    head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype, order: str = "official"
+) -> Tensor:
     """cos and sin of the angles in `dtype` (float32 or float64), (N, head_dim / 2, 2). Cached."""
+    key = (head_dim, height, width, device, dtype, order)
     if torch.compiler.is_compiling():
-        return _build(head_dim, height, width, device, dtype)
-    key = (head_dim, height, width, device, dtype)
+        return _build(*key)
     table = _tables.get(key)
     if table is None:
         # Tables made in inference mode cannot be used in training.
         with torch.inference_mode(False), torch.no_grad():
-            table = _build(head_dim, height, width, device, dtype)
+            table = _build(*key)
         if _has_memory(table):
             if len(_tables) >= _KEPT_TABLES:
                 _tables.clear()
@@ -66,8 +72,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def _build(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    turn = angles(head_dim, height, width, device).to(dtype)
+def _build(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype, order: str) -> Tensor:
+    turn = angles(head_dim, height, width, device, order).to(dtype)
     return torch.stack((turn.cos(), turn.sin()), dim=-1)
 
 

@@ -252,7 +252,8 @@ class TransitionTransformer(nn.Module):
         """
         config = self.config
         height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
-        table = rotary_table(config.head_dim, height, width, x.device, at_least_float32(x.dtype)).unsqueeze(1)  # one for all heads
+        table = rotary_table(config.head_dim, height, width, x.device, at_least_float32(x.dtype), config.positions)
+        table = table.unsqueeze(1)  # one for all heads
 
         time, interval = self.embed_times(t.to(at_least_float32(t.dtype)), r.to(at_least_float32(r.dtype)), x.dtype)
         condition = time + interval

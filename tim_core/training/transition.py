@@ -93,6 +93,10 @@ def gemma_config(shape: TextShape) -> dict:
 def init_model(model: TextToImage, start: Path) -> None:
     """Loads the weights of a checkpoint; the critic becomes a copy of its transformer. TimError if its architecture differs."""
     loaded = load_transformer(start, dtype=torch.float32, projector=True), load_text_encoder(start, dtype=torch.float32)
+    for name in ("new_condition", "positions"):  # tensors do not show these
+        found, wanted = (getattr(network.config, name) for network in (loaded[0], model.transformer))
+        if found != wanted:
+            raise TimError(f"training config: transformer.{name} is {wanted!r}; {start} was trained with {found!r}, use that")
     for network, own in zip(loaded, (model.transformer, model.text)):
         check_undamaged(network, start)
         init_from(own, network.state_dict(), str(start))

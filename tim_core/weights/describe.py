@@ -359,5 +359,5 @@ def _summary(part: PartDescription) -> str:
     condition = f"text features of width {c.text_dim}" if c.text_dim is not None else f"{c.num_classes} classes"
     return (
         f"{c.depth} blocks of width {c.hidden_size}, {c.num_heads} heads, {c.in_channels} channels in patches of {c.patch_size}, "
-        f"{condition}, interval embedded as {c.new_condition}"
+        f"{condition}, interval embedded as {c.new_condition}" + (f", positions {c.positions}" if c.positions != "official" else "")
     )

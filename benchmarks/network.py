@@ -33,7 +33,7 @@ class PlainNetwork:
     def __call__(self, x, t, r, y):
         net, config = self.network, self.config
         height, width = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
-        turn = angles(config.head_dim, height, width, x.device).repeat_interleave(2, -1)
+        turn = angles(config.head_dim, height, width, x.device, order=config.positions).repeat_interleave(2, -1)
         self.cos, self.sin = turn.cos(), turn.sin()
         time = net.t_embedder.mlp(time_features(t).to(x.dtype)).unsqueeze(1)
         interval = net.delta_embedder.mlp(time_features(t - r).to(x.dtype)).unsqueeze(1)

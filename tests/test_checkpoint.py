@@ -721,7 +721,8 @@ def test_latent_factor_of_a_lone_transformer(channels, factor, tmp_path):
 
 def test_class_conditional(tmp_path):
     config = TransformerConfig(
-        4, 32, 1, 2, patch_size=2, num_classes=10, qk_norm=False, new_condition="t,r", lora_hidden_size=8, encoder_depth=1
+        4, 32, 1, 2, patch_size=2, num_classes=10, qk_norm=False, new_condition="t,r", lora_hidden_size=8, encoder_depth=1,
+        positions="grid",
     )
     model = TransitionTransformer(config)
     path = pack({"transformer": model}, tmp_path / "c2i.safetensors")

@@ -422,8 +422,8 @@ def replay_forward(case: Case, deviated) -> None:
         answer = model(*arguments, return_projection=want_projection)
     height, width = (side // model.config.patch_size for side in n["in/x"].shape[-2:])
     seen["out/v"], seen["out/h_proj"] = answer if want_projection else (answer, None)
-    seen["in/rope_grid"] = rope.positions(height, width)
-    cos, sin = rope.rotary_table(model.config.head_dim, height, width, torch.device("cpu"), torch.float32).unbind(-1)
+    seen["in/rope_grid"] = rope.positions(height, width, order="official")
+    cos, sin = rope.rotary_table(model.config.head_dim, height, width, torch.device("cpu"), torch.float32, "official").unbind(-1)
     seen["mid/rope_cos"], seen["mid/rope_sin"] = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
     seen["mid/t_freq"] = time_features(n["in/t"])
 
@@ -479,7 +479,7 @@ def replay_rope_tables(case: Case, deviated) -> None:
     n = case.tensors()
     if case.name.startswith("grid/"):
         height, width = map(int, case.name.split("/")[1].split("x"))
-        assert torch.equal(rope.positions(height, width), n[case.name].long())
+        assert torch.equal(rope.positions(height, width, order="official"), n[case.name].long())
         return
     assert case.name.startswith("head"), f"unknown table {case.name}"
     head_dim = int(case.name.removeprefix("head"))
@@ -491,17 +491,17 @@ def replay_rope_tables(case: Case, deviated) -> None:
             close(name, rope.inverse_frequencies(head_dim), official, 1e-6)
         elif what == "angles_fp32":
             # One row of tokens: the second half of the channels counts them.
-            angles = rope.angles(head_dim, 1, len(official))[:, head_dim // 4 :]
+            angles = rope.angles(head_dim, 1, len(official), order="official")[:, head_dim // 4 :]
             close(name, angles.repeat_interleave(2, -1), official, 1e-6)
         elif what in ("angles_bf16", "cos_bf16", "sin_bf16"):
             # What we do not do: our angles are never rounded. They must be what the official ones were rounded from.
-            angles = rope.angles(head_dim, 1, len(official))[:, head_dim // 4 :].repeat_interleave(2, -1)
+            angles = rope.angles(head_dim, 1, len(official), order="official")[:, head_dim // 4 :].repeat_interleave(2, -1)
             rounded = angles.bfloat16()
             close(name, {"angles": rounded, "cos": rounded.cos(), "sin": rounded.sin()}[what.split("_")[0]], official, 1e-2)
         else:
             function, size = what.split("_")
             height, width = map(int, size.split("x"))
-            table = rope.rotary_table(head_dim, height, width, torch.device("cpu"), torch.float32)
+            table = rope.rotary_table(head_dim, height, width, torch.device("cpu"), torch.float32, "official")
             close(name, table[..., ("cos", "sin").index(function)].repeat_interleave(2, -1), official, 1e-6)
 
 

@@ -29,6 +29,7 @@ from tim_core.training import metrics, run
 from tim_core.training import resume as resuming
 from tim_core.training.config import LoopConfig, read
 from tim_core.training.transition import TransitionTask
+from tim_core.training.writing import write_state
 from tim_core.weights.describe import describe
 from tim_core.weights.load import load_autoencoder
 from tim_core.weights.open import open_state_dict
@@ -490,16 +491,36 @@ def test_a_made_file_does_not_name_the_home_of_its_maker(tmp_path, monkeypatch):
     assert str(tmp_path) not in str(made.metadata)
 
 
-def test_positions_are_recorded_and_those_of_the_start_are_kept(tmp_path):
+@pytest.mark.parametrize("key, value, other", [("positions", "grid", "official"), ("new_condition", "t,r", "t-r")])
+def test_what_tensors_do_not_show_is_recorded_and_kept(tmp_path, key, value, other):
     run([autoencoder_yaml(tmp_path)])
-    first = tim_yaml(tmp_path, "adamw")
-    first.write_text(first.read_text().replace("depth: 2,", "depth: 2, positions: grid,").replace("steps: 6", "steps: 1"))
+    first, more = tim_yaml(tmp_path, "adamw"), tim_yaml(tmp_path, "adamw", "more")
+    text = first.read_text().replace("steps: 6", "steps: 1")
+    first.write_text(text.replace("depth: 2,", f'depth: 2, {key}: "{value}",'))
     made = run([first])[0]
-    assert read_parts(made)["transformer"].config.positions == "grid"
-    more = tim_yaml(tmp_path, "adamw", "more")
-    more.write_text(f"start: {made}\n{more.read_text()}")
-    with pytest.raises(TimError, match="transformer.positions is 'official'; .*model.safetensors was trained with 'grid', use that"):
+    assert getattr(read_parts(made)["transformer"].config, key) == value
+    changed = text.replace("depth: 2,", f'depth: 2, {key}: "{other}",')
+    more.write_text(f"start: {made}\n" + changed.replace("/tim\n", "/more\n"))
+    with pytest.raises(TimError, match=f'transformer.{key} is "{other}"; use "{value}", as .*model.safetensors does'):
         run([more])
+    first.write_text(changed.replace("steps: 1", "steps: 2"))
+    with pytest.raises(TimError, match=f'its run has transformer.{key} "{value}", the configuration has "{other}"'):
+        run([first])
+
+
+def test_a_run_from_before_positions_could_be_chosen_had_the_official_ones(tmp_path):
+    run([autoencoder_yaml(tmp_path)])
+    path = tim_yaml(tmp_path, "adamw")
+    path.write_text(path.read_text().replace("depth: 2,", "depth: 2, positions: official,").replace("steps: 6", "steps: 2"))
+    run([path])
+    file = tmp_path / "tim" / "step-00000002.pt"
+    state = torch.load(file, weights_only=True)
+    del state["settings"]["transformer"]["positions"]
+    write_state(file, state)
+    run([path])
+    path.write_text(path.read_text().replace("positions: official", "positions: grid"))
+    with pytest.raises(TimError, match='finished, with transformer.positions "official", the configuration has "grid"'):
+        run([path])
 
 
 def test_the_embedding_of_another_word_is_added(tmp_path):

@@ -288,7 +288,7 @@ def test_every_stage_of_the_recipe_starts_from_one_before_it():
 def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
     stages = [read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml") for stage in RECIPE]
     assert stages[1].freeze_encoder and architecture(stages[0]) == architecture(stages[1])
-    assert architecture(stages[0]).factor == 32
+    assert architecture(stages[0]).factor == 32 and stages[2].transformer.positions == "grid"
     for config in stages:
         assert "320x320" not in config.data.sizes and config.data.native_size == (256, 256) and config.data.misfit(32) is None
     for config in stages[2:]:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.support import official_config
 from tim_core.errors import TimError
 from tim_core.models import attention, rope
-from tim_core.models.config import CONDITIONS, TransformerConfig
+from tim_core.models.config import CONDITIONS, POSITIONS, TransformerConfig
 from tim_core.models.transformer import TransitionTransformer
 
 TEXT = TransformerConfig(in_channels=4, hidden_size=32, depth=2, num_heads=2, text_dim=12)
@@ -124,7 +124,7 @@ def test_times_and_angles_are_not_rounded_to_the_networks_dtype():
 
 
 def test_positions_follow_the_official_order():
-    assert rope.positions(2, 3).tolist() == [[0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 2, 2]]
+    assert rope.positions(2, 3, order="official").tolist() == [[0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 2, 2]]
     model = build()
     x, t, r, y = inputs(height=4, width=4)
     square = model(x, t, r, y)
@@ -149,12 +149,13 @@ def test_the_rotary_table_outlives_inference_mode_but_not_a_function_transform()
     assert len(rope._tables) == 1
     model(*arguments).sum().backward()
     for size in range(1, 40):
-        rope.rotary_table(8, size, 2, torch.device("cpu"), torch.float32)
+        rope.rotary_table(8, size, 2, torch.device("cpu"), torch.float32, "official")
     assert len(rope._tables) <= 16
 
 
-def test_it_compiles_as_one_graph():
-    model = build()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_it_compiles_as_one_graph(positions):
+    model = build(replace(TEXT, positions=positions))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for size in ((6, 4), (4, 8)):
         arguments = inputs(height=size[0], width=size[1])

@@ -130,8 +130,8 @@ class Pipeline:
         networks = ((network.config, digest(network.state_dict().items())) for network in (self.transformer, self.autoencoder))
         text = None if self.text_encoder is None else self.text_encoder.fingerprint()
         positions = self.transformer.config.positions
-        unofficial = () if positions == "official" else (positions,)
-        return hashlib.sha256(repr((*networks, text, self.factor, *unofficial)).encode()).hexdigest()
+        more = () if positions == "official" else (positions,)
+        return hashlib.sha256(repr((*networks, text, self.factor, *more)).encode()).hexdigest()
 
     @torch.no_grad()
     def __call__(

@@ -120,6 +120,7 @@ TOO_MUCH = {  # a right type, but more than anyone can mean
     ("tim", "text.heads"): [3, 10**9],
     ("tim", "text.head_dim"): [1026, 10**9],
     ("tim", "transformer.new_condition"): ["t-t", "r-t"],
+    ("tim", "transformer.positions"): ["rows", "Grid"],
     ("tim", "matching.cfg"): [-1, 101, 1e20],
     ("tim", "matching.rollout_cfg"): [0.5, 1e20],
     ("tim", "matching.weight"): [0, 1e20],

@@ -37,7 +37,7 @@ class TransformerConfig:
     encoder_depth: int = 8  # the block, counted from 1, whose output the projector reads
     projector_dim: int = 2048
     z_dim: int | None = None  # width of the projected features (REPA); None for no projector
-    # Later fields are not in the repr, from which fingerprints are made.
+    # Not in the repr, so that older models keep their fingerprints; `Pipeline.fingerprint` adds what weights do not show.
     mlp_hidden_size: int | None = field(default=None, repr=False)  # width of the gated MLP; None: that of the official mlp_ratio, 4
     positions: str = field(default="official", repr=False)
 
@@ -76,9 +76,7 @@ class TransformerConfig:
 
     def record(self) -> dict[str, Any]:
         """The settings that tensor shapes do not determine, as from_state_dict takes them in metadata."""
-        names = ["num_heads", "new_condition", "null_class"]
-        names += ["encoder_depth"] if self.z_dim is not None else []
-        names += ["positions"] if self.positions != "official" else []
+        names = ("num_heads", "new_condition", "null_class", "positions") + (("encoder_depth",) if self.z_dim is not None else ())
         return {name: getattr(self, name) for name in names}
 
     @classmethod

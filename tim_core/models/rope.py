@@ -17,30 +17,26 @@ def inverse_frequencies(head_dim: int, device: torch.device | str | None = None)
     return 1.0 / THETA ** (torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
 
 
-def positions(height: int, width: int, device: torch.device | str | None = None, order: str = "official") -> Tensor:
-    """The two positions of each token of a height x width grid, tokens in row-major order -> (2, height * width) int64.
+def positions(height: int, width: int, device: torch.device | str | None = None, *, order: str) -> Tensor:
+    """The two positions of each token of an image of height x width tokens, in row-major order -> (2, height * width) int64.
 
-    "grid": token n gets its column and its row, (n % width, n // width). "official": (n % height, n // height), as the official code
-    flattens a transposed grid. The two are equal on squares; on other grids, official positions are not the places of the tokens, but the
-    released weights were trained with them and need them.
+    order "grid": token n gets its column and its row, (n % width, n // width). "official": (n % height, n // height), as the official
+    code flattens a transposed grid. The two are equal in square images. In others, official positions are not the places of the tokens,
+    but the released weights were trained with them and need them.
     """
     n = torch.arange(height * width, device=device)
     length = width if order == "grid" else height
     return torch.stack((n % length, torch.div(n, length, rounding_mode="floor")))
 
 
-def angles(
-    head_dim: int, height: int, width: int, device: torch.device | str | None = None, order: str = "official"
-) -> Tensor:
+def angles(head_dim: int, height: int, width: int, device: torch.device | str | None = None, *, order: str) -> Tensor:
     """Angles of the channel pairs, in float32: first position in the first half, second in the second -> (N, head_dim / 2)."""
     frequencies = inverse_frequencies(head_dim, device)
-    first, second = positions(height, width, device, order).float()
+    first, second = positions(height, width, device, order=order).float()
     return torch.cat((first[:, None] * frequencies, second[:, None] * frequencies), dim=-1)
 
 
-def rotary_table(
-    head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype, order: str = "official"
-) -> Tensor:
+def rotary_table(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype, order: str) -> Tensor:
     """cos and sin of the angles in `dtype` (float32 or float64), (N, head_dim / 2, 2). Cached."""
     key = (head_dim, height, width, device, dtype, order)
     if torch.compiler.is_compiling():
@@ -73,7 +69,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def _build(head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype, order: str) -> Tensor:
-    turn = angles(head_dim, height, width, device, order).to(dtype)
+    turn = angles(head_dim, height, width, device, order=order).to(dtype)
     return torch.stack((turn.cos(), turn.sin()), dim=-1)
 
 

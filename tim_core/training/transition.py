@@ -20,6 +20,7 @@ from ..models.text_encoder import TextEncoder
 from ..models.tokenizer import Tokenizer
 from ..models.transformer import TransitionTransformer
 from ..processes import Shard, find_processes
+from ..settings import shown
 from ..shapes import scenes
 from ..shapes.batches import ShapesBatches, ShapesPart, render_samples
 from ..shapes.tokenizer import VOCABULARY_SIZE, WORD_START, shapes_tokenizer, vocabulary
@@ -93,10 +94,10 @@ def gemma_config(shape: TextShape) -> dict:
 def init_model(model: TextToImage, start: Path) -> None:
     """Loads the weights of a checkpoint; the critic becomes a copy of its transformer. TimError if its architecture differs."""
     loaded = load_transformer(start, dtype=torch.float32, projector=True), load_text_encoder(start, dtype=torch.float32)
-    for name in ("new_condition", "positions"):  # tensors do not show these
+    for name in ("num_heads", "new_condition", "positions"):  # not always seen from tensors
         found, wanted = (getattr(network.config, name) for network in (loaded[0], model.transformer))
         if found != wanted:
-            raise TimError(f"training config: transformer.{name} is {wanted!r}; {start} was trained with {found!r}, use that")
+            raise TimError(f"training config: transformer.{name} is {shown(wanted)}; use {shown(found)}, as {start} does")
     for network, own in zip(loaded, (model.transformer, model.text)):
         check_undamaged(network, start)
         init_from(own, network.state_dict(), str(start))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 import urllib.error
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,8 +26,11 @@ from tests.comfy_graph import (
     same_image,
 )
 from tests.comfy_support import FOLDER, ROOT, events_of, find, probe
+from tests.support import load_all
 from tim_core import Pipeline, sampler, schedule
+from tim_core.models.config import POSITIONS
 from tim_core.weights.describe import describe
+from tim_core.weights.save import pack
 
 pytestmark = pytest.mark.comfyui
 
@@ -237,18 +241,29 @@ def test_lora_loader_and_pipeline_agree(comfyui, tiny, tmp_path):
     assert (patched - plain).abs().max() > 10
 
 
-def test_checkpoint_save_reloads(comfyui, tiny, tmp_path):
-    graph = Graph()
-    graph.add("CheckpointSave", model=graph.model, clip=graph.clip, vae=graph.vae, filename_prefix="saved/tiny")
-    before = run_images(comfyui, graph, graph.tim())
-    saved = next((comfyui.base / "output" / "saved").glob("tiny*.safetensors"))
-    wanted, found = describe(tiny), describe(saved)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_checkpoint_save_reloads(comfyui, tiny, tmp_path, positions):
+    parts = load_all(tiny)
+    parts.transformer.config = replace(parts.transformer.config, positions=positions)
+    made = {"model": parts.transformer, "text-encoder": parts.text_encoder, "vae": parts.autoencoder}
+    file = pack(made, tmp_path / f"{positions}.safetensors", metadata={"escape_prompts": False})
+    comfyui.add("checkpoints", file, file.name)
+    graph = Graph(file.name)
+    graph.add("CheckpointSave", model=graph.model, clip=graph.clip, vae=graph.vae, filename_prefix=f"saved/{positions}")
+    before = run_images(comfyui, graph, graph.tim(graph.empty(96, 64)))
+    saved = next((comfyui.base / "output" / "saved").glob(f"{positions}*.safetensors"))
+    wanted, found = describe(file), describe(saved)
+    assert wanted.parts[0].architecture.positions == positions
     assert [(p.part, p.architecture) for p in found.parts] == [(p.part, p.architecture) for p in wanted.parts]
     assert (found.latent_factor, found.escape_prompts, found.tokenizer) == (wanted.latent_factor, wanted.escape_prompts, True)
-    comfyui.add("checkpoints", saved, "saved.safetensors")
-    graph = Graph("saved.safetensors")
-    assert torch.equal(before, run_images(comfyui, graph, graph.tim()))
-    same_image(before, Pipeline.load(saved, device="cpu")([PROMPT]))
+    comfyui.add("checkpoints", saved, f"saved-{positions}.safetensors")
+    graph = Graph(f"saved-{positions}.safetensors")
+    assert torch.equal(before, run_images(comfyui, graph, graph.tim(graph.empty(96, 64))))
+    same_image(before, Pipeline.load(saved, device="cpu")([PROMPT], width=96, height=64))
+    other = next(order for order in POSITIONS if order != positions)
+    parts.transformer.config = replace(parts.transformer.config, positions=other)
+    pipe = Pipeline(parts.transformer, parts.text_encoder, parts.autoencoder)
+    assert (before - 255 * pipe([PROMPT], width=96, height=64)).abs().max() > 4
 
 
 GUIDERS = {

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import mentions
-from tim_core.models.config import TransformerConfig
+from tim_core.models.config import POSITIONS, TransformerConfig
 from tim_core.models.gemma import gemma_shapes
 from tim_core.models.text_encoder import TextEncoder
 from tim_core.models.tokenizer import Tokenizer
@@ -111,6 +111,14 @@ def test_class_conditional_models(channels, factor, lacking, release, tmp_path):
     found = describe(pack({"model": network}, tmp_path / "a.safetensors"))
     assert len(found.missing) == 1 and mentions(found.missing[0], lacking) and mentions(found.advice, f"tim download {release}")
     assert "diffusion_models" in places(found)[0]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_positions_other_than_the_official_ones_are_named(tmp_path, positions):
+    config = TransformerConfig(in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=9, positions=positions)
+    found = describe(pack({"model": TransitionTransformer(config)}, tmp_path / "a.safetensors"))
+    assert found.parts[0].architecture.positions == positions
+    assert ("positions grid" in str(found)) == (positions == "grid")
 
 
 def test_released_text_to_image_files_name_their_download(tmp_path):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -491,31 +492,36 @@ def test_a_made_file_does_not_name_the_home_of_its_maker(tmp_path, monkeypatch):
     assert str(tmp_path) not in str(made.metadata)
 
 
-@pytest.mark.parametrize("key, value, other", [("positions", "grid", "official"), ("new_condition", "t,r", "t-r")])
+@pytest.mark.parametrize(
+    "key, value, other", [("positions", '"grid"', '"official"'), ("new_condition", '"t,r"', '"t-r"'), ("num_heads", 4, 2)])
 def test_what_tensors_do_not_show_is_recorded_and_kept(tmp_path, key, value, other):
     run([autoencoder_yaml(tmp_path)])
     first, more = tim_yaml(tmp_path, "adamw"), tim_yaml(tmp_path, "adamw", "more")
-    text = first.read_text().replace("steps: 6", "steps: 1")
-    first.write_text(text.replace("depth: 2,", f'depth: 2, {key}: "{value}",'))
+    text = first.read_text().replace("steps: 6", "steps: 1").replace("num_heads: 2,", "qk_norm: false, num_heads: 2,")
+
+    def having(setting) -> str:
+        return re.sub(f" {key}: [^,]*,", "", text).replace("depth: 2,", f"depth: 2, {key}: {setting},")
+
+    first.write_text(having(value))
     made = run([first])[0]
-    assert getattr(read_parts(made)["transformer"].config, key) == value
-    changed = text.replace("depth: 2,", f'depth: 2, {key}: "{other}",')
-    more.write_text(f"start: {made}\n" + changed.replace("/tim\n", "/more\n"))
-    with pytest.raises(TimError, match=f'transformer.{key} is "{other}"; use "{value}", as .*model.safetensors does'):
+    assert json.dumps(getattr(read_parts(made)["transformer"].config, key)) == str(value)
+    more.write_text(f"start: {made}\n" + having(other).replace("/tim\n", "/more\n"))
+    with pytest.raises(TimError, match=f"transformer.{key} is {other}; use {value}, as .*model.safetensors does"):
         run([more])
-    first.write_text(changed.replace("steps: 1", "steps: 2"))
-    with pytest.raises(TimError, match=f'its run has transformer.{key} "{value}", the configuration has "{other}"'):
+    first.write_text(having(other).replace("steps: 1", "steps: 2"))
+    with pytest.raises(TimError, match=f"its run has transformer.{key} {value}, the configuration has {other}"):
         run([first])
 
 
-def test_a_run_from_before_positions_could_be_chosen_had_the_official_ones(tmp_path):
+@pytest.mark.parametrize("forget", [lambda s: s["settings"]["transformer"].pop("positions"), lambda s: s.update(settings=None)])
+def test_a_run_from_before_positions_could_be_chosen_had_the_official_ones(tmp_path, forget):
     run([autoencoder_yaml(tmp_path)])
     path = tim_yaml(tmp_path, "adamw")
     path.write_text(path.read_text().replace("depth: 2,", "depth: 2, positions: official,").replace("steps: 6", "steps: 2"))
     run([path])
     file = tmp_path / "tim" / "step-00000002.pt"
     state = torch.load(file, weights_only=True)
-    del state["settings"]["transformer"]["positions"]
+    forget(state)
     write_state(file, state)
     run([path])
     path.write_text(path.read_text().replace("positions: official", "positions: grid"))

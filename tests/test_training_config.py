@@ -13,6 +13,7 @@ from tim_core.models.attention import BACKENDS
 from tim_core.shapes import scenes
 from tim_core.training.autoencoder import architecture
 from tim_core.training.config import FineTuning, FolderConfig, TransformerTraining, read, recorded
+from tim_core.training.shapes_config import TransformerShape
 from tim_core.training.yaml_file import read_values
 
 ROOT = Path(__file__).parent.parent
@@ -269,6 +270,9 @@ def test_the_ready_configurations_are_read():
     for name in ("loop", "data", "transformer", "text"):
         assert getattr(baseline, name) == getattr(first, name)
     assert baseline.objective.diffusion_ratio == 1
+    research = [config for config in map(read, (ROOT / "docs" / "research" / "configs").glob("*.yaml")) if hasattr(config, "transformer")]
+    assert len(research) > 10 and all(config.transformer.positions == "official" for config in research)
+    assert TransformerShape().positions == "grid"
 
 
 RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-transitions", "5-matching")

@@ -31,8 +31,9 @@ AVERAGED = "ema"
 LOOP_MAY_CHANGE = ("seconds", "log_every", "save_every", "keep", "workers", "parallel", "accumulate", "compile", "checkpointing")
 PATHS = ("autoencoder", "text_encoder", "data.path", "data.cache")  # what they hold is compared, not where it is
 MAY_CHANGE = {"attention", "interpolate_start", *PATHS, *(f"loop.{name}" for name in LOOP_MAY_CHANGE)}
-# keys that it must not change, because they determine its first weights or its optimiser state,
-MUST_MATCH = {"start", "add_embedding", "freeze_text", "model", "loop.optimizer", "transformer.new_condition", "transformer.positions"}
+# keys that it must not change, because they determine its first weights, what weights compute or its optimiser state,
+MUST_MATCH = {"start", "add_embedding", "freeze_text", "model", "loop.optimizer",
+              "transformer.num_heads", "transformer.new_condition", "transformer.positions"}
 # and keys whose value is a mapping with keys of its own.
 MAPS = {"sizes", "forms", "add_embedding", "objective_from"}
 
@@ -146,9 +147,8 @@ def load(file: Path) -> SavedState:
 
 def _with_positions(settings: dict) -> dict:
     """The settings of a checkpoint. Networks were trained with the official positions before `transformer.positions` was a key."""
-    if "transformer" not in settings:
-        return settings
-    return settings | {"transformer": {"positions": "official"} | settings["transformer"]}
+    transformer = settings.get("transformer", {})
+    return settings | {"transformer": {"positions": "official"} | transformer} if isinstance(transformer, dict) else settings
 
 
 def _not_finite(state: dict, where: str = "") -> str | None:
@@ -193,7 +193,7 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
     file, state = found
     ended = state.step >= config.steps
     run = "this run is finished, with" if ended else "its run has"
-    before = settings if state.settings is None else _with_positions(state.settings)
+    before = _with_positions({} if state.settings is None else state.settings)
     other = {key: both for key, both in sorted(differences(before, settings).items()) if key not in MAY_CHANGE}
     if ended:
         other.pop("loop.steps", None)

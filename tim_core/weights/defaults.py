@@ -25,7 +25,7 @@ class Defaults:
     """Image size in pixels, number of steps, guidance scale, times between which guidance acts, and start time of upscaling.
 
     reach: `far_size` accepts images from noise whose sides are longer or shorter by up to this factor. any_shape: whether it accepts other
-    aspect ratios; with official positions (`rope.positions`) a model draws only those that it was trained on.
+    aspect ratios. tim-shapes, whose positions are official (`rope.positions`), draws only those that it was trained on.
     """
 
     width: int

@@ -81,7 +81,7 @@ class TransformerShape:
     encoder_depth: Depth = 4                     # number of the block, from 1, whose output is projected
     projector_dim: Size = 512
     qk_norm: bool = True
-    positions: Text = "grid"                     # of tokens: column and row; "official": as the released weights have them
+    positions: Text = "grid"                     # column and row of each token; "official": those of the released weights
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerShape":

@@ -275,7 +275,7 @@ def test_the_ready_configurations_are_read():
     assert TransformerShape().positions == "grid"
 
 
-RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-transitions", "5-matching")
+RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-relations", "5-transitions", "6-matching")
 
 
 def test_every_stage_of_the_recipe_starts_from_one_before_it():
@@ -286,7 +286,7 @@ def test_every_stage_of_the_recipe_starts_from_one_before_it():
             needed = getattr(config, name, None)
             assert needed is None or needed in results, f"{stage}: {name}"
         results.append(f"{config.output}/{config.export_name}")
-    assert stages[-1].autoencoder == results[1] and stages[-1].start == results[3]
+    assert stages[-1].autoencoder == results[1] and stages[-1].start == results[4]
 
 
 def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
@@ -297,11 +297,14 @@ def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
         assert "320x320" not in config.data.sizes and config.data.native_size == (256, 256) and config.data.misfit(32) is None
     for config in stages[2:]:
         assert config.transformer == stages[2].transformer and config.text == stages[2].text
-        assert config.shift_base == 256 and config.data.forms == stages[2].data.forms
-    for config in stages[3:]:
-        assert config.data.sizes | {"256x256": 3.0} == stages[2].data.sizes and config.data.sizes["256x256"] == 0.44
-    assert {"above", "below"}.isdisjoint(stages[2].data.relations) and stages[3].add_embedding == {"above": "left", "below": "right"}
-    assert all(set(config.data.relations) == set(scenes.RELATIONS) for config in stages[3:])
+        assert config.shift_base == 256
+    flow, relations, *rest = stages[2:]
+    assert relations.data.sizes == flow.data.sizes and relations.data.forms == flow.data.forms | {"full position": 4.0}
+    for config in rest:
+        assert config.data.forms == flow.data.forms and set(config.data.relations) == set(scenes.RELATIONS)
+        assert config.data.sizes | {"256x256": 3.0} == flow.data.sizes and config.data.sizes["256x256"] == 0.44
+    assert relations.add_embedding == {"above": "left", "below": "right"}
+    assert set(relations.data.relations) == {"above", "below"} == set(scenes.RELATIONS) - set(flow.data.relations)
 
 
 def test_missing_file_is_one_line(tmp_path):

@@ -275,7 +275,7 @@ def test_the_ready_configurations_are_read():
     assert TransformerShape().positions == "grid"
 
 
-RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-relations", "5-transitions", "6-matching")
+RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-above-below", "5-relations", "6-transitions", "7-matching")
 
 
 def test_every_stage_of_the_recipe_starts_from_one_before_it():
@@ -286,7 +286,7 @@ def test_every_stage_of_the_recipe_starts_from_one_before_it():
             needed = getattr(config, name, None)
             assert needed is None or needed in results, f"{stage}: {name}"
         results.append(f"{config.output}/{config.export_name}")
-    assert stages[-1].autoencoder == results[1] and stages[-1].start == results[4]
+    assert stages[-1].autoencoder == results[1] and stages[-1].start == results[5]
 
 
 def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
@@ -298,13 +298,16 @@ def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
     for config in stages[2:]:
         assert config.transformer == stages[2].transformer and config.text == stages[2].text
         assert config.shift_base == 256
-    flow, relations, *rest = stages[2:]
-    assert relations.data.sizes == flow.data.sizes and relations.data.forms == flow.data.forms | {"full position": 4.0}
+    flow, above_below, relations, *rest = stages[2:]
+    for config in (above_below, relations):
+        assert config.data.sizes == flow.data.sizes and config.data.forms == flow.data.forms | {"full position": 4.0}
+        assert (config.objective, config.p_mean, config.p_std) == (relations.objective, 1.8, 0.8)
     for config in rest:
-        assert config.data.forms == flow.data.forms and set(config.data.relations) == set(scenes.RELATIONS)
-        assert config.data.sizes | {"256x256": 3.0} == flow.data.sizes and config.data.sizes["256x256"] == 0.44
-    assert relations.add_embedding == {"above": "left", "below": "right"}
-    assert set(relations.data.relations) == {"above", "below"} == set(scenes.RELATIONS) - set(flow.data.relations)
+        assert config.data.forms == flow.data.forms and config.data.sizes["256x256"] == 0.8
+        assert config.data.sizes | {"256x256": 3.0} == flow.data.sizes
+    assert above_below.add_embedding == {"above": "left", "below": "right"} and not relations.add_embedding
+    assert set(above_below.data.relations) == {"above", "below"} == set(scenes.RELATIONS) - set(flow.data.relations)
+    assert all(set(config.data.relations) == set(scenes.RELATIONS) for config in (relations, *rest))
 
 
 def test_missing_file_is_one_line(tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tests.test_training import autoencoder_yaml, killed, tim_yaml
 from tim_core.errors import TimError
 from tim_core.processes import Shard
+from tim_core.shapes import scenes
 from tim_core.shapes.batches import ShapesBatches
 from tim_core.shapes.config import SizesConfig
 from tim_core.training import run
@@ -68,6 +69,14 @@ def test_other_images_or_weights_are_not_taken_from_the_cache(autoencoder, tmp_p
     other_weights = CachedLatents(draw(), 1, changed, tmp_path)[0][0].latents
     assert not torch.equal(first, other_weights) and (first.shape != other_images.shape or not torch.equal(first, other_images))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_changed_renderer_encodes_again(autoencoder, tmp_path, monkeypatch):
+    first = CachedLatents(draw(), 1, autoencoder, tmp_path)[0][0].latents
+    render = scenes.render
+    monkeypatch.setattr(scenes, "render", lambda *arguments: 1 - render(*arguments))
+    again = CachedLatents(draw(), 1, autoencoder, tmp_path)[0][0].latents
+    assert not torch.equal(first, again) and len(list(tmp_path.iterdir())) == 2
 
 
 def test_whatever_changes_a_batch_changes_its_file(autoencoder, tmp_path):

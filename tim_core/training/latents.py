@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import TimError
 from ..files import digest, make_folder
 from ..models.autoencoder import Autoencoder
-from ..shapes.batches import ShapesBatches
+from ..shapes.batches import ShapesBatches, render_samples
 from .cached_files import read_cached, write_cached
 
 
@@ -30,13 +30,15 @@ class CachedLatents(torch.utils.data.Dataset):
     """batches[k]: the shards of batch k modulo `count`, which are encoded when they are first asked for and kept in `folder`."""
 
     def __init__(self, batches: ShapesBatches, count: int, autoencoder: Autoencoder, folder: Path, autocast: bool = False):
-        """A file's name changes with the autoencoder, the images of its batch and its shard, so that no run reads another's.
+        """A file's name changes with the autoencoder, the images of its batch, how they are rendered and its shard, so that no run reads
+        another's.
 
         autocast: encode in bfloat16 where autocast does.
         """
         self.batches, self.count, self.autoencoder, self.folder, self.autocast = batches, count, autoencoder, folder, autocast
         drawn = batches.sizes, batches.weights, batches.forms, batches.relations, batches.batch, batches.seed
-        self.identity = f"{digest(autoencoder.state_dict().items())} {autoencoder.config} {autocast} {drawn}"
+        renderer = digest(("", image) for image in render_samples(8, 64))
+        self.identity = f"{digest(autoencoder.state_dict().items())} {autoencoder.config} {autocast} {drawn} {renderer}"
         make_folder(folder)
 
     def __getitem__(self, step: int) -> list[LatentPart]:

@@ -30,8 +30,8 @@ class CachedLatents(torch.utils.data.Dataset):
     """batches[k]: the shards of batch k modulo `count`, which are encoded when they are first asked for and kept in `folder`."""
 
     def __init__(self, batches: ShapesBatches, count: int, autoencoder: Autoencoder, folder: Path, autocast: bool = False):
-        """A file's name changes with the autoencoder, the images of its batch, how they are rendered and its shard, so that no run reads
-        another's.
+        """A file's name changes with the autoencoder, the images of its batch, its shard and a few rendered samples, so that no run
+        reads another's.
 
         autocast: encode in bfloat16 where autocast does.
         """

@@ -79,6 +79,14 @@ def test_a_changed_renderer_encodes_again(autoencoder, tmp_path, monkeypatch):
     assert not torch.equal(first, again) and len(list(tmp_path.iterdir())) == 2
 
 
+def test_other_captions_encode_again(autoencoder, tmp_path, monkeypatch):
+    CachedLatents(draw(), 1, autoencoder, tmp_path)[0]
+    captions = ShapesBatches.captions
+    monkeypatch.setattr(ShapesBatches, "captions", lambda *arguments: captions(*arguments)[::-1])
+    CachedLatents(draw(), 1, autoencoder, tmp_path)[0]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_whatever_changes_a_batch_changes_its_file(autoencoder, tmp_path):
     def encode(weight=1.0, forms=("single", "two"), relations=("above", "below"), shard=Shard(), batch=4, seed=0, index=0, **more):
         sizes = SizesConfig({"32x32": 1.0, "32x64": weight}, dict.fromkeys(forms, 1.0), relations)

@@ -13,6 +13,7 @@ from tim_core.models.attention import BACKENDS
 from tim_core.shapes import scenes
 from tim_core.training.autoencoder import architecture
 from tim_core.training.config import FineTuning, FolderConfig, TransformerTraining, read, recorded
+from tim_core.training.objectives.transition import ObjectiveConfig
 from tim_core.training.shapes_config import TransformerShape
 from tim_core.training.yaml_file import read_values
 
@@ -279,6 +280,7 @@ RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-above-below", "5-relations"
 
 
 def test_every_stage_of_the_recipe_starts_from_one_before_it():
+    assert [path.stem for path in sorted((ROOT / "configs" / "tim-shapes").glob("[0-9]*.yaml"))] == list(RECIPE)
     stages, results = [read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml") for stage in RECIPE], []
     for stage, config in zip(RECIPE, stages):
         assert config.checkpoint is None  # the bundled model stays as it is
@@ -286,7 +288,7 @@ def test_every_stage_of_the_recipe_starts_from_one_before_it():
             needed = getattr(config, name, None)
             assert needed is None or needed in results, f"{stage}: {name}"
         results.append(f"{config.output}/{config.export_name}")
-    assert stages[-1].autoencoder == results[1] and stages[-1].start == results[5]
+    assert stages[-1].autoencoder == results[1] and [stage.start for stage in stages[2:]] == [None, *results[2:-1]]
 
 
 def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
@@ -301,7 +303,8 @@ def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
     flow, above_below, relations, *rest = stages[2:]
     for config in (above_below, relations):
         assert config.data.sizes == flow.data.sizes and config.data.forms == flow.data.forms | {"full position": 4.0}
-        assert (config.objective, config.p_mean, config.p_std) == (relations.objective, 1.8, 0.8)
+        assert config.objective == ObjectiveConfig(1.0, 0.0, adaptive_floor=1.0, use_dir_loss=False)
+        assert (config.p_mean, config.p_std) == (1.8, 0.8)
     for config in rest:
         assert config.data.forms == flow.data.forms and config.data.sizes["256x256"] == 0.8
         assert config.data.sizes | {"256x256": 3.0} == flow.data.sizes

@@ -30,15 +30,15 @@ class CachedLatents(torch.utils.data.Dataset):
     """batches[k]: the shards of batch k modulo `count`, which are encoded when they are first asked for and kept in `folder`."""
 
     def __init__(self, batches: ShapesBatches, count: int, autoencoder: Autoencoder, folder: Path, autocast: bool = False):
-        """A file's name changes with the autoencoder, the images of its batch, its shard and a few rendered samples, so that no run
-        reads another's.
+        """A file's name changes with the autoencoder, the images and captions of its batch, its shard and some rendered samples, so
+        that no run reads another's.
 
         autocast: encode in bfloat16 where autocast does.
         """
         self.batches, self.count, self.autoencoder, self.folder, self.autocast = batches, count, autoencoder, folder, autocast
-        drawn = batches.sizes, batches.weights, batches.forms, batches.relations, batches.batch, batches.seed
-        renderer = digest(("", image) for image in render_samples(8, 64))
-        self.identity = f"{digest(autoencoder.state_dict().items())} {autoencoder.config} {autocast} {drawn} {renderer}"
+        settings = batches.sizes, batches.weights, batches.forms, batches.relations, batches.batch, batches.seed
+        renderer = digest(("", image) for image in render_samples(40, 64))
+        self.identity = f"{digest(autoencoder.state_dict().items())} {autoencoder.config} {autocast} {settings} {renderer}"
         make_folder(folder)
 
     def __getitem__(self, step: int) -> list[LatentPart]:
@@ -65,5 +65,6 @@ class CachedLatents(torch.utils.data.Dataset):
         return encoded
 
     def _file(self, index: int, position: int) -> Path:
-        name = hashlib.sha256(f"{self.identity} {index} {self.batches.shards[position]}".encode()).hexdigest()
+        drawn = self.batches.captions(index), self.batches.shards[position]
+        name = hashlib.sha256(f"{self.identity} {index} {drawn}".encode()).hexdigest()
         return self.folder / f"{name[:32]}.safetensors"

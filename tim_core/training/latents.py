@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import TimError
 from ..files import digest, make_folder
 from ..models.autoencoder import Autoencoder
+from ..processes import Shard
 from ..shapes.batches import ShapesBatches, render_samples
 from .cached_files import read_cached, write_cached
 
@@ -43,14 +44,14 @@ class CachedLatents(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> list[LatentPart]:
         index = step % self.count
-        files = [self._file(index, position) for position in range(len(self.batches.shards))]
+        captions = self.batches.captions(index)
+        files = [self._file(index, captions, shard) for shard in self.batches.shards]
         try:
             kept = [read_cached(file)["latents"] for file in files]
         except TimError:  # missing or damaged
             kept = self._encode(index)
             for file, latents in zip(files, kept):
                 write_cached(file, {"latents": latents})
-        captions = self.batches.captions(index)
         return [LatentPart(latents, captions) for latents in kept]
 
     def _encode(self, index: int) -> list[Tensor]:
@@ -64,7 +65,6 @@ class CachedLatents(torch.utils.data.Dataset):
             )
         return encoded
 
-    def _file(self, index: int, position: int) -> Path:
-        drawn = self.batches.captions(index), self.batches.shards[position]
-        name = hashlib.sha256(f"{self.identity} {index} {drawn}".encode()).hexdigest()
+    def _file(self, index: int, captions: list[str], shard: Shard) -> Path:
+        name = hashlib.sha256(f"{self.identity} {index} {captions} {shard}".encode()).hexdigest()
         return self.folder / f"{name[:32]}.safetensors"

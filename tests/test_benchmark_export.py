@@ -12,6 +12,7 @@ from tests.support import mentions
 from tim_core import TimError
 from tim_core.evaluation.benchmark_export import export_images, read_prompts
 from tim_core.processes import Processes
+from tim_core.weights.defaults import Defaults
 
 GENEVAL = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
            {"tag": "counting", "include": [{"class": "cow", "count": 2}], "prompt": "a photo of two cows"}]
@@ -22,7 +23,7 @@ class Painter:
     """Every image is one grey, that of its prompt, and one column as bright as its noise."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.defaults = [], Defaults(16, 16)
 
     def noise(self, batch, width, height, seed):
         return torch.full((batch, 1, height // 8, width // 8), seed % 200 / 255)
@@ -43,7 +44,7 @@ def write(folder, lines):
 
 
 def make(pipe, folder, lines, layout, **options):
-    return export_images(pipe, write(folder, lines), layout, folder / "out", width=16, height=16, progress=False, **options)
+    return export_images(pipe, write(folder, lines), layout, folder / "out", progress=False, **options)
 
 
 def test_geneval(tmp_path):
@@ -58,6 +59,15 @@ def test_geneval(tmp_path):
         assert len(images) == 4 and all(re.match(r"\d+\.png", image.name) for image in images)
         shown = [np.asarray(Image.open(image)) for image in images]
         assert {image[0, 5, 0] for image in shown} == {len(line["prompt"])} and len({image[0, 0, 0] for image in shown}) == 4
+
+
+def test_the_size_is_the_model_s_unless_given(tmp_path):
+    for given, size in (({}, (16, 16)), ({"width": 24}, (24, 16))):
+        folder = make(Painter(), tmp_path / f"{size[0]}", GENEVAL[:1], "geneval", images=1, **given)
+        with Image.open(folder / "00000" / "samples" / "00000.png") as image:
+            assert image.size == size
+        settings = json.loads((folder / "settings.json").read_text())
+        assert (settings["width"], settings["height"]) == size
 
 
 def test_dpg(tmp_path):

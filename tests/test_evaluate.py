@@ -24,19 +24,21 @@ from tim_core.evaluation.curve import (
 from tim_core.images import contact_sheet, step_label, to_pil, to_tensor
 from tim_core.processes import Processes
 from tim_core.shapes.scenes import TASKS, place, render, scoring_prompts
+from tim_core.weights.defaults import Defaults
 
 
 class Painter:
     """Stands in for a pipeline: paints what is asked in a share of the images that grows with the steps."""
 
-    def __init__(self, share=lambda steps: 1.0):
-        self.share, self.calls, self.nfe = share, [], 0
+    def __init__(self, share=lambda steps: 1.0, size=(64, 64)):
+        self.share, self.calls, self.nfe, self.defaults = share, [], 0, Defaults(*size)
         self.prompts = {p.text: p for task in TASKS for seed in (0, 1) for p in scoring_prompts(task, 60, seed)}
 
     def noise(self, batch, width, height, seed):
         return torch.randn(batch, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
 
     def __call__(self, prompts, *, steps, cfg, width, height, seed, **options):
+        width, height = width or self.defaults.width, height or self.defaults.height
         noise = torch.cat([self.noise(1, width, height, one) for one in seed])
         self.calls.append((prompts, steps, cfg, noise, options))
         self.nfe = steps if cfg == 1 else 2 * steps - 1
@@ -118,6 +120,14 @@ def test_some_tasks_and_another_size():
     assert point["overall"] == 1.0 and set(point["tasks"]) == {"colors", "two"} and point["stderr"] == 0
 
 
+def test_the_size_is_the_model_s_unless_given():
+    painter = Painter(size=(96, 64))
+    report = evaluate(painter, [2], prompts_per_task=1, images=1, tasks=["single"], progress=False)
+    assert (report["protocol"]["width"], report["protocol"]["height"]) == (96, 64)
+    assert score(painter, eval_samples(("single",), 1, 1), 2, 1.0).all()
+    assert [tuple(noise.shape[2:]) for _, _, _, noise, _ in painter.calls] == [(8, 12), (8, 12)]
+
+
 def test_a_real_pipeline(tiny):
     pipe = Pipeline.load(tiny, device="cpu")
     report = evaluate(pipe, [1, 2], prompts_per_task=1, images=2, progress=False, mode="diffusion", guidance_interval=(0, 2))
@@ -133,7 +143,6 @@ def test_a_real_pipeline(tiny):
         seen.append(pipe(*arguments, **keywords))
         return seen[-1]
 
-    watch.noise = pipe.noise
     score(watch, samples, 4, 2.5)
     for draw, image in zip(samples, seen[0]):  # what `tim sample` makes of the draw's prompt and seed
         assert torch.allclose(pipe(draw.prompt.text, seed=draw.seed)[0], image, atol=1e-5)

@@ -119,17 +119,19 @@ def check_folder(
 
 def export_images(
     pipe, prompts: str | Path, layout: str, output: str | Path, *, model: str = "", steps: int = 4, cfg: float = 2.5, images: int = 4,
-    seed: int = 0, width: int = 1024, height: int = 1024, batch: int = 4, progress: bool = True, processes: Processes = ALONE, **options
+    seed: int = 0, width: int | None = None, height: int | None = None, batch: int = 4, progress: bool = True,
+    processes: Processes = ALONE, **options
 ) -> Path:
     """Make `images` images per prompt -> the folder to give to the evaluator.
 
     Noise depends on `seed`, the line and the image's number. Prompts whose images exist are skipped; several processes share the rest.
-    model: `Pipeline.fingerprint`. `options` go to the pipeline. TimError for unusable values, or where the folder holds images of
-    another model, other settings or other prompts.
+    width, height: in pixels; None is the model's own. model: `Pipeline.fingerprint`. `options` go to the pipeline.
+    TimError for unusable values, or where the folder holds images of another model, other settings or other prompts.
     """
     from tqdm import tqdm
 
     check_amounts(layout, [steps], images, batch)
+    width, height = pipe.defaults.width if width is None else width, pipe.defaults.height if height is None else height
     if layout == "dpg" and (images != 4 or width != height):
         raise TimError(f"layout: dpg needs 4 square images per prompt, not {images} of {width}x{height}")
     records, folder = read_prompts(prompts, layout), user_path(output)

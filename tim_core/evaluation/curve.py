@@ -47,12 +47,12 @@ def eval_samples(tasks: Sequence[str] = TASKS, prompts_per_task: int = 60, image
 
 
 def score(
-    pipe, samples: Sequence[EvalSample], steps: int, cfg: float, width: int = 64, height: int = 64, batch: int = 120, bar=None,
-    processes: Processes = ALONE, **options
+    pipe, samples: Sequence[EvalSample], steps: int, cfg: float, width: int | None = None, height: int | None = None, batch: int = 120,
+    bar=None, processes: Processes = ALONE, **options
 ) -> np.ndarray:
     """Make every image and check it -> (N,) bool, in the order of `samples`. `options` go to the pipeline; `bar` is a tqdm bar.
 
-    Several processes share the images, and each returns the whole result.
+    width, height: in pixels; None is the model's own. Several processes share the images, and each returns the whole result.
     """
     correct = torch.zeros(len(samples))
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt.text.split()))  # prompts of equal length share a batch
@@ -141,8 +141,8 @@ def evaluate(
     output: str | Path | None = None,
     *,
     tasks: Sequence[str] = TASKS,
-    width: int = 64,
-    height: int = 64,
+    width: int | None = None,
+    height: int | None = None,
     batch: int = 120,
     baseline: str | Path | None = None,
     progress: bool = True,
@@ -153,6 +153,7 @@ def evaluate(
     """Score `pipe` at several step counts -> the content of report.json.
 
     All step counts share prompts and noise. A point's "cfg" is 1 where no step was guided, as for 1 step by default.
+    width, height: in pixels; None is the model's own.
     output: folder for report.json and curve.png, written after every step count. Points that its report holds of the same weights,
     protocol and sampling are kept.
     baseline: report.json of another model, same protocol; compared image by image and drawn in the same chart.
@@ -164,6 +165,7 @@ def evaluate(
     check_protocol(steps, prompts_per_task, images, batch, tasks)
     check_seed(seed)
     check_guidance(cfg)
+    width, height = pipe.defaults.width if width is None else width, pipe.defaults.height if height is None else height
     protocol = {"seed": seed, "prompts_per_task": prompts_per_task, "images": images, "width": width, "height": height,
                 "tasks": [task for task in TASKS if task in tasks]}
     other = None if baseline is None else read_report(baseline, protocol)

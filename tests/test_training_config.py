@@ -276,7 +276,7 @@ def test_the_ready_configurations_are_read():
     assert TransformerShape().positions == "grid"
 
 
-RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-above-below", "5-relations", "6-transitions", "7-matching")
+RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-above-below", "5-relations", "6-transitions", "7-sizes", "8-matching")
 
 
 def test_every_stage_of_the_recipe_starts_from_one_before_it():
@@ -305,9 +305,13 @@ def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
         assert config.data.sizes == flow.data.sizes and config.data.forms == flow.data.forms | {"full position": 4.0}
         assert config.objective == ObjectiveConfig(1.0, 0.0, adaptive_floor=1.0, use_dir_loss=False)
         assert (config.p_mean, config.p_std) == (1.8, 0.8)
-    for config in rest:
-        assert config.data.forms == flow.data.forms and config.data.sizes["256x256"] == 0.8
-        assert config.data.sizes | {"256x256": 3.0} == flow.data.sizes
+    transitions, larger, matching = rest
+    assert transitions.data.sizes | {"256x256": 3.0} == flow.data.sizes and transitions.data.sizes["256x256"] == 0.8
+    assert larger.objective == transitions.objective and larger.loop.lr == transitions.loop.lr / 2
+    for config in (larger, matching):
+        assert config.data.forms == transitions.data.forms and config.data.sizes.keys() == transitions.data.sizes.keys()
+        assert config.data.sizes["512x512"] > transitions.data.sizes["512x512"]
+    assert len({config.loop.seed for config in stages[2:]}) == len(stages[2:])  # no stage trains on another's images
     assert above_below.add_embedding == {"above": "left", "below": "right"} and not relations.add_embedding
     assert set(above_below.data.relations) == {"above", "below"} == set(scenes.RELATIONS) - set(flow.data.relations)
     assert all(set(config.data.relations) == set(scenes.RELATIONS) for config in (relations, *rest))

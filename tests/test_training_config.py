@@ -271,12 +271,24 @@ def test_the_ready_configurations_are_read():
     for name in ("loop", "data", "transformer", "text"):
         assert getattr(baseline, name) == getattr(first, name)
     assert baseline.objective.diffusion_ratio == 1
-    research = [config for config in map(read, (ROOT / "docs" / "research" / "configs").glob("*.yaml")) if hasattr(config, "transformer")]
-    assert len(research) > 10 and all(config.transformer.positions == "official" for config in research)
+    for path in (ROOT / "docs" / "research" / "configs").glob("*.yaml"):
+        if hasattr(config := read(path), "transformer"):
+            assert config.transformer.positions == ("grid" if path.stem.startswith("tim-shapes-2") else "official"), path.stem
     assert TransformerShape().positions == "grid"
 
 
 RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-above-below", "5-relations", "6-transitions", "7-sizes", "8-matching")
+
+
+def test_the_baseline_differs_in_its_objective_alone():
+    for stage in RECIPE[5:]:
+        own = read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml")
+        baseline = read(ROOT / "docs" / "research" / "configs" / f"tim-shapes-2-baseline-{stage[0]}.yaml")
+        changed = {name for name, value in vars(own).items() if value != getattr(baseline, name)}
+        assert changed <= {"output", "start", "objective", "matching"}, stage
+        assert baseline.matching is None and (baseline.objective.diffusion_ratio, baseline.objective.consistency_ratio) == (1.0, 0.0)
+        for name in ("adaptive_floor", "use_dir_loss"):
+            assert getattr(baseline.objective, name) == getattr(own.objective, name)
 
 
 def test_every_stage_of_the_recipe_starts_from_one_before_it():

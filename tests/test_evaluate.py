@@ -126,6 +126,9 @@ def test_the_size_is_the_model_s_unless_given():
     assert (report["protocol"]["width"], report["protocol"]["height"]) == (96, 64)
     assert score(painter, eval_samples(("single",), 1, 1), 2, 1.0).all()
     assert [tuple(noise.shape[2:]) for _, _, _, noise, _ in painter.calls] == [(8, 12), (8, 12)]
+    given = evaluate(painter, [2], prompts_per_task=1, images=1, tasks=["single"], height=128, progress=False)
+    assert (given["protocol"]["width"], given["protocol"]["height"]) == (96, 128)
+    assert tuple(painter.calls[-1][3].shape[2:]) == (16, 12)
 
 
 def test_a_real_pipeline(tiny):

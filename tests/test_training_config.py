@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -271,24 +272,27 @@ def test_the_ready_configurations_are_read():
     for name in ("loop", "data", "transformer", "text"):
         assert getattr(baseline, name) == getattr(first, name)
     assert baseline.objective.diffusion_ratio == 1
-    for path in (ROOT / "docs" / "research" / "configs").glob("*.yaml"):
-        if hasattr(config := read(path), "transformer"):
-            assert config.transformer.positions == ("grid" if path.stem.startswith("tim-shapes-2") else "official"), path.stem
+    research = {path.stem: read(path) for path in (ROOT / "docs" / "research" / "configs").glob("*.yaml")}
+    positions = {name: config.transformer.positions for name, config in research.items() if hasattr(config, "transformer")}
+    assert len(positions) > 13
+    assert all(value == ("grid" if name.startswith("tim-shapes-2-") else "official") for name, value in positions.items())
     assert TransformerShape().positions == "grid"
 
 
 RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-above-below", "5-relations", "6-transitions", "7-sizes", "8-matching")
 
 
-def test_the_baseline_differs_in_its_objective_alone():
+def test_the_baseline_is_flow_matching_on_the_images_of_the_last_three_stages():
+    before = read(ROOT / "configs" / "tim-shapes" / f"{RECIPE[4]}.yaml")
     for stage in RECIPE[5:]:
         own = read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml")
         baseline = read(ROOT / "docs" / "research" / "configs" / f"tim-shapes-2-baseline-{stage[0]}.yaml")
         changed = {name for name, value in vars(own).items() if value != getattr(baseline, name)}
-        assert changed <= {"output", "start", "objective", "matching"}, stage
-        assert baseline.matching is None and (baseline.objective.diffusion_ratio, baseline.objective.consistency_ratio) == (1.0, 0.0)
-        for name in ("adaptive_floor", "use_dir_loss"):
-            assert getattr(baseline.objective, name) == getattr(own.objective, name)
+        assert changed <= {"output", "start", "objective", "matching"} and baseline.output != own.output, stage
+        flow = replace(own.objective, target="differential", diffusion_ratio=1.0, consistency_ratio=0.0, shorten_above=1.0)
+        assert baseline.objective == flow and baseline.matching is None, stage
+        assert baseline.start == f"{before.output}/{before.export_name}", stage
+        before = baseline
 
 
 def test_every_stage_of_the_recipe_starts_from_one_before_it():
@@ -318,11 +322,17 @@ def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
         assert config.objective == ObjectiveConfig(1.0, 0.0, adaptive_floor=1.0, use_dir_loss=False)
         assert (config.p_mean, config.p_std) == (1.8, 0.8)
     transitions, larger, matching = rest
-    assert transitions.data.sizes | {"256x256": 3.0} == flow.data.sizes and transitions.data.sizes["256x256"] == 0.8
-    assert larger.objective == transitions.objective and larger.loop.lr == transitions.loop.lr / 2
+    assert transitions.data.forms == flow.data.forms and transitions.data.sizes["256x256"] == 0.8
+    assert transitions.data.sizes | {"256x256": 3.0} == flow.data.sizes
+    assert larger.objective == transitions.objective and larger.cached_batches == 2 * transitions.cached_batches
+    assert (2 * larger.loop.lr, 2 * larger.loop.muon_lr) == (transitions.loop.lr, transitions.loop.muon_lr)
+
+    def frequency(config, size):
+        return config.data.sizes[size] / sum(config.data.sizes.values())
+
     for config in (larger, matching):
         assert config.data.forms == transitions.data.forms and config.data.sizes.keys() == transitions.data.sizes.keys()
-        assert config.data.sizes["512x512"] > transitions.data.sizes["512x512"]
+        assert all(frequency(config, size) > frequency(transitions, size) for size in ("384x384", "512x512"))
     assert len({config.loop.seed for config in stages[2:]}) == len(stages[2:])  # no stage trains on another's images
     assert above_below.add_embedding == {"above": "left", "below": "right"} and not relations.add_embedding
     assert set(above_below.data.relations) == {"above", "below"} == set(scenes.RELATIONS) - set(flow.data.relations)

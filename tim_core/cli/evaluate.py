@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
             raise TimError(f"--model: {args.model} takes classes, not prompts; give a text-to-image model")
 
     pipe = options.load_pipeline(args, check_model)
-    width, height = args.size or (pipe.defaults.width, pipe.defaults.height)
+    width, height = args.size or (None, None)
     settings = {"cfg": pipe.defaults.cfg if args.cfg is None else args.cfg, "images": args.images, "seed": args.seed, "width": width,
                 "height": height, "mode": args.mode, "guidance_interval": args.guidance_interval or pipe.defaults.guidance_interval,
                 "processes": processes, **({} if args.shift == 1 else {"shift": args.shift})}

@@ -125,7 +125,7 @@ def export_images(
     """Make `images` images per prompt -> the folder to give to the evaluator.
 
     Noise depends on `seed`, the line and the image's number. Prompts whose images exist are skipped; several processes share the rest.
-    width, height: in pixels; None is the model's own. model: `Pipeline.fingerprint`. `options` go to the pipeline.
+    width, height: in pixels (default: the model's native size). model: `Pipeline.fingerprint`. `options` go to the pipeline.
     TimError for unusable values, or where the folder holds images of another model, other settings or other prompts.
     """
     from tqdm import tqdm

@@ -52,7 +52,7 @@ def score(
 ) -> np.ndarray:
     """Make every image and check it -> (N,) bool, in the order of `samples`. `options` go to the pipeline; `bar` is a tqdm bar.
 
-    width, height: in pixels; None is the model's own. Several processes share the images, and each returns the whole result.
+    width, height: in pixels (default: the model's native size). Several processes share the images, and each returns the whole result.
     """
     correct = torch.zeros(len(samples))
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt.text.split()))  # prompts of equal length share a batch
@@ -153,7 +153,7 @@ def evaluate(
     """Score `pipe` at several step counts -> the content of report.json.
 
     All step counts share prompts and noise. A point's "cfg" is 1 where no step was guided, as for 1 step by default.
-    width, height: in pixels; None is the model's own.
+    width, height: in pixels (default: the model's native size).
     output: folder for report.json and curve.png, written after every step count. Points that its report holds of the same weights,
     protocol and sampling are kept.
     baseline: report.json of another model, same protocol; compared image by image and drawn in the same chart.

@@ -167,7 +167,7 @@ class Pipeline:
         prompts = as_list(prompts)
         if prompts:
             check_batch(len(prompts))
-        width, height = self.defaults.width if width is None else width, self.defaults.height if height is None else height
+        width, height = self.defaults.size(width, height)
         grid = time_grid(self.defaults.steps if steps is None else steps, shift, times)
         noise = self.noise(len(prompts), width, height, seed) if noise is None else self._check_noise(noise, len(prompts), width, height)
         options = self._options(cfg, guidance_interval, stochasticity, mode=mode, callback=callback)

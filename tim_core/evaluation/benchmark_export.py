@@ -131,7 +131,7 @@ def export_images(
     from tqdm import tqdm
 
     check_amounts(layout, [steps], images, batch)
-    width, height = pipe.defaults.width if width is None else width, pipe.defaults.height if height is None else height
+    width, height = pipe.defaults.size(width, height)
     if layout == "dpg" and (images != 4 or width != height):
         raise TimError(f"layout: dpg needs 4 square images per prompt, not {images} of {width}x{height}")
     records, folder = read_prompts(prompts, layout), user_path(output)

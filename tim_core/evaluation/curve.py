@@ -165,7 +165,7 @@ def evaluate(
     check_protocol(steps, prompts_per_task, images, batch, tasks)
     check_seed(seed)
     check_guidance(cfg)
-    width, height = pipe.defaults.width if width is None else width, pipe.defaults.height if height is None else height
+    width, height = pipe.defaults.size(width, height)
     protocol = {"seed": seed, "prompts_per_task": prompts_per_task, "images": images, "width": width, "height": height,
                 "tasks": [task for task in TASKS if task in tasks]}
     other = None if baseline is None else read_report(baseline, protocol)

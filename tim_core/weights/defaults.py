@@ -37,6 +37,10 @@ class Defaults:
     reach: float = 1.25
     any_shape: bool = False
 
+    def size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """Width and height in pixels, where None is the checkpoint's own."""
+        return self.width if width is None else width, self.height if height is None else height
+
     def far_size(self, width: int, height: int, start: float = 1.0) -> str | None:
         """A warning about a size in pixels that the checkpoint is not made for; None for a size that it is made for.
 

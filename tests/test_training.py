@@ -132,6 +132,12 @@ def test_a_batch_is_for_the_most_frequent_size():
     assert sizes.native_size == (32, 32) and batches.count((32, 32)) == 4 and batches.count((32, 64)) == 2
 
 
+def test_a_batch_is_for_the_native_size_if_one_is_given():
+    sizes = SizesConfig({"32x64": 0.3, "32x32": 0.7}, native="32x64")
+    batches = ShapesBatches(sizes, 4, 0)
+    assert sizes.native_size == (32, 64) and batches.count((32, 32)) == 8 and batches.count((32, 64)) == 4
+
+
 def test_relations_may_be_chosen():
     chosen = ShapesBatches(SizesConfig(forms={"position": 1.0}, relations=("above", "below")), 16, 0)
     ((_, captions),) = chosen[0]

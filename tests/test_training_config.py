@@ -119,6 +119,7 @@ def test_bad_configurations_name_the_key(tmp_path, text, named):
     (TIM + "loop: {steps: true}", "loop.steps", "true"), (TIM + "p_mean: 1e3", "p_mean", "1000.0"),
     (TIM + "loop: {steps: 99999999999999}", "loop.steps", "99999999999999"),
     (TIM + "data: {forms: {single: 0}}", "data.forms.single", "0"), (TIM + "data: {sizes: {64: 1}}", "data.sizes", '"64"'),
+    (TIM + "data: {native: 32x64}", "data.native", '"32x64"'),
     (TIM + "objective_from: {20: {target: x}}", "objective_from.20.target", "'x'"),
     (TIM + "objective: {epsilon: 7}", "objective.epsilon", "7"),
     (TIM + "matching: {paths: [[0, 1]]}", "matching.paths", "[0.0, 1.0]"), (TIM + "text: {head_dim: 3}", "text.head_dim", "3"),

@@ -3,12 +3,12 @@
 import re
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import TimError
 from ..limits import MAX_SIDE
-from ..settings import CONFIG, Positive, require, shown
+from ..settings import CONFIG, Positive, Text, require, shown
 from .scenes import RELATIONS, TRAINING_FORMS
 
 
@@ -19,6 +19,7 @@ class SizesConfig:
     sizes: Annotated[dict[str, Positive], Field(min_length=1)] = Field(default_factory=lambda: {"64x64": 1.0})
     forms: Annotated[dict[str, Positive], Field(min_length=1)] = Field(default_factory=lambda: dict(TRAINING_FORMS))
     relations: Annotated[tuple[str, ...], Field(min_length=1)] = RELATIONS   # equally likely
+    native: Text | None = None   # the model's own size, one of sizes; null: the most frequent one
 
     @field_validator("sizes")
     @classmethod
@@ -42,6 +43,11 @@ class SizesConfig:
             require(relation in RELATIONS, "", relation, f"some of {', '.join(RELATIONS)}")
         return relations
 
+    @model_validator(mode="after")
+    def _check_native(self) -> "SizesConfig":
+        require(self.native is None or self.native in self.sizes, "native", self.native, f"one of sizes: {', '.join(self.sizes)}")
+        return self
+
     def table(self) -> tuple[list[tuple[int, int]], list[float]]:
         """The (width, height) pairs and their probabilities."""
         total = sum(self.sizes.values())
@@ -50,9 +56,9 @@ class SizesConfig:
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """The most frequent (width, height)."""
+        """(width, height) of the model's own images. A batch of them has loop.batch images."""
         sizes, weights = self.table()
-        return sizes[weights.index(max(weights))]
+        return sizes[weights.index(max(weights)) if self.native is None else list(self.sizes).index(self.native)]
 
     def misfit(self, pixels: int) -> str | None:
         """The first size whose sides are not multiples of `pixels`, the side of a latent cell or of a patch."""

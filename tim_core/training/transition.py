@@ -272,7 +272,7 @@ class TransitionTask(Task[TextToImage]):
         return {"distillation": loss.sum() * shard.count / total}
 
     def sample(self, average: TextToImage, step: int) -> Image.Image:
-        """A prompt of each form, at the most frequent size."""
+        """A prompt of each form, at the native size."""
         loop = self.config.loop
         rng = np.random.default_rng([loop.seed, 1])
         prompts = [scenes.sample_prompt(rng, form).text for form in scenes.TRAINING_FORMS]

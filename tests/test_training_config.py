@@ -280,10 +280,11 @@ def test_the_ready_configurations_are_read():
     assert TransformerShape().positions == "grid"
 
 
-RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-above-below", "5-relations", "6-transitions", "7-sizes", "8-matching")
+RECIPE = ("1-autoencoder", "2-decoder", "3-flow", "4-above-below", "5-relations", "6-transitions", "7-sizes", "8-512x512",
+          "9-matching")
 
 
-def test_the_baseline_is_flow_matching_on_the_images_of_the_last_three_stages():
+def test_the_baseline_is_flow_matching_on_the_images_of_the_last_four_stages():
     before = read(ROOT / "configs" / "tim-shapes" / f"{RECIPE[4]}.yaml")
     for stage in RECIPE[5:]:
         own = read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml")
@@ -322,7 +323,7 @@ def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
         assert config.data.sizes == flow.data.sizes and config.data.forms == flow.data.forms | {"full position": 4.0}
         assert config.objective == ObjectiveConfig(1.0, 0.0, adaptive_floor=1.0, use_dir_loss=False)
         assert (config.p_mean, config.p_std) == (1.8, 0.8)
-    transitions, larger, matching = rest
+    transitions, larger, largest, matching = rest
     assert transitions.data.forms == flow.data.forms and transitions.data.sizes["256x256"] == 0.8
     assert transitions.data.sizes | {"256x256": 3.0} == flow.data.sizes
     assert larger.objective == transitions.objective and larger.cached_batches == 2 * transitions.cached_batches
@@ -331,9 +332,11 @@ def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
     def frequency(config, size):
         return config.data.sizes[size] / sum(config.data.sizes.values())
 
-    for config in (larger, matching):
+    for config in (larger, largest, matching):
         assert config.data.forms == transitions.data.forms and config.data.sizes.keys() == transitions.data.sizes.keys()
         assert all(frequency(config, size) > frequency(transitions, size) for size in ("384x384", "512x512"))
+    assert largest.objective == larger.objective and frequency(largest, "512x512") > 0.5
+    assert (largest.loop.lr, largest.loop.muon_lr) == (larger.loop.lr, larger.loop.muon_lr)
     assert len({config.loop.seed for config in stages[2:]}) == len(stages[2:])  # no stage trains on another's images
     assert above_below.add_embedding == {"above": "left", "below": "right"} and not relations.add_embedding
     assert set(above_below.data.relations) == {"above", "below"} == set(scenes.RELATIONS) - set(flow.data.relations)

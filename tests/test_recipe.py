@@ -16,7 +16,8 @@ SHORT = {"steps": 2, "batch": 2, "workers": 0, "warmup": 1, "save_every": 2, "lo
 def shortened(path, folder):
     """The file in `folder` that trains as `path` does, for two steps."""
     values, _ = read_values(path)
-    text = yaml.safe_dump(values | {"loop": values["loop"] | SHORT, "data": values["data"] | {"sizes": {"64x64": 2, "64x96": 1}}})
+    data = values["data"] | {"sizes": {"64x64": 1, "64x96": 2}, "native": "64x64"}
+    text = yaml.safe_dump(values | {"loop": values["loop"] | SHORT, "data": data})
     short = folder / path.name
     short.write_text(text.replace("~/tim-runs", str(folder)).replace("critic_warmup_steps: 150", "critic_warmup_steps: 1"))
     return short

@@ -284,6 +284,12 @@ def test_keys_of_another_version_are_no_change():
         "loop.lr": [0.1, 0.2], "data.sizes": [{"32x32": 1.0}, {"32x32": 1.0, "64x64": 1.0}]}
 
 
+def test_a_native_size_is_a_change_of_a_run_from_before_there_was_a_key():
+    before, now = {"data": {"sizes": {"32x32": 1.0}}}, {"data": {"sizes": {"32x32": 1.0}, "native": "32x32"}}
+    assert resuming.differences(resuming._with_later_keys(before), now) == {"data.native": [None, "32x32"]}
+    assert not resuming.differences(resuming._with_later_keys(before), {"data": before["data"] | {"native": None}})
+
+
 def test_flash_attention_runs_where_its_numbers_are_half(tmp_path, monkeypatch):
     """Of its package, which is not here, only what it refuses."""
     def halves_only(q, k, v):

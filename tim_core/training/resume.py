@@ -145,10 +145,14 @@ def load(file: Path) -> SavedState:
     return state
 
 
-def _with_positions(settings: dict) -> dict:
-    """The settings of a checkpoint. Networks were trained with the official positions before `transformer.positions` was a key."""
-    transformer = settings.get("transformer", {})
-    return settings | {"transformer": {"positions": "official"} | transformer} if isinstance(transformer, dict) else settings
+def _with_later_keys(settings: dict) -> dict:
+    """The settings of a checkpoint, with what newer keys stand for in older ones.
+
+    Networks were trained with the official positions before `transformer.positions` was a key, and the native size was the most frequent
+    one before `data.native` was.
+    """
+    later = {"transformer": {"positions": "official"}, "data": {"native": None}}
+    return settings | {key: values | settings.get(key, {}) for key, values in later.items() if isinstance(settings.get(key, {}), dict)}
 
 
 def _not_finite(state: dict, where: str = "") -> str | None:
@@ -193,7 +197,7 @@ def resume(folder: Path, config: LoopConfig, model, optims, average, fixed: str,
     file, state = found
     ended = state.step >= config.steps
     run = "this run is finished, with" if ended else "its run has"
-    before = _with_positions({} if state.settings is None else state.settings)
+    before = _with_later_keys({} if state.settings is None else state.settings)
     other = {key: both for key, both in sorted(differences(before, settings).items()) if key not in MAY_CHANGE}
     if ended:
         other.pop("loop.steps", None)

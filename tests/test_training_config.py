@@ -1,6 +1,7 @@
 """Training configurations: what they read as, what they refuse, and the files of this repository."""
 
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -337,10 +338,19 @@ def test_the_recipe_trains_one_architecture_and_holds_out_one_size():
         assert all(frequency(config, size) > frequency(transitions, size) for size in ("384x384", "512x512"))
     assert largest.objective == larger.objective and frequency(largest, "512x512") > 0.5
     assert (largest.loop.lr, largest.loop.muon_lr) == (larger.loop.lr, larger.loop.muon_lr)
+    assert [config.interpolate_start for config in stages[2:]] == [0, 0, 0, 0, 0, 0.5, 0]
     assert len({config.loop.seed for config in stages[2:]}) == len(stages[2:])  # no stage trains on another's images
     assert above_below.add_embedding == {"above": "left", "below": "right"} and not relations.add_embedding
     assert set(above_below.data.relations) == {"above", "below"} == set(scenes.RELATIONS) - set(flow.data.relations)
     assert all(set(config.data.relations) == set(scenes.RELATIONS) for config in (relations, *rest))
+
+
+@pytest.mark.parametrize("document", ["docs/training.md", "docs/research/tim-shapes-2.md"])
+def test_the_documents_list_the_stages_of_the_recipe(document):
+    text = (ROOT / document).read_text()
+    steps = {stage: read(ROOT / "configs" / "tim-shapes" / f"{stage}.yaml").loop.steps for stage in RECIPE}
+    assert {name: int(row) for name, row in re.findall(r"^\| `(\d-[^`]+)` \|[^|]*\| (\d+) \|", text, re.M)} == steps
+    assert f"configs/tim-shapes/[1-{len(RECIPE)}]-*.yaml" in text
 
 
 def test_missing_file_is_one_line(tmp_path):

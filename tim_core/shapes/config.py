@@ -19,7 +19,7 @@ class SizesConfig:
     sizes: Annotated[dict[str, Positive], Field(min_length=1)] = Field(default_factory=lambda: {"64x64": 1.0})
     forms: Annotated[dict[str, Positive], Field(min_length=1)] = Field(default_factory=lambda: dict(TRAINING_FORMS))
     relations: Annotated[tuple[str, ...], Field(min_length=1)] = RELATIONS   # equally likely
-    native: Text | None = None   # the model's own size, one of sizes; null: the most frequent one
+    native: Text | None = None   # native size, one of sizes; null: the most frequent one
 
     @field_validator("sizes")
     @classmethod
@@ -45,7 +45,7 @@ class SizesConfig:
 
     @model_validator(mode="after")
     def _check_native(self) -> "SizesConfig":
-        require(self.native is None or self.native in self.sizes, "native", self.native, f"one of sizes: {', '.join(self.sizes)}")
+        require(self.native is None or self.native in self.sizes, "native", self.native, "one of data.sizes")
         return self
 
     def table(self) -> tuple[list[tuple[int, int]], list[float]]:
@@ -56,7 +56,7 @@ class SizesConfig:
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(width, height) of the model's own images. A batch of them has loop.batch images."""
+        """The native (width, height). A batch of this size has loop.batch images."""
         sizes, weights = self.table()
         return sizes[weights.index(max(weights)) if self.native is None else list(self.sizes).index(self.native)]
 

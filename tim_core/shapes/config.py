@@ -57,8 +57,8 @@ class SizesConfig:
     @property
     def native_size(self) -> tuple[int, int]:
         """The native (width, height). A batch of this size has loop.batch images."""
-        sizes, weights = self.table()
-        return sizes[weights.index(max(weights)) if self.native is None else list(self.sizes).index(self.native)]
+        width, height = (self.native or max(self.sizes, key=self.sizes.__getitem__)).split("x")
+        return int(width), int(height)
 
     def misfit(self, pixels: int) -> str | None:
         """The first size whose sides are not multiples of `pixels`, the side of a latent cell or of a patch."""

@@ -253,7 +253,7 @@ def test_inspect_goes_on_after_a_bad_file(run, tiny, tmp_path):
 
 def test_the_example_of_train_is_of_files_that_are_there():
     names = [word for word in cli.train.EXAMPLES.split() if word.endswith(".yaml")]
-    assert len(names) == 3 and all(any(ROOT.glob(name)) for name in names)
+    assert len(names) == 4 and all(any(ROOT.glob(name)) for name in names)
 
 
 def test_convert_and_pack(run, tiny):

@@ -9,7 +9,8 @@ from tim_core.pipeline import Pipeline
 from tim_core.training import run
 from tim_core.training.yaml_file import read_values
 
-RECIPE = sorted((Path(__file__).parent.parent / "configs" / "tim-shapes").glob("[1-9]-*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs" / "tim-shapes"
+RECIPE = sorted(FOLDER.glob("[0-9]*.yaml"), key=lambda path: int(path.stem.split("-")[0]))
 SHORT = {"steps": 2, "batch": 2, "workers": 0, "warmup": 1, "save_every": 2, "log_every": 1}
 
 

@@ -22,7 +22,8 @@ EXAMPLES = """\
 examples:
   tim train configs/t2i-lora.yaml            a LoRA of the released model
   tim train configs/tim-shapes/lora.yaml     a LoRA of the demo model, minutes
-  tim train configs/tim-shapes/[1-9]-*.yaml  a model like it, from scratch
+  tim train configs/tim-shapes/[1-9]-*.yaml configs/tim-shapes/10-*.yaml
+                                             a model like it, from scratch
 
 docs/research/tim-shapes.md lists all runs that made the included model."""
 

@@ -212,11 +212,11 @@ def test_lora_equals_merged_weights(comfyui, tiny, tmp_path):
         merged[f"{name}.weight"] = weights[f"{name}.weight"] + 0.5 * up @ down
     save_file(lora, tmp_path / "lora.safetensors")
     save_file(merged, tmp_path / "merged.safetensors")
-    comfyui.add("loras", tmp_path / "lora.safetensors", "lora.safetensors")
+    comfyui.add("loras", tmp_path / "lora.safetensors", "merged-lora.safetensors")
     comfyui.add("checkpoints", tmp_path / "merged.safetensors", "merged.safetensors")
     plain = run_latents(comfyui, graph := Graph(), graph.tim())[0]
     graph = Graph()
-    settings = dict(lora_name="lora.safetensors", strength_model=0.5, strength_clip=0.5)
+    settings = dict(lora_name="merged-lora.safetensors", strength_model=0.5, strength_clip=0.5)
     loader = graph.add("LoraLoader", model=graph.model, clip=graph.clip, **settings)
     graph.model, graph.clip = loader, [loader[0], 1]
     patched = run_latents(comfyui, graph, graph.tim())[0]
